@@ -1,0 +1,139 @@
+"""What an LSTM is compared with: the simple recurrent network (Elman 1990) and the GRU (Cho et al. 2014)."""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from jaxlstm.cell import Cell, glorot_orthogonal
+from jaxlstm.contract import check_init
+
+
+class RNNParams(NamedTuple):
+    """Parameters of one simple recurrent layer."""
+
+    w_ih: Float[Array, "input hidden"]
+    w_hh: Float[Array, "hidden hidden"]
+    b: Float[Array, "hidden"]
+
+
+class RNNState(NamedTuple):
+    """The carry of a simple recurrent layer: its output."""
+
+    h: Float[Array, "*batch hidden"]
+
+
+def init_rnn(key: Key[Array, ""], input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> RNNParams:
+    """Draw w_ih Glorot-uniform, w_hh orthogonal, b zero.
+
+    Raises:
+      TypeError: `key` is no typed key, or `dtype` is not floating.
+      ValueError: a size is no positive integer.
+    """
+    check_init("init_rnn", key, input_size, hidden_size, dtype)
+    w_ih, w_hh = glorot_orthogonal(key, input_size, hidden_size, 1, dtype)
+    return RNNParams(w_ih, w_hh, jnp.zeros(hidden_size, dtype))
+
+
+def initial_rnn_carry(params: RNNParams, batch_shape: tuple[int, ...] = ()) -> RNNState:
+    """Return h_0 = 0, [*batch, hidden]."""
+    return RNNState(jnp.zeros((*batch_shape, params.w_hh.shape[0]), params.w_hh.dtype))
+
+
+@functools.cache
+def make_rnn(nonlinearity: Literal["tanh", "relu", "sigmoid"] = "tanh") -> Cell[RNNParams, RNNState]:
+    """Make the cell h_t = φ(x_t W_ih + h_{t-1} W_hh + b); the same φ is the same cell, so it compiles once.
+
+    Elman, Finding structure in time, 1990.
+
+    Raises:
+      ValueError: `nonlinearity` is none of the three.
+
+    >>> import jaxlstm
+    >>> jaxlstm.make_rnn("tanh") is jaxlstm.make_rnn("tanh")
+    True
+    """
+    functions = {"tanh": jnp.tanh, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}
+    if nonlinearity not in functions:
+        raise ValueError(f"make_rnn: nonlinearity must be one of {', '.join(functions)}, got {nonlinearity!r}.")
+    phi = functions[nonlinearity]
+
+    def gates(
+        params: RNNParams, state: RNNState, z: Float[Array, "*batch hidden"], a: Float[Array, "*batch hidden"]
+    ) -> tuple[RNNState, Float[Array, "*batch hidden"]]:
+        h = phi(z + a)
+        return RNNState(h), h
+
+    return Cell(name=f"RNN({nonlinearity})", init=init_rnn, initial_carry=initial_rnn_carry, gates=gates)
+
+
+RNN = make_rnn("tanh")
+
+
+class GRUParams(NamedTuple):
+    """Parameters of one GRU layer; columns in blocks r, u, n. b_hn stands inside the reset gate's product."""
+
+    w_ih: Float[Array, "input 3*hidden"]
+    w_hh: Float[Array, "hidden 3*hidden"]
+    b: Float[Array, "3*hidden"]
+    b_hn: Float[Array, "hidden"]
+
+
+class GRUState(NamedTuple):
+    """The carry of a GRU: its output."""
+
+    h: Float[Array, "*batch hidden"]
+
+
+class GRUGates(NamedTuple):
+    """The activated gates of a GRU: reset r, update u, candidate n."""
+
+    r: Float[Array, "*batch hidden"]
+    u: Float[Array, "*batch hidden"]
+    n: Float[Array, "*batch hidden"]
+
+
+def init_gru(key: Key[Array, ""], input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> GRUParams:
+    """Draw w_ih Glorot-uniform and w_hh orthogonal gate by gate, biases zero.
+
+    Raises:
+      TypeError: `key` is no typed key, or `dtype` is not floating.
+      ValueError: a size is no positive integer.
+    """
+    check_init("init_gru", key, input_size, hidden_size, dtype)
+    w_ih, w_hh = glorot_orthogonal(key, input_size, hidden_size, 3, dtype)
+    return GRUParams(w_ih, w_hh, jnp.zeros(3 * hidden_size, dtype), jnp.zeros(hidden_size, dtype))
+
+
+def initial_gru_carry(params: GRUParams, batch_shape: tuple[int, ...] = ()) -> GRUState:
+    """Return h_0 = 0, [*batch, hidden]."""
+    return GRUState(jnp.zeros((*batch_shape, params.w_hh.shape[0]), params.w_hh.dtype))
+
+
+def gru_activations(
+    params: GRUParams, state: GRUState, z: Float[Array, "*batch 3*hidden"], a: Float[Array, "*batch 3*hidden"]
+) -> GRUGates:
+    """Return the activated gates r, u, n of one step; the reset stands after the matmul, as in cuDNN and torch."""
+    z_r, z_u, z_n = jnp.split(z, 3, axis=-1)
+    a_r, a_u, a_n = jnp.split(a, 3, axis=-1)
+    r = jax.nn.sigmoid(z_r + a_r)
+    u = jax.nn.sigmoid(z_u + a_u)
+    n = jnp.tanh(z_n + r * (a_n + params.b_hn))
+    return GRUGates(r, u, n)
+
+
+def gru_gates(
+    params: GRUParams, state: GRUState, z: Float[Array, "*batch 3*hidden"], a: Float[Array, "*batch 3*hidden"]
+) -> tuple[GRUState, Float[Array, "*batch hidden"]]:
+    """Return the state after one step, and the step's output h."""
+    _, u, n = gru_activations(params, state, z, a)
+    h = (1 - u) * n + u * state.h
+    return GRUState(h), h
+
+
+GRU: Cell[GRUParams, GRUState] = Cell(
+    name="GRU", init=init_gru, initial_carry=initial_gru_carry, gates=gru_gates, activations=gru_activations
+)

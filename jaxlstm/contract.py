@@ -1,0 +1,164 @@
+"""What the arguments of a sequence function must keep, checked before anything is traced into a loop.
+
+One error, that names the function, the argument, what was expected, what came, and the likely cure.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxlstm.cell import Cell, PyTree, leaf_path, project
+
+
+def check_init(function: str, key: Any, input_size: Any, hidden_size: Any, dtype: DTypeLike) -> None:
+    """Check the arguments of an initialiser.
+
+    Raises:
+      TypeError: `key` is no typed key, or `dtype` no floating type.
+      ValueError: a size is no positive integer.
+    """
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        got = f"{key.dtype}[{_dims(key)}]" if hasattr(key, "dtype") else type(key).__name__
+        raise TypeError(f"{function}: key must be a typed key, got {got}; make one with jax.random.key(seed).")
+    if key.shape != ():
+        raise ValueError(f"{function}: key must be one key, got {key.shape[0]} of them; use jax.vmap for many.")
+    for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{function}: {name} must be a positive int, got {size!r}.")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{function}: dtype must be a floating type, got {jnp.dtype(dtype).name}.")
+
+
+def check_sequence(
+    function: str, cell: Cell[Any, Any], params: PyTree, xs: PyTree, carry: PyTree | None
+) -> tuple[int, ...]:
+    """Check that a cell, its parameters, a sequence and a carry belong together; return the batch shape.
+
+    Raises:
+      TypeError: dtypes are mixed, inputs are integers, or the carry is another cell's.
+      ValueError: a shape is wrong.
+    """
+    own_project = cell.project is not project
+    if not own_project:
+        _check_input(function, cell, params, xs)
+    leaves = jax.tree.leaves(xs)
+    if not leaves or any(leaf.ndim < 1 or len(leaf) != len(leaves[0]) for leaf in leaves):
+        raise ValueError(f"{function}: every array of xs must be [time, *batch, ...], got {describe(xs)}.")
+    # A mixture would be promoted silently, and the carry would change its dtype inside the loop.
+    for name, tree in (("xs", xs), ("carry", carry)):
+        _check_dtype(function, params, name, tree)
+
+    params_type, xs_type = jax.tree.map(_struct, (params, xs))
+    x_type = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs_type)
+    try:
+        z_type = jax.eval_shape(cell.project, params_type, x_type)
+        batch_shape = jax.tree.leaves(z_type)[0].shape[:-1]
+        expected = jax.eval_shape(lambda p: cell.initial_carry(p, batch_shape), params_type)
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{function}: {cell.name} does not accept these params and xs: params {describe(params)}; "
+            f"xs {describe(xs)}. {error}"
+        ) from error
+    if carry is not None:
+        check_carry(function, "carry", cell, carry, expected)
+    try:
+        stepped, _ = jax.eval_shape(cell.step, params_type, expected, x_type)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{function}: one step of {cell.name} fails with params {describe(params)}; "
+            f"carry {describe(expected)}; x {describe(x_type)}. Are these another cell's params? {error}"
+        ) from error
+    if describe(stepped) != describe(expected):
+        raise ValueError(
+            f"{function}: one step of {cell.name} turns carry {describe(expected)} into {describe(stepped)}; "
+            f"the carry must keep its type. Are these another cell's params: {describe(params)}?"
+        )
+    return batch_shape
+
+
+def check_carry(function: str, name: str, cell: Cell[Any, Any], carry: PyTree, expected: PyTree) -> None:
+    """Check that a carry is the cell's own, leaf by leaf.
+
+    Raises:
+      TypeError: it is another kind of pytree.
+      ValueError: a leaf has the wrong shape.
+    """
+    own: Any = jax.tree.structure(expected)
+    if jax.tree.structure(carry) != own:
+        raise TypeError(
+            f"{function}: {name} of {cell.name} must be {_kind(expected)}, got {_kind(carry)}; "
+            f"{cell.name}.initial_carry(params, batch_shape) makes one."
+        )
+    if any(got.shape != want.shape for got, want in zip(*map(jax.tree.leaves, (carry, expected)), strict=True)):
+        raise ValueError(
+            f"{function}: {name} is {describe(carry)}, {cell.name} expects {describe(expected)}; "
+            f"every leaf is [*batch, ...] with the batch axes of xs."
+        )
+
+
+def check_steps(function: str, name: str, flags: Any, num_steps: int, batch_shape: tuple[int, ...]) -> None:
+    """Check a mask or reset: bool, one flag per step and batch element.
+
+    Raises:
+      TypeError: it is not boolean.
+      ValueError: it has the wrong shape.
+    """
+    if flags.dtype != jnp.bool_:
+        raise TypeError(f"{function}: {name} must be bool, got {flags.dtype}; write {name} != 0.")
+    if flags.shape != (num_steps, *batch_shape):
+        raise ValueError(
+            f"{function}: {name} must be [time, *batch] = {[num_steps, *batch_shape]}, got {list(flags.shape)}."
+        )
+
+
+def describe(tree: PyTree) -> str:
+    """Return dtype and shape of every leaf, as `h float32[3,7], c float32[3,7]`."""
+    return ", ".join(
+        f"{leaf_path(path)} {leaf.dtype}[{_dims(leaf)}]".strip() for path, leaf in jax.tree.leaves_with_path(tree)
+    )
+
+
+def _check_input(function: str, cell: Cell[Any, Any], params: Any, xs: Any) -> None:
+    if not hasattr(xs, "ndim"):
+        raise TypeError(f"{function}: xs must be one array [time, *batch, input], got {_kind(xs)}.")
+    if not all(hasattr(params, name) for name in ("w_ih", "b")):
+        raise TypeError(
+            f"{function}: {cell.name} expects params with w_ih and b, got {_kind(params)}; {cell.name}.init makes them."
+        )
+    if not jnp.issubdtype(xs.dtype, jnp.inexact):
+        raise TypeError(
+            f"{function}: xs must be floating, got {xs.dtype}; embed symbols, or use jax.nn.one_hot(xs, num_symbols)."
+        )
+    if xs.ndim < 2:
+        raise ValueError(f"{function}: xs must be [time, *batch, input], got {list(xs.shape)}.")
+    if xs.shape[-1] != params.w_ih.shape[0]:
+        raise ValueError(
+            f"{function}: xs has {xs.shape[-1]} features, params.w_ih expects {params.w_ih.shape[0]}; "
+            f"xs is [time, *batch, input], got {list(xs.shape)}."
+        )
+
+
+def _check_dtype(function: str, params: PyTree, name: str, tree: PyTree) -> None:
+    floats = lambda tree: {x.dtype for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)}
+    own, other = floats(params), floats(tree)
+    if len(own | other) > 1:
+        dtype = min(own, key=str) if own else "one dtype"
+        raise TypeError(
+            f"{function}: params ({describe(params)}) and {name} ({describe(tree)}) must share one dtype; "
+            f"cast with jax.tree.map(lambda v: v.astype({str(dtype)!r}), {name if len(own) == 1 else 'params'})."
+        )
+
+
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _kind(tree: PyTree) -> str:
+    fields = getattr(type(tree), "_fields", None)
+    return f"{type(tree).__name__}({', '.join(fields)})" if fields else type(tree).__name__
+
+
+def _dims(leaf: Any) -> str:
+    return ",".join(map(str, leaf.shape))
