@@ -33,7 +33,7 @@ def recur(params: Any, carry: Any) -> Float[Array, "*batch gates"]:
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Cell(Generic[Params, Carry]):
     """Describe a recurrent cell by pure functions on plain pytrees.
 
@@ -59,6 +59,9 @@ class Cell(Generic[Params, Carry]):
     project: Callable[[Params, Any], Any] = project
     recur: Callable[[Params, Carry], Any] | None = recur
     activations: Callable[[Params, Carry, Any, Any], Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"Cell({self.name})"
 
     def step(self, params: Params, carry: Carry, x: Any) -> tuple[Carry, Any]:
         """Take one step: what `lax.scan` or a sampler calls.

@@ -46,9 +46,7 @@ def check_sequence(
     leaves = jax.tree.leaves(xs)
     if not leaves or any(leaf.ndim < 1 or len(leaf) != len(leaves[0]) for leaf in leaves):
         raise ValueError(f"{function}: every array of xs must be [time, *batch, ...], got {describe(xs)}.")
-    # A mixture would be promoted silently, and the carry would change its dtype inside the loop.
-    for name, tree in (("xs", xs), ("carry", carry)):
-        _check_dtype(function, params, name, tree)
+    _check_dtype(function, params, xs)
 
     params_type, xs_type = jax.tree.map(_struct, (params, xs))
     x_type = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs_type)
@@ -82,7 +80,7 @@ def check_carry(function: str, name: str, cell: Cell[Any, Any], carry: PyTree, e
     """Check that a carry is the cell's own, leaf by leaf.
 
     Raises:
-      TypeError: it is another kind of pytree.
+      TypeError: it is another kind of pytree, or a leaf has the wrong dtype.
       ValueError: a leaf has the wrong shape.
     """
     own: Any = jax.tree.structure(expected)
@@ -91,11 +89,12 @@ def check_carry(function: str, name: str, cell: Cell[Any, Any], carry: PyTree, e
             f"{function}: {name} of {cell.name} must be {_kind(expected)}, got {_kind(carry)}; "
             f"{cell.name}.initial_carry(params, batch_shape) makes one."
         )
-    if any(got.shape != want.shape for got, want in zip(*map(jax.tree.leaves, (carry, expected)), strict=True)):
-        raise ValueError(
-            f"{function}: {name} is {describe(carry)}, {cell.name} expects {describe(expected)}; "
-            f"every leaf is [*batch, ...] with the batch axes of xs."
-        )
+    for got, want in zip(*map(jax.tree.leaves, (carry, expected)), strict=True):
+        message = f"{function}: {name} is {describe(carry)}, {cell.name} expects {describe(expected)}; "
+        if got.shape != want.shape:
+            raise ValueError(message + "every leaf is [*batch, ...] with the batch axes of xs.")
+        if got.dtype != want.dtype:
+            raise TypeError(message + f"cast with jax.tree.map(lambda v: v.astype('{want.dtype}'), {name}).")
 
 
 def check_steps(function: str, name: str, flags: Any, num_steps: int, batch_shape: tuple[int, ...]) -> None:
@@ -140,14 +139,15 @@ def _check_input(function: str, cell: Cell[Any, Any], params: Any, xs: Any) -> N
         )
 
 
-def _check_dtype(function: str, params: PyTree, name: str, tree: PyTree) -> None:
-    floats = lambda tree: {x.dtype for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)}
-    own, other = floats(params), floats(tree)
+def _check_dtype(function: str, params: PyTree, xs: PyTree) -> None:
+    """A mixture would be promoted silently, and the carry would change its dtype inside the loop."""
+    floats = lambda tree: {str(x.dtype) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)}
+    own, other = floats(params), floats(xs)
     if len(own | other) > 1:
-        dtype = min(own, key=str) if own else "one dtype"
         raise TypeError(
-            f"{function}: params ({describe(params)}) and {name} ({describe(tree)}) must share one dtype; "
-            f"cast with jax.tree.map(lambda v: v.astype({str(dtype)!r}), {name if len(own) == 1 else 'params'})."
+            f"{function}: params ({describe(params)}) and xs ({describe(xs)}) must share one dtype; "
+            f"cast with jax.tree.map(lambda v: v.astype('{min(own | other if len(own) > 1 else own)}'), "
+            f"{'params' if len(own) > 1 else 'xs'})."
         )
 
 

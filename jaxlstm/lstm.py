@@ -50,9 +50,9 @@ def activations(
 ) -> LSTMGates[Float[Array, "*batch hidden"]]:
     """Return the activated gates i, f, g, o of one step."""
     pre = z + a
-    # Both functions of the whole array, sliced afterwards: contiguous, so the CPU vectorises them.
+    # σ of the whole array, sliced afterwards: contiguous, so the CPU vectorises it. g's quarter of it is never used.
     i, f, _, o = jnp.split(jax.nn.sigmoid(pre), 4, axis=-1)
-    _, _, g, _ = jnp.split(jnp.tanh(pre), 4, axis=-1)
+    g = jnp.tanh(jnp.split(pre, 4, axis=-1)[2])
     return LSTMGates(i, f, g, o)
 
 
@@ -68,8 +68,8 @@ def gates(
 
 def initial_carry(params: LSTMParams, batch_shape: tuple[int, ...] = ()) -> LSTMState:
     """Return h_0 = c_0 = 0, each [*batch, hidden]."""
-    zeros = jnp.zeros((*batch_shape, params.w_hh.shape[0]), params.w_hh.dtype)
-    return LSTMState(zeros, zeros)
+    shape, dtype = (*batch_shape, params.w_hh.shape[0]), params.w_hh.dtype
+    return LSTMState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))  # two buffers: a carry may be donated
 
 
 # Initialisers: functions (key, input_size, hidden_size, *, dtype) -> LSTMParams, drawn in float32 and then cast.

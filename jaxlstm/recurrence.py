@@ -67,9 +67,8 @@ def unroll(
     """
     if gradient != "scan":
         raise ValueError(f'unroll: gradient must be "scan", got {gradient!r}.')
-    params, xs, carry, mask, reset, reset_carry = jax.tree.map(
-        jnp.asarray, (params, xs, carry, mask, reset, reset_carry)
-    )
+    params, xs, carry, reset_carry = jax.tree.map(jnp.asarray, (params, xs, carry, reset_carry))
+    mask, reset = (None if flags is None else jnp.asarray(flags) for flags in (mask, reset))
     batch_shape = check_sequence("unroll", cell, params, xs, carry)
     num_steps = len(jax.tree.leaves(xs)[0])
     for name, flags in (("mask", mask), ("reset", reset)):

@@ -91,5 +91,6 @@ def fit(train_step: TrainStep, state: TrainState, batches: PyTree) -> tuple[Trai
 
 
 def _learning_rate(opt_state: PyTree) -> Metrics:
-    found = optax.tree.get_all_with_path(opt_state, "learning_rate")
-    return {"learning_rate": jnp.asarray(found[0][1])} if len(found) == 1 else {}
+    # A schedule's own state stands in the optimiser's under the same name; it is no array.
+    found = optax.tree.get_all_with_path(opt_state, "learning_rate", lambda path, value: hasattr(value, "dtype"))
+    return {"learning_rate": found[0][1]} if len(found) == 1 else {}

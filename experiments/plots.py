@@ -1,0 +1,71 @@
+"""Pictures: each answers its question by itself."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+def learning_curve(
+    path: Path, metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]], baselines: dict[str, float]
+) -> Path:
+    """Draw bits per character against steps, with the baselines as lines."""
+    steps, bits = np.array([(row["step"], row["loss"] / math.log(2)) for row in metrics if "loss" in row]).T
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    axes.plot(steps, bits, color="0.8", linewidth=0.6, label="LSTM, each training batch")
+    axes.plot(
+        [row["step"] for row in evaluations],
+        [row["held_out_bits"] for row in evaluations],
+        "o-",
+        color="C0",
+        label="LSTM, held-out text",
+    )
+    for name, value in baselines.items():
+        axes.axhline(value, color="C3", linewidth=1, linestyle="--")
+        axes.annotate(f"{name} {value:.2f}", (1, value), xycoords=("axes fraction", "data"), xytext=(6, 0),
+                      textcoords="offset points", color="C3", va="bottom" if name != "xz" else "top")  # fmt: skip
+    last = evaluations[-1]
+    axes.annotate(f"{last['held_out_bits']:.2f}", (last["step"], last["held_out_bits"]), xytext=(0, -16),
+                  textcoords="offset points", color="C0", ha="center", weight="bold")  # fmt: skip
+    axes.set(xlabel="optimiser step", ylabel="bits per character", xlim=(0, steps[-1]),
+             ylim=(min(1.0, bits.min()), baselines["unigram"] + 0.8),
+             title="A character LSTM against n-grams and xz on held-out text (dashed)")  # fmt: skip
+    axes.legend(loc="upper right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def gate_maps(path: Path, sentence: str, trace: dict[str, Any]) -> Path:
+    """Draw i, f, g, o and c over a sentence: a row a unit, sorted by how long it remembers; a column a character."""
+    titles = {
+        "i": "input gate i: how much is written",
+        "f": "forget gate f: how much is kept",
+        "g": "candidate g: what is written",
+        "o": "output gate o: how much is shown",
+        "c": "cell state c: what is remembered",
+    }
+    order = np.argsort(np.asarray(trace["f"]).mean(axis=0))[::-1]
+    figure, rows = plt.subplots(5, 1, figsize=(13, 15), layout="constrained", sharex=True)
+    for axes, (name, title) in zip(rows, titles.items(), strict=True):
+        values = np.asarray(trace[name])[:, order].T
+        limit = 1.0 if name != "c" else float(np.quantile(np.abs(values), 0.99))
+        colours = (
+            {"cmap": "viridis", "vmin": 0, "vmax": 1}
+            if name in "ifo"
+            else {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+        )
+        image = axes.imshow(values, aspect="auto", interpolation="nearest", **colours)
+        axes.set(title=title, ylabel="unit, by mean f")
+        figure.colorbar(image, ax=axes, pad=0.01)
+    rows[-1].set_xticks(range(len(sentence)), [c if c != " " else "·" for c in sentence], family="monospace")
+    rows[-1].set_xlabel("character read (· is a space)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

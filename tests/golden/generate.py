@@ -1,0 +1,83 @@
+"""Write torch.npz: what torch computes, in float64, so that the comparison runs where torch is not installed.
+
+python tests/golden/generate.py         needs torch; test_torch.py regenerates it in memory and compares
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+PATH = Path(__file__).with_name("torch.npz")
+T, B, I, H = 7, 3, 5, 4
+LENGTHS = (4, 7, 2)
+MODULES = {"LSTM": ("LSTM", {}), "GRU": ("GRU", {}), "RNN": ("RNN", {}), "RNN(relu)": ("RNN", {"nonlinearity": "relu"})}
+SEEDS = range(20)
+FLOAT32_SHAPE = (30, 4, 6, 8)
+
+
+def normal(rng, *shape):
+    return rng.normal(size=shape)
+
+
+def run(module, xs, states, d_ys, d_states, lengths=None):
+    """Return outputs, final states and every gradient of Σ ys d_ys + Σ states d_states, as NumPy arrays.
+
+    Layouts stay torch's own: the test converts them.
+    """
+    import torch
+
+    xs = xs.clone().requires_grad_()
+    states = [state.clone().requires_grad_() for state in states]
+    inputs = xs if lengths is None else torch.nn.utils.rnn.pack_padded_sequence(xs, lengths, enforce_sorted=False)
+    ys, finals = module(inputs, tuple(states) if len(states) == 2 else states[0])
+    if lengths is not None:
+        ys, _ = torch.nn.utils.rnn.pad_packed_sequence(ys, total_length=len(xs))
+    finals = list(finals) if len(states) == 2 else [finals]
+    loss = (ys * d_ys).sum() + sum((state * d).sum() for state, d in zip(finals, d_states, strict=True))
+    loss.backward()
+    named = {"xs": xs, **{f"state{k}": state for k, state in enumerate(states)}, **dict(module.named_parameters())}
+    results = {"ys": ys, **{f"final{k}": final for k, final in enumerate(finals)}}
+    results |= {f"d_{name}": value.grad for name, value in named.items()}
+    return {name: value.detach().numpy().copy() for name, value in (named | results).items()}
+
+
+def case(name, *, lengths=None, bidirectional=False, shape=(T, B, I, H), seed=0, dtype="float64"):
+    """Run one module on random weights, data and cotangents."""
+    import torch
+
+    kind, options = MODULES[name]
+    num_steps, batch, input_size, hidden = shape
+    rng = np.random.default_rng(seed)
+    tensor = lambda *shape: torch.tensor(normal(rng, *shape), dtype=getattr(torch, dtype))
+    module = getattr(torch.nn, kind)(
+        input_size, hidden, bidirectional=bidirectional, dtype=getattr(torch, dtype), **options
+    )
+    for parameter in module.parameters():
+        parameter.data = tensor(*parameter.shape) / 2
+    directions, num_states = 1 + bidirectional, 1 + (kind == "LSTM")
+    states = [tensor(directions, batch, hidden) for _ in range(num_states)]
+    d_states = [tensor(directions, batch, hidden) for _ in range(num_states)]
+    xs, d_ys = tensor(num_steps, batch, input_size), tensor(num_steps, batch, directions * hidden)
+    results = run(module, xs, states, d_ys, d_states, lengths)
+    return results | {"d_ys": d_ys.numpy()} | {f"d_final{k}": d.numpy() for k, d in enumerate(d_states)}
+
+
+def float32_error(seed):
+    """Return the relative error of torch's float32 weight gradients of an LSTM against its own in float64."""
+    single, double = (case("LSTM", shape=FLOAT32_SHAPE, seed=seed, dtype=dtype) for dtype in ("float32", "float64"))
+    weights = ("d_weight_ih_l0", "d_weight_hh_l0", "d_bias_ih_l0")
+    flat = lambda results: np.concatenate([results[name].ravel().astype(np.float64) for name in weights])
+    return np.linalg.norm(flat(single) - flat(double)) / np.linalg.norm(flat(double))
+
+
+def generate():
+    """Return everything that torch.npz holds."""
+    cases = {name: case(name) for name in MODULES}
+    cases |= {f"packed {name}": case(name, lengths=LENGTHS, bidirectional=True, seed=1) for name in MODULES}
+    arrays = {f"{name}/{key}": value for name, results in cases.items() for key, value in results.items()}
+    return arrays | {"float32 errors": np.array([float32_error(seed) for seed in SEEDS])}
+
+
+if __name__ == "__main__":
+    np.savez_compressed(PATH, **generate())
+    print(PATH, PATH.stat().st_size, "bytes")

@@ -1,0 +1,444 @@
+"""unroll against NumPy loops and complex-step derivatives: every cell, masks, resets, directions, shapes, meshes."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlstm import GRU, LSTM, RNN, LSTMState, length_mask, segment_resets, unroll
+
+import oracles
+from cells import CELLS, B, H, I, T, draw, normal, worst_error
+
+LENGTHS = np.array([5, 0, 7])
+MASK = np.arange(T)[:, None] < LENGTHS
+HOLES = normal(5, T, B) > -0.3
+RESET = np.zeros((T, B), bool)
+RESET[0, 0] = RESET[2, 0] = RESET[3] = RESET[6, 2] = True
+assert not HOLES.all() and (RESET & ~HOLES).any()  # a reset at a masked step is among the cases
+
+# mask, reset, whether the reset carry is given: not, one for all steps, one per step; reverse
+WAYS = {
+    "plain": (None, None, None, False),
+    "reverse": (None, None, None, True),
+    "lengths": (MASK, None, None, False),
+    "lengths, reverse": (MASK, None, None, True),
+    "reset to zero": (None, RESET, None, False),
+    "holes and resets, reverse": (HOLES, RESET, "one", True),
+    "holes and resets per step": (HOLES, RESET, "per step", False),
+}
+
+
+def tree_arrays(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def draw_reset_carry(carry, kind):
+    if kind is None:
+        return None
+    lead = (T,) if kind == "per step" else ()
+    return jax.tree.map(lambda c: jnp.asarray(normal(77 + c.size % 7, *lead, *c.shape)), carry)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", CELLS)
+def test_values_and_all_gradients_equal_a_numpy_loop(name, way):
+    cell, step = CELLS[name]
+    mask, reset, kind, reverse = WAYS[way]
+    params, xs, carry = draw(cell)
+    reset_carry = draw_reset_carry(carry, kind)
+    d_ys = normal(50, T, B, H)
+
+    # The oracle's loss, of real or complex arrays: Σ ys d_ys + Σ sin of the final carry.
+    split = np.cumsum([len(jax.tree.leaves(tree)) for tree in (params, carry, reset_carry)])
+
+    def oracle_run(arrays):
+        p, c, r = arrays[: split[0]], arrays[split[0] : split[1]], arrays[split[1] : split[2]]
+        zero = tuple(np.zeros_like(leaf) for leaf in c)
+        return oracles.loop(step, p, arrays[-1], c, mask, reset, r or zero, reverse)
+
+    def oracle_loss(*arrays):
+        final, ys = oracle_run(arrays)
+        return (ys * d_ys).sum() + sum(np.sin(leaf).sum() for leaf in final)
+
+    run = functools.partial(unroll, mask=mask, reset=reset, reverse=reverse)
+
+    def loss(variables):
+        params, carry, reset_carry, xs = variables
+        final, ys = run(cell, params, xs, carry, reset_carry=reset_carry)
+        return (ys * d_ys).sum() + sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(final)), (final, ys)
+
+    variables = (params, carry, reset_carry, xs)
+    gradients, outputs = jax.jit(jax.grad(loss, has_aux=True))(variables)
+    arrays = tree_arrays(variables)
+    assert worst_error(outputs, oracle_run(arrays)) < 1e-14
+    assert worst_error(gradients, oracles.complex_step_gradient(oracle_loss, arrays)) < 1e-12
+
+
+def test_the_oracle_notices_a_wrong_gate_order():
+    params, xs, carry = draw(LSTM)
+    _, ys = unroll(LSTM, params, xs, carry)
+    swapped = jax.tree.map(lambda v: jnp.concatenate([v[..., H : 2 * H], v[..., :H], v[..., 2 * H :]], -1), params)
+    _, wrong = oracles.loop(oracles.lstm_step, tree_arrays(swapped), np.asarray(xs), tree_arrays(carry))
+    assert worst_error(ys, wrong) > 0.1
+
+
+def fifteen_lines_of_scan(params, xs, carry):
+    def step(carry, x):
+        h, c = carry
+        i, f, g, o = jnp.split(x @ params.w_ih + h @ params.w_hh + params.b, 4, axis=-1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (h, c), h
+
+    return jax.lax.scan(step, carry, xs)
+
+
+def test_gradient_scan_is_the_plain_scan():
+    params, xs, carry = draw(LSTM)
+    scan = lambda *v: unroll(LSTM, *v, gradient="scan")
+    ours, plain = (
+        jax.value_and_grad(lambda v, run=run: (run(*v)[1] ** 2).sum())((params, xs, carry))
+        for run in (scan, lambda p, x, c: fifteen_lines_of_scan(p, x, tuple(c)))
+    )
+    assert worst_error(ours, plain) < 1e-14
+
+
+# Masks and resets.
+
+
+@pytest.mark.parametrize("cell", [LSTM, GRU, RNN])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_masked_steps_hold_the_carry_and_put_out_zero(cell, reverse):
+    params, xs, carry = draw(cell)
+    final, ys = unroll(cell, params, xs, carry, mask=MASK, reverse=reverse)
+    assert not np.any(np.asarray(ys)[~MASK])
+    for n, length in enumerate(LENGTHS):
+        own = jax.tree.map(lambda c, n=n: c[n], carry)
+        alone, _ = unroll(cell, params, xs[:length, n], own, reverse=reverse)
+        assert worst_error(jax.tree.map(lambda c, n=n: c[n], final), alone) < 1e-15
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_length_0_returns_the_initial_carry_bit_for_bit(reverse):
+    params, xs, carry = draw(LSTM)
+    carry = carry._replace(h=carry.h.at[1, 0].set(-0.0))
+    final, _ = unroll(LSTM, params, xs, carry, mask=MASK, reverse=reverse)
+    assert LENGTHS[1] == 0
+    for got, want in zip(final, carry, strict=True):
+        assert np.asarray(got[1]).tobytes() == np.asarray(want[1]).tobytes()
+
+
+@pytest.mark.parametrize("cell", [LSTM, GRU, RNN])
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e300])
+def test_garbage_in_padding_changes_no_bit_of_values_and_gradients(cell, garbage):
+    params, xs, carry = draw(cell)
+
+    @jax.jit
+    def everything(xs):
+        loss = lambda params, xs, carry: sum(
+            (leaf**2).sum() for leaf in jax.tree.leaves(unroll(cell, params, xs, carry, mask=HOLES))
+        )
+        return unroll(cell, params, xs, carry, mask=HOLES), jax.grad(loss, (0, 1, 2))(params, xs, carry)
+
+    clean, dirty = (everything(jnp.where(HOLES[..., None], xs, filler)) for filler in (0.0, garbage))
+    for got, want in zip(jax.tree.leaves(dirty), jax.tree.leaves(clean), strict=True):
+        assert np.isfinite(got).all()
+        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_resets_are_separate_runs(reverse):
+    params, xs, _ = draw(LSTM)
+    ids = jnp.array([0, 0, 0, 4, 4, 1, 1])[:, None] * jnp.ones(B, int)
+    final, ys = unroll(LSTM, params, xs, reset=segment_resets(ids, reverse=reverse), reverse=reverse)
+    runs = [unroll(LSTM, params, piece, reverse=reverse) for piece in (xs[:3], xs[3:5], xs[5:])]
+    assert worst_error(ys, jnp.concatenate([run[1] for run in runs])) < 1e-15
+    assert worst_error(final, runs[0 if reverse else -1][0]) < 1e-15
+
+
+def test_a_reset_at_the_first_step_hides_the_carry():
+    params, xs, carry = draw(LSTM)
+    reset = jnp.zeros((T, B), bool).at[0].set(True)
+    d_carry = jax.grad(lambda carry: unroll(LSTM, params, xs, carry, reset=reset)[1].sum())(carry)
+    assert not any(np.any(leaf) for leaf in d_carry)
+    assert worst_error(unroll(LSTM, params, xs, carry, reset=reset), unroll(LSTM, params, xs)) == 0
+
+
+def test_a_reset_at_a_masked_step_is_held():
+    params, xs, carry = draw(LSTM)
+    mask, reset = jnp.ones((T, B), bool).at[-2:].set(False), jnp.zeros((T, B), bool).at[-1].set(True)
+    final, _ = unroll(LSTM, params, xs, carry, mask=mask, reset=reset)
+    assert not any(np.any(leaf) for leaf in final)
+
+
+def test_length_mask_and_segment_resets_of_any_batch_rank():
+    lengths = np.array([[2, 0, 3], [1, 9, 3]])
+    want = [[[t < n for n in row] for row in lengths] for t in range(4)]
+    np.testing.assert_array_equal(length_mask(lengths, 4), want)
+    assert length_mask(3, 5).tolist() == [True, True, True, False, False]
+    assert length_mask(lengths, 0).shape == (0, 2, 3)
+    ids = np.array([[3, 0], [3, 1], [2, 1]])
+    assert segment_resets(ids).tolist() == [[False, False], [False, True], [True, False]]
+    assert segment_resets(ids, reverse=True).tolist() == [[False, True], [True, False], [False, False]]
+    assert segment_resets(ids[:0]).shape == (0, 2)
+
+
+# Shapes.
+
+
+@pytest.mark.parametrize("shape", [(T, I), (T, 1, I), (T, 2, B, I), (T, 2, 1, B, I)])
+def test_any_batch_rank_is_the_same_as_one_by_one(shape):
+    params, _, _ = draw(LSTM)
+    xs, mask = jnp.asarray(normal(3, *shape)), jnp.asarray(normal(4, *shape[:-1]) > -0.5)
+    carry, ys = unroll(LSTM, params, xs, mask=mask)
+    flat_xs, flat_mask = xs.reshape(T, -1, I), mask.reshape(T, -1)
+    for n in range(flat_xs.shape[1]):
+        own, y = unroll(LSTM, params, flat_xs[:, n], mask=flat_mask[:, n])
+        assert worst_error(ys.reshape(T, -1, H)[:, n], y) < 1e-14
+        assert worst_error(carry.c.reshape(-1, H)[n], own.c) < 1e-14
+
+
+@pytest.mark.parametrize("cell", [cell for cell, _ in CELLS.values()], ids=CELLS)
+@pytest.mark.parametrize("num_steps, batch", [(0, B), (T, 0), (0, 0)])
+def test_no_steps_and_no_batch_work_with_gradients(cell, num_steps, batch):
+    params, _, _ = draw(cell)
+    xs, flags = jnp.zeros((num_steps, batch, I)), jnp.ones((num_steps, batch), bool)
+    carry = jax.tree.map(lambda c: c + 1, cell.initial_carry(params, (batch,)))
+    for options in ({}, {"mask": flags, "reset": ~flags}):
+        loss = lambda v, options=options: jax.tree.reduce(
+            jnp.add, jax.tree.map(jnp.sum, unroll(cell, v[0], v[1], v[2], **options))
+        )
+        final, ys = unroll(cell, params, xs, carry, **options)
+        assert ys.shape == (num_steps, batch, H)
+        if num_steps == 0:
+            assert worst_error(final, carry) == 0
+        d_params, d_xs, d_carry = jax.jit(jax.grad(loss))((params, xs, carry))
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves((d_params, d_xs)))
+        assert all((leaf == 1).all() for leaf in jax.tree.leaves(d_carry))
+
+
+def test_vmap_over_batch_and_over_parameters_is_the_loop():
+    params, xs, carry = draw(LSTM)
+    other, _, _ = draw(LSTM, seed=30)
+    batch_major = jax.vmap(functools.partial(unroll, LSTM, params))(xs.swapaxes(0, 1))
+    assert worst_error(batch_major[1].swapaxes(0, 1), unroll(LSTM, params, xs)[1]) < 1e-15
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), params, other)
+    both = jax.vmap(lambda p: jax.grad(lambda p: unroll(LSTM, p, xs, carry)[1].sum())(p))(stacked)
+    for n, one in enumerate((params, other)):
+        alone = jax.grad(lambda p: unroll(LSTM, p, xs, carry)[1].sum())(one)
+        assert worst_error(jax.tree.map(lambda leaf, n=n: leaf[n], both), alone) < 1e-13
+
+
+def test_numpy_inputs_are_accepted():
+    params, xs, carry = draw(LSTM)
+    from_numpy = unroll(LSTM, *jax.tree.map(np.asarray, (params, xs, carry)), mask=MASK)
+    assert worst_error(from_numpy, unroll(LSTM, params, xs, carry, mask=MASK)) == 0
+
+
+def test_a_second_call_compiles_nothing():
+    params, xs, carry = draw(LSTM)
+    traces = []
+
+    @jax.jit
+    def run(cell, params, xs, carry, mask):
+        traces.append(1)
+        return unroll(cell, params, xs, carry, mask=mask)
+
+    for k in range(3):
+        run(LSTM, jax.tree.map(lambda p, k=k: p + k, params), xs, carry, jnp.asarray(MASK))
+    assert len(traces) == 1
+
+
+def test_the_program_does_not_grow_with_the_number_of_steps():
+    params, _, _ = draw(LSTM)
+    sizes = set()
+    for num_steps in (10, 1000):
+        loss = lambda p, x: unroll(LSTM, p, x)[1].sum()
+        sizes.add(len(jax.jit(jax.grad(loss)).lower(params, jnp.zeros((num_steps, B, I))).as_text().splitlines()))
+    assert len(sizes) == 1
+
+
+def test_projection_is_outside_the_loop_and_one_matmul_is_inside():
+    params, xs, carry = draw(LSTM)
+    jaxpr = jax.make_jaxpr(lambda *v: unroll(LSTM, *v))(params, xs, carry)
+    (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+    count = lambda eqns: sum(eqn.primitive.name == "dot_general" for eqn in eqns)
+    assert count(jaxpr.eqns) == 1 and count(scan.params["jaxpr"].jaxpr.eqns) == 1
+
+
+# Meshes: two devices, the batch sharded, with a zero carry that knows nothing of the mesh.
+
+SHARDED_XS = normal(8, T, 4, I)
+SHARDED_MASK = np.arange(T)[:, None] < np.array([7, 2, 0, 5])
+SHARDED_RESET = np.zeros((T, 4), bool)
+SHARDED_RESET[3, 1:] = True
+
+
+def sharded_loss(params, xs, mask, reset):
+    carry, ys = unroll(LSTM, params, xs, mask=mask, reset=reset)
+    return (ys**2).sum() + (carry.c**2).sum()
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
+def test_a_sharded_batch_gives_the_same_and_stays_sharded(axis_type, jitted):
+    params, _, _ = draw(LSTM)
+    want = jax.value_and_grad(sharded_loss, (0, 1))(params, jnp.asarray(SHARDED_XS), SHARDED_MASK, SHARDED_RESET)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        put = lambda v: jax.device_put(v, NamedSharding(mesh, P(None, "data")))
+        xs, mask, reset = put(SHARDED_XS), put(SHARDED_MASK), put(SHARDED_RESET)
+        own = jax.device_put(params, NamedSharding(mesh, P()))
+        run, gradient = (
+            (lambda p, x, m, r: unroll(LSTM, p, x, mask=m, reset=r)),
+            jax.value_and_grad(sharded_loss, (0, 1)),
+        )
+        if jitted:
+            run, gradient = jax.jit(run), jax.jit(gradient)
+        carry, ys = run(own, xs, mask, reset)
+        assert ys.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "data", None)), 3)
+        assert carry.c.sharding.is_equivalent_to(NamedSharding(mesh, P("data", None)), 2)
+        got = gradient(own, xs, mask, reset)
+    assert worst_error(got, want) < 1e-13
+
+
+def test_under_shard_map_the_default_carry_is_typed_as_the_data():
+    params, _, _ = draw(LSTM)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    run = lambda p, x, m, r: unroll(LSTM, p, x, mask=m, reset=r)
+    specs = (P(), P(None, "data"), P(None, "data"), P(None, "data"))
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(LSTMState(P("data"), P("data")), P(None, "data")))
+    args = (params, jnp.asarray(SHARDED_XS), SHARDED_MASK, SHARDED_RESET)
+    assert worst_error(jax.jit(mapped)(*args), run(*args)) < 1e-15
+
+    def loss(run):
+        return lambda p, x: jax.tree.reduce(jnp.add, jax.tree.map(lambda v: (v**2).sum(), run(p, x, *args[2:])))
+
+    got, want = (jax.jit(jax.grad(loss(r), (0, 1)))(*args[:2]) for r in (mapped, run))
+    assert worst_error(got, want) < 1e-13
+
+
+# Wrong input: one clear error each.
+
+PARAMS, XS, CARRY = draw(LSTM)
+GRU_PARAMS, _, GRU_CARRY = draw(GRU)
+FLAGS = jnp.ones((T, B), bool)
+HALF = jax.tree.map(lambda v: v.astype("float32"), PARAMS)
+
+WRONG = {
+    "rank": (lambda: unroll(LSTM, PARAMS, XS[:, 0, 0]), ValueError, r"unroll: xs must be \[time, \*batch, input\], got \[7\]"),
+    "feature count": (
+        lambda: unroll(LSTM, PARAMS, XS[..., :3]),
+        ValueError,
+        r"unroll: xs has 3 features, params.w_ih expects 5; xs is \[time, \*batch, input\], got \[7, 3, 3\]",
+    ),
+    "hidden size of the carry": (
+        lambda: unroll(LSTM, PARAMS, XS, LSTMState(CARRY.h[:, :3], CARRY.c[:, :3])),
+        ValueError,
+        r"unroll: carry is h float64\[3,3\], c float64\[3,3\], LSTM expects h float64\[3,4\], c float64\[3,4\]",
+    ),
+    "hidden size of the params": (
+        lambda: unroll(LSTM, PARAMS._replace(w_hh=PARAMS.w_hh[:, :8]), XS),
+        ValueError,
+        r"unroll: one step of LSTM fails with params .*w_hh float64\[4,8\].*another cell's params\?",
+    ),
+    "batch of the carry": (
+        lambda: unroll(LSTM, PARAMS, XS, LSTMState(CARRY.h[:2], CARRY.c[:2])),
+        ValueError,
+        r"carry is h float64\[2,4\].* LSTM expects h float64\[3,4\].*batch axes of xs",
+    ),
+    "carry of another cell": (
+        lambda: unroll(LSTM, PARAMS, XS, GRU_CARRY),
+        TypeError,
+        r"unroll: carry of LSTM must be LSTMState\(h, c\), got GRUState\(h\); LSTM.initial_carry\(params, batch_shape\)",
+    ),
+    "carry as a plain tuple": (
+        lambda: unroll(LSTM, PARAMS, XS, tuple(CARRY)), TypeError, r"must be LSTMState\(h, c\), got tuple",
+    ),
+    "params of another cell": (lambda: unroll(LSTM, GRU_PARAMS, XS), ValueError, r"one step of LSTM .*another cell's params"),
+    "LSTM params for a GRU": (lambda: unroll(GRU, PARAMS, XS), ValueError, r"one step of GRU fails .*another cell's params"),
+    "GRU params for an RNN": (lambda: unroll(RNN, GRU_PARAMS, XS), ValueError, r"one step of RNN\(tanh\) .*another cell's"),
+    "params without names": (
+        lambda: unroll(LSTM, {"w": XS}, XS), TypeError, r"LSTM expects params with w_ih and b, got dict; LSTM.init makes them",
+    ),
+    "several arrays for xs": (lambda: unroll(LSTM, PARAMS, (XS, XS)), TypeError, r"xs must be one array .*, got tuple"),
+    "float lengths": (
+        lambda: length_mask(np.array([2.0, 3.0]), T), TypeError, r"length_mask: lengths must be integers, got float64; cast",
+    ),
+    "float segment ids": (lambda: segment_resets(XS[..., 0]), TypeError, r"segment_ids must be integers .*float64\[7, 3\]"),
+    "mask of the wrong shape": (
+        lambda: unroll(LSTM, PARAMS, XS, mask=FLAGS.T),
+        ValueError,
+        r"unroll: mask must be \[time, \*batch\] = \[7, 3\], got \[3, 7\]",
+    ),
+    "reset of the wrong shape": (
+        lambda: unroll(LSTM, PARAMS, XS, reset=FLAGS[:, 0]), ValueError, r"reset must be .* = \[7, 3\], got \[7\]",
+    ),
+    "mask of floats": (
+        lambda: unroll(LSTM, PARAMS, XS, mask=FLAGS.astype(float)), TypeError, r"mask must be bool, got float64; write mask != 0",
+    ),
+    "reset_carry without reset": (
+        lambda: unroll(LSTM, PARAMS, XS, reset_carry=CARRY), ValueError, r"reset_carry is given without reset",
+    ),
+    "reset_carry of the wrong shape": (
+        lambda: unroll(LSTM, PARAMS, XS, reset=FLAGS, reset_carry=LSTMState(CARRY.h[:2], CARRY.c[:2])),
+        ValueError,
+        r"unroll: reset_carry is h float64\[2,4\].* expects h float64\[3,4\]",
+    ),
+    "reset_carry of too few steps": (
+        lambda: unroll(LSTM, PARAMS, XS, reset=FLAGS, reset_carry=jax.tree.map(lambda c: jnp.stack([c] * 3), CARRY)),
+        ValueError,
+        r"reset_carry is h float64\[3,3,4\].* expects h float64\[7,3,4\]",
+    ),
+    "reset_carry of another cell": (
+        lambda: unroll(LSTM, PARAMS, XS, reset=FLAGS, reset_carry=GRU_CARRY), TypeError, r"reset_carry of LSTM .* got GRUState",
+    ),
+    "integer inputs": (
+        lambda: unroll(LSTM, PARAMS, XS.astype(int)), TypeError, r"xs must be floating, got int64; embed symbols, or use jax.nn.one",
+    ),
+    "mixed dtypes of params and xs": (
+        lambda: unroll(LSTM, HALF, XS),
+        TypeError,
+        r"unroll: params .*float32.* and xs .*float64.* must share one dtype; cast with .*astype\('float32'\), xs\)",
+    ),
+    "mixed dtypes of params and carry": (
+        lambda: unroll(LSTM, HALF, XS.astype("float32"), CARRY), TypeError, r"carry is h float64.* expects h float32.*; cast with .*carry",
+    ),
+    "mixed dtypes of reset_carry": (
+        lambda: unroll(LSTM, PARAMS, XS, reset=FLAGS, reset_carry=jax.tree.map(lambda c: c.astype("float32"), CARRY)),
+        TypeError,
+        r"reset_carry is h float32.* expects h float64.*; cast with .*astype\('float64'\), reset_carry",
+    ),
+    "mixed dtypes within params": (
+        lambda: unroll(LSTM, PARAMS._replace(b=HALF.b), XS), TypeError, r"params .* must share one dtype; .*params\)",
+    ),
+    "unknown gradient": (lambda: unroll(LSTM, PARAMS, XS, gradient="fast"), ValueError, 'gradient must be "scan", got .fast'),
+    "old-style integer seed": (
+        lambda: LSTM.init(0, I, H), TypeError, r"init_glorot_orthogonal: key must be a typed key, got int; .*jax.random.key\(seed\)",
+    ),
+    "old-style raw key": (
+        lambda: GRU.init(jax.random.PRNGKey(0), I, H), TypeError, r"init_gru: key must be a typed key, got uint32\[2\]",
+    ),
+    "several keys": (lambda: RNN.init(jax.random.split(jax.random.key(0), 3), I, H), ValueError, r"must be one key, got 3"),
+    "hidden size zero": (lambda: LSTM.init(jax.random.key(0), I, 0), ValueError, r"hidden_size must be a positive int, got 0"),
+    "input size a float": (lambda: LSTM.init(jax.random.key(0), 5.0, H), ValueError, r"input_size must be a positive int, got 5.0"),
+    "integer dtype": (
+        lambda: LSTM.init(jax.random.key(0), I, H, dtype="int32"), TypeError, r"dtype must be a floating type, got int32",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_is_one_clear_error(name, jitted):
+    call, kind, message = WRONG[name]
+    with pytest.raises(kind) as raised:
+        jax.jit(call)() if jitted else call()
+    assert re.search(message, str(raised.value)), str(raised.value)
+    assert "\n" not in str(raised.value)

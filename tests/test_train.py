@@ -1,0 +1,179 @@
+"""Training: any Optax optimiser, one trace, one scan, many seeds; against steps written out in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlstm import LSTM, TrainState, fit, init_train_state, make_train_step, unroll
+
+from cells import H, I, T, normal, worst_error
+
+N, BATCH = 6, 5
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):  # Optax's own rules mix dtypes
+        yield
+
+
+BATCHES = (jnp.asarray(normal(0, N, T, BATCH, I)), jnp.asarray(normal(1, N, BATCH, H)))
+
+
+def lstm_loss(params, batch, carry, key):
+    xs, targets = batch
+    xs = xs + 0.1 * jax.random.normal(key, xs.shape)
+    carry, ys = unroll(LSTM, params, xs, carry)
+    return ((ys[-1] - targets) ** 2).mean(), (carry, {"last": ys[-1].mean()})
+
+
+def new_state(optimizer, seed=0):
+    key = jax.random.key(seed)
+    params = LSTM.init(key, I, H, dtype=jnp.float64)
+    return init_train_state(params, optimizer, key, carry=LSTM.initial_carry(params, (BATCH,)))
+
+
+def test_the_update_is_the_optimisers_on_the_gradient_of_the_loss():
+    def loss_fn(w, batch, carry, key):
+        return ((batch @ w) ** 2).sum() / 2, (carry + 1, {"size": jnp.abs(w).sum()})
+
+    w, x, rate = normal(2, 4), normal(3, 3, 4), 0.01
+    optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
+    step = make_train_step(loss_fn, optimizer)
+    state, metrics = step(init_train_state(jnp.asarray(w), optimizer, jax.random.key(0), carry=jnp.zeros(())), x)
+    gradient = x.T @ (x @ w)
+    np.testing.assert_allclose(state.params, w - rate * gradient, rtol=1e-13)
+    assert (int(state.step), float(state.carry)) == (1, 1.0)
+    want = {
+        "loss": ((x @ w) ** 2).sum() / 2,
+        "grad_norm": np.linalg.norm(gradient),
+        "learning_rate": rate,
+        "size": np.abs(w).sum(),
+    }
+    assert metrics.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6 if name == "learning_rate" else 1e-13)
+
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1, momentum=0.9),
+    "adam": optax.adam(1e-2),
+    "clipped adamw on a schedule": optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.inject_hyperparams(optax.adamw)(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, N)),
+    ),
+    "accumulating": optax.MultiSteps(optax.rmsprop(1e-2), every_k_schedule=2),
+    "reduce on plateau": optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
+    "line search": optax.lbfgs(),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optax_optimiser_runs_and_fit_is_the_loop(name):
+    optimizer = OPTIMIZERS[name]
+    step = make_train_step(lstm_loss, optimizer)
+    scanned, metrics = jax.jit(functools.partial(fit, step))(new_state(optimizer), BATCHES)
+    state, jitted = new_state(optimizer), jax.jit(step)
+    for n in range(N):
+        state, own = jitted(state, jax.tree.map(lambda v, n=n: v[n], BATCHES))
+        np.testing.assert_allclose(own["loss"], metrics["loss"][n], rtol=1e-9)
+    assert int(scanned.step) == N
+    assert worst_error(scanned.params, state.params) < 1e-8
+    assert worst_error(scanned.params, new_state(optimizer).params) > 1e-3
+    assert ("learning_rate" in metrics) == (name in ("clipped adamw on a schedule", "line search"))
+
+
+def test_the_learning_rate_of_a_schedule_is_the_one_used():
+    schedule = optax.linear_schedule(1.0, 0.0, N)
+    optimizer = optax.inject_hyperparams(optax.sgd)(schedule)
+    _, metrics = fit(make_train_step(lstm_loss, optimizer), new_state(optimizer), BATCHES)
+    np.testing.assert_allclose(metrics["learning_rate"], [schedule(n) for n in range(N)], rtol=1e-6)
+
+
+def test_one_trace_over_200_steps_with_evaluation_between():
+    traces = {"train": 0, "evaluate": 0}
+
+    def counted(params, batch, carry, key):
+        traces["train"] += 1
+        return lstm_loss(params, batch, carry, key)
+
+    @jax.jit
+    def evaluate(params):
+        traces["evaluate"] += 1
+        return unroll(LSTM, params, BATCHES[0][0])[1].mean()
+
+    optimizer = optax.adam(1e-3)
+    step, state = jax.jit(make_train_step(counted, optimizer), donate_argnums=0), new_state(optimizer)
+    for n in range(200):
+        state, _ = step(state, jax.tree.map(lambda v, n=n: v[n % N], BATCHES))
+        if n % 50 == 0:
+            evaluate(state.params)
+    assert int(state.step) == 200
+    assert traces == {"train": 1, "evaluate": 1}
+
+
+def test_vmap_over_seeds_equals_separate_runs():
+    optimizer = optax.adam(1e-2)
+    run = functools.partial(fit, make_train_step(lstm_loss, optimizer))
+    alone = [jax.jit(run)(new_state(optimizer, seed), BATCHES) for seed in range(3)]
+    stacked = jax.vmap(lambda key: new_state_from(key, optimizer))(jnp.stack([jax.random.key(s) for s in range(3)]))
+    states, metrics = jax.vmap(run, in_axes=(0, None))(stacked, BATCHES)
+    for n, (state, own) in enumerate(alone):
+        assert worst_error(jax.tree.map(lambda v, n=n: v[n], states.params), state.params) < 1e-9
+        np.testing.assert_allclose(metrics["loss"][n], own["loss"], rtol=1e-10)
+    assert worst_error(alone[0][0].params, alone[1][0].params) > 0.1
+
+
+def new_state_from(key, optimizer):
+    params = LSTM.init(key, I, H, dtype=jnp.float64)
+    return init_train_state(params, optimizer, key, carry=LSTM.initial_carry(params, (BATCH,)))
+
+
+def test_the_carry_is_handed_on_and_cut_from_the_gradient():
+    optimizer = optax.sgd(0.0)
+    quiet = lambda params, batch, carry, key: lstm_loss_without_noise(params, batch, carry)
+    first = new_state(optimizer)
+    state, metrics = fit(make_train_step(quiet, optimizer), first, BATCHES)
+    whole, _ = unroll(LSTM, first.params, BATCHES[0].reshape(N * T, BATCH, I))
+    assert worst_error(state.carry, whole) < 1e-13
+    # The second step's gradient is the one at a constant carry: truncated at the border of the batches.
+    carry, _ = unroll(LSTM, first.params, BATCHES[0][0])
+    second = jax.tree.map(lambda v: v[1], BATCHES)
+    gradient = jax.grad(lambda p: lstm_loss_without_noise(p, second, carry)[0])(first.params)
+    np.testing.assert_allclose(metrics["grad_norm"][1], optax.tree.norm(gradient), rtol=1e-12)
+
+
+def lstm_loss_without_noise(params, batch, carry):
+    carry, ys = unroll(LSTM, params, batch[0], carry)
+    return ((ys[-1] - batch[1]) ** 2).mean(), (carry, {})
+
+
+def test_every_step_has_its_own_key_and_a_rerun_the_same():
+    loss_fn = lambda w, batch, carry, key: (w.sum(), (carry, {"noise": jax.random.uniform(key)}))
+    optimizer = optax.sgd(0.1)
+    draws = [
+        fit(
+            make_train_step(loss_fn, optimizer),
+            init_train_state(jnp.ones(2), optimizer, jax.random.key(s)),
+            jnp.zeros(N),
+        )
+        for s in (0, 0, 1)
+    ]
+    noise = [metrics["noise"].tolist() for _, metrics in draws]
+    assert len(set(noise[0])) == N and noise[0] == noise[1] and not set(noise[0]) & set(noise[2])
+
+
+def test_a_metric_that_hides_ours_is_refused():
+    loss_fn = lambda w, batch, carry, key: (w.sum(), (carry, {"loss": w.sum(), "grad_norm": w.sum()}))
+    step = make_train_step(loss_fn, optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"must not be named \['grad_norm', 'loss'\]"):
+        step(init_train_state(jnp.ones(2), optax.sgd(0.1), jax.random.key(0)), jnp.zeros(1))
+
+
+def test_a_state_is_a_plain_pytree_with_an_empty_carry_by_default():
+    state = TrainState(jnp.ones(2), (), jnp.zeros((), jnp.int32), jax.random.key(0))
+    assert state.carry == () and len(jax.tree.leaves(state)) == 3
