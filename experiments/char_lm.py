@@ -147,7 +147,7 @@ def evaluate(model: Model, inputs: Array, targets: Array, lengths: Int[Array, "b
     """Return bits per character; every column starts from zero, each character counts once."""
     mask = length_mask(lengths, len(inputs))
     _, logits = predict(model, initial_carries(model, inputs.shape[1]), inputs)
-    return jnp.where(mask, cross_entropy(logits, targets), 0).sum() / lengths.sum() / math.log(2)
+    return cross_entropy(logits, targets).mean(where=mask) / math.log(2)
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
@@ -262,7 +262,7 @@ def main(
     log.info("bits per held-out character: %s", ", ".join(f"{name} {bits:.3f}" for name, bits in baselines.items()))
 
     held_out = text.streams(tokens, num_train, STREAMS)
-    first = jnp.asarray(data.symbols.index("\n") if "\n" in data.symbols else 0)
+    first = jnp.asarray(text.encode(text.first_symbol(data.symbols), data.symbols)[0])
     evaluations: list[dict[str, Any]] = []
     evaluate_every = max(BLOCK, steps // EVALUATIONS // BLOCK * BLOCK)
     seconds = 0.0

@@ -32,7 +32,7 @@ def load(run: Path) -> tuple[Model, str]:
 def main(
     run: Annotated[Path, tyro.conf.Positional],
     *,
-    prompt: str = "\n",
+    prompt: str | None = None,
     num_characters: int = 1000,
     temperature: float = 0.7,
     seed: int = 0,
@@ -41,12 +41,13 @@ def main(
 
     Args:
       run: the folder of a run of experiments.char_lm.
-      prompt: what the model reads first.
+      prompt: what the model reads first; default the start of a line.
       num_characters: how many characters it writes.
       temperature: below 1 is bolder than the model believes, above 1 more timid; more than 0.
       seed: of the choice of characters.
     """
     model, symbols = load(run)
+    prompt = text.first_symbol(symbols) if prompt is None else prompt
     if unknown := sorted(set(prompt) - set(symbols)):
         sys.exit(f"sample: --prompt has characters the model never saw: {unknown}; it knows {symbols!r}.")
     if not prompt or temperature <= 0:

@@ -51,6 +51,11 @@ def encode(text: str, symbols: str) -> Int[np.ndarray, "characters"]:
     return np.array([number[character] for character in text], np.int32)
 
 
+def first_symbol(symbols: str) -> str:
+    """Return what a sample starts after: a new line, where the corpus has lines."""
+    return "\n" if "\n" in symbols else symbols[0]
+
+
 def batches(
     tokens: Int[np.ndarray, "characters"], steps: range, batch_size: int, seq_len: int
 ) -> Int[np.ndarray, "steps seq_len+1 batch"]:

@@ -1,0 +1,18 @@
+"""Tests run in float64 unless they say otherwise, with strict promotion, on two (pretended) CPU devices."""
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(autouse=True)
+def documented_code_runs_as_users_run_it(request):
+    """Doctests and code blocks run with JAX's own defaults."""
+    if isinstance(request.node, pytest.DoctestItem) or request.node.get_closest_marker("documented"):
+        with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+            yield
+    else:
+        yield
