@@ -23,10 +23,18 @@ endif
 .PHONY: train test test-full lint check clean
 .DEFAULT_GOAL := check
 
+define GPU_HINT
+@if command -v nvidia-smi >/dev/null 2>&1 && \
+  ! $(BIN)/python -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")' 2>/dev/null; then \
+  echo "An NVIDIA GPU is visible and JAX is not using it: add ACCEL=cuda12 or ACCEL=cuda13 to use it."; fi
+endef
+
 check: $(STAMP)  ## ten seconds: is the gradient right on this machine?
+	$(GPU_HINT)
 	@$(BIN)/python -m jaxlstm
 
 train: $(STAMP)  ## five minutes: a character language model on real text
+	$(GPU_HINT)
 	@$(BIN)/python -m experiments.char_lm $(ARGS)
 
 test: $(STAMP)
@@ -51,5 +59,3 @@ $(STAMP): pyproject.toml
 	@rm -f $(VENV)/.installed*
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev$(addprefix $(comma),$(ACCEL))]'
 	@touch $@
-	@if command -v nvidia-smi >/dev/null 2>&1 && ! $(BIN)/python -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")' 2>/dev/null; then \
-	  echo "An NVIDIA GPU is visible and JAX is not using it: add ACCEL=cuda12 or ACCEL=cuda13 to use it."; fi

@@ -233,7 +233,15 @@ def main(
       tensorboard: write event files as well.
     """
     config = dict(locals())
-    data = text.load_corpus(corpus)
+    for name in ("hidden_size", "num_layers", "batch_size", "seq_len", "steps"):
+        if config[name] < 1:
+            sys.exit(f"char_lm: --{name.replace('_', '-')} must be at least 1, got {config[name]}.")
+    try:
+        data = text.load_corpus(corpus)
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"char_lm: --corpus {corpus} cannot be read as UTF-8 text: {error}")
+    if len(data.held_out) < STREAMS:
+        sys.exit(f"char_lm: --corpus {corpus} has {len(data.text)} characters; {STREAMS * 20} are the least.")
     tokens = text.encode(data.text, data.symbols)
     num_train = len(data.train)
     folder = runs.create("char_lm", workdir, {**config, "symbols": data.symbols, "sha256": data.sha256})

@@ -30,9 +30,9 @@ def learning_curve(
         axes.axhline(value, color="C3", linewidth=1, linestyle="--")
         axes.annotate(f"{name} {value:.2f}", (1, value), xycoords=("axes fraction", "data"), xytext=(6, 0),
                       textcoords="offset points", color="C3", va="bottom" if name != "xz" else "top")  # fmt: skip
-    last = evaluations[-1]
-    axes.annotate(f"{last['held_out_bits']:.2f}", (last["step"], last["held_out_bits"]), xytext=(0, -16),
-                  textcoords="offset points", color="C0", ha="center", weight="bold")  # fmt: skip
+    last = evaluations[-1]["held_out_bits"]
+    axes.annotate(f"LSTM {last:.2f}", (1, last), xycoords=("axes fraction", "data"), xytext=(6, -2),
+                  textcoords="offset points", color="C0", va="top", weight="bold")  # fmt: skip
     axes.set(xlabel="optimiser step", ylabel="bits per character", xlim=(0, steps[-1]),
              ylim=(min(1.0, bits.min()), baselines["unigram"] + 0.8),
              title="A character LSTM against n-grams and xz on held-out text (dashed)")  # fmt: skip
@@ -64,8 +64,8 @@ def gate_maps(path: Path, sentence: str, trace: dict[str, Any]) -> Path:
         image = axes.imshow(values, aspect="auto", interpolation="nearest", **colours)
         axes.set(title=title, ylabel="unit, by mean f")
         figure.colorbar(image, ax=axes, pad=0.01)
-    rows[-1].set_xticks(range(len(sentence)), [c if c != " " else "·" for c in sentence], family="monospace")
-    rows[-1].set_xlabel("character read (· is a space)")
+    rows[-1].set_xticks(range(len(sentence)), list(sentence.replace(" ", "·").replace("\n", "↵")), family="monospace")
+    rows[-1].set_xlabel("character read (· is a space, ↵ a new line)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

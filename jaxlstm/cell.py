@@ -33,7 +33,7 @@ def recur(params: Any, carry: Any) -> Float[Array, "*batch gates"]:
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Cell(Generic[Params, Carry]):
     """Describe a recurrent cell by pure functions on plain pytrees.
 
@@ -41,7 +41,6 @@ class Cell(Generic[Params, Carry]):
     Equinox modules, and `jax.tree.map` passes over it. `params`, `carry`, `z` and `a` are any pytrees.
 
     Attributes:
-      name: what errors and tables call the cell.
       init: `(key, input_size, hidden_size, *, dtype=float32, ...) -> params`.
       initial_carry: `(params, batch_shape=()) -> carry`, its leaves [*batch, ...].
       gates: `(params, carry, z, a) -> (carry, y)`: the equations.
@@ -50,15 +49,16 @@ class Cell(Generic[Params, Carry]):
       recur: `(params, carry) -> a`, linear in the carry and in the weights. Default `carry.h @ params.w_hh`;
         `None` for a cell whose gates do not see h through a matmul.
       activations: `(params, carry, z, a) -> NamedTuple` of the gates' values, for diagnosis; optional.
+      name: what errors and tables call the cell.
     """
 
-    name: str
     init: Callable[..., Params]
     initial_carry: Callable[..., Carry]
     gates: Callable[[Params, Carry, Any, Any], tuple[Carry, Any]]
     project: Callable[[Params, Any], Any] = project
     recur: Callable[[Params, Carry], Any] | None = recur
     activations: Callable[[Params, Carry, Any, Any], Any] | None = None
+    name: str = dataclasses.field(default="cell", kw_only=True)
 
     def __repr__(self) -> str:
         return f"Cell({self.name})"

@@ -88,27 +88,6 @@ def test_the_oracle_notices_a_wrong_gate_order():
     assert worst_error(ys, wrong) > 0.1
 
 
-def fifteen_lines_of_scan(params, xs, carry):
-    def step(carry, x):
-        h, c = carry
-        i, f, g, o = jnp.split(x @ params.w_ih + h @ params.w_hh + params.b, 4, axis=-1)
-        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h = jax.nn.sigmoid(o) * jnp.tanh(c)
-        return (h, c), h
-
-    return jax.lax.scan(step, carry, xs)
-
-
-def test_gradient_scan_is_the_plain_scan():
-    params, xs, carry = draw(LSTM)
-    scan = lambda *v: unroll(LSTM, *v, gradient="scan")
-    ours, plain = (
-        jax.value_and_grad(lambda v, run=run: (run(*v)[1] ** 2).sum())((params, xs, carry))
-        for run in (scan, lambda p, x, c: fifteen_lines_of_scan(p, x, tuple(c)))
-    )
-    assert worst_error(ours, plain) < 1e-14
-
-
 # Masks and resets.
 
 

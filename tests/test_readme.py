@@ -1,0 +1,108 @@
+"""Every code block of the README and the docs runs; every claim and every figure in it holds."""
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxlstm import LSTM, unroll
+
+from cells import draw, worst_error
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/derivation.md"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "experiments" / "results" / "char_lm"
+
+
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+
+
+BLOCKS = {f"{page} {n}": code for page in PAGES for n, code in enumerate(python_blocks(page), 1)}
+
+
+@pytest.mark.documented
+@pytest.mark.parametrize("name", BLOCKS)
+def test_code_blocks_run(name, capsys):
+    namespace = {"__name__": "readme"}
+    exec(compile(BLOCKS[name], name, "exec"), namespace)
+    if name == "README.md 1":  # the first screen ends in a gradient compared
+        assert len(BLOCKS[name].strip().splitlines()) <= 12
+        assert max(namespace["gradient_error"](namespace["by_hand"], namespace["autodiff"])) < 1e-5
+        assert capsys.readouterr().out.startswith("LSTMParams(w_ih=")
+    if "Classifier" in namespace:
+        assert len([line for line in BLOCKS[name].splitlines() if line]) <= 26
+        assert namespace["metrics"]["accuracy"][-10:].mean() > 0.95
+
+
+def test_there_are_blocks_in_every_page():
+    assert all(python_blocks(page) for page in PAGES)
+
+
+def test_the_fifteen_lines_are_gradient_scan():
+    (code,) = [code for code in python_blocks("README.md") if "def lstm(" in code]
+    assert len(code[code.index("def lstm(") :].strip().splitlines()) <= 15
+    namespace = {}
+    exec(code, namespace)
+    params, xs, carry = draw(LSTM)
+
+    def gradient(run):
+        loss = lambda v: sum((leaf**2).sum() for leaf in jax.tree.leaves(run(*v)))
+        return jax.value_and_grad(loss)((params, xs, carry))
+
+    plain = gradient(lambda params, xs, carry: namespace["lstm"](params, xs, tuple(carry)))
+    assert worst_error(gradient(lambda *v: unroll(LSTM, *v, gradient="scan")), plain) < 1e-14
+
+
+def test_what_the_table_says_of_flax_and_of_the_fifteen_lines():
+    xs, lengths = jax.random.normal(jax.random.key(0), (3, 5, 2), "float32"), jnp.array([5, 0, 2])
+    layer = nn.RNN(nn.OptimizedLSTMCell(4), return_carry=True)
+    variables = layer.init(jax.random.key(1), xs)
+    (_, h), ys = layer.apply(variables, xs, seq_lengths=lengths)
+    np.testing.assert_array_equal(h[1], ys[1, -1])  # of length 0, yet the last padding step's
+    assert np.any(h[1])
+    dirty = xs.at[2, 2:].set(jnp.nan)
+    # The loss sees only what lies inside the lengths; its gradient is NaN all the same.
+    final = lambda v: layer.apply(v, dirty, seq_lengths=lengths)[0][1][2].sum()
+    assert np.isfinite(final(variables))
+    assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(jax.grad(final)(variables)))
+    for call in (nn.RNN.__call__, nnx.RNN.__call__):
+        assert "seq_lengths" in inspect.signature(call).parameters
+        assert not {"reset", "resets", "mask"} & inspect.signature(call).parameters.keys()
+
+    (code,) = [code for code in python_blocks("README.md") if "def lstm(" in code]
+    namespace = {}
+    exec(code, namespace)
+    params, xs, carry = draw(LSTM)
+    inside = lambda p: namespace["lstm"](p, xs.at[5:, 2].set(jnp.nan), tuple(carry))[1][:5].sum()
+    assert np.isfinite(inside(params))
+    assert np.isnan(jax.grad(inside)(params).w_hh).any()
+
+
+def test_the_figures_are_those_of_the_committed_result():
+    result = json.loads((RESULTS / "result.json").read_text(encoding="utf-8"))
+    assert result["learned"]
+    assert f"({result['corpus']['characters']:,} characters" in README
+    rows = {"LSTM, 2 layers of 128": result["held_out_bits"], **result["baselines"]}
+    for name, bits in rows.items():
+        assert re.search(rf"\| [^|]*{re.escape(name)}[^|]* \| {bits:.2f} \|", README), name
+    assert (result["config"]["num_layers"], result["config"]["hidden_size"]) == (2, 128)
+    assert all(row["agrees"] for check in result["gradient_check"].values() for row in check.values())
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / picture).exists()
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+            assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+    for path in re.findall(r"^\| `([\w./]+)` \|", README, re.M):
+        assert (ROOT / path).exists(), path
