@@ -170,7 +170,7 @@ def gradient_error(gradients: PyTree, reference: PyTree) -> PyTree:
 
     Args:
       gradients: any pytree of floating arrays.
-      reference: the same pytree, of the gradients held to be right.
+      reference: the same pytree, of the gradients held to be right; may be of a wider dtype.
 
     Returns:
       The same pytree of scalars; NaN where a NaN is found.
@@ -183,13 +183,16 @@ def gradient_error(gradients: PyTree, reference: PyTree) -> PyTree:
     0.02
     """
     gradients, reference = jax.tree.map(jnp.asarray, (gradients, reference))
-    if describe(gradients) != describe(reference):
+    shapes: list[Any] = [jax.tree.map(jnp.shape, tree) for tree in (gradients, reference)]
+    if shapes[0] != shapes[1]:
         raise ValueError(
             f"gradient_error: gradients and reference must be alike, got {describe(gradients)}; "
             f"and {describe(reference)}."
         )
 
     def error(g: Array, r: Array) -> Array:
+        dtype = max(g.dtype, r.dtype, jnp.dtype("float32"), key=lambda dtype: jnp.finfo(dtype).bits)
+        g, r = g.astype(dtype), r.astype(dtype)
         # Scaled to at most 1, so that squares of tiny gradients do not vanish in float32.
         scale = jnp.maximum(jnp.abs(g).max(initial=0), jnp.abs(r).max(initial=0))
         norm = lambda v: jnp.linalg.norm((v / jnp.where(scale == 0, 1, scale)).ravel())

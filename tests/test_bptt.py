@@ -186,6 +186,14 @@ def test_gradient_error_sees_tiny_huge_and_nan_gradients():
     assert not gradient_error(jnp.array([np.inf]), jnp.ones(1)) < 1
 
 
+def test_gradient_error_is_measured_in_the_wider_dtype():
+    reference = {"w": jnp.asarray(normal(0, 1000))}
+    for dtype, unit in (("bfloat16", 2.0**-8), ("float32", 2.0**-24)):
+        error = gradient_error(jax.tree.map(lambda v, d=dtype: v.astype(d), reference), reference)["w"]
+        assert error.dtype == jnp.float64 and unit / 4 < error < unit
+    assert gradient_error(jnp.ones(2, "bfloat16"), jnp.ones(2, "bfloat16")).dtype == jnp.float32
+
+
 def test_gradient_error_refuses_other_trees_and_shapes():
     with pytest.raises(ValueError, match=r"must be alike, got w float64\[2\]; and w float64\[1\]"):
         gradient_error({"w": jnp.ones(2)}, {"w": jnp.ones(1)})
