@@ -1,4 +1,4 @@
-# make train, make test, make lint: each sets up $(VENV) on first use, and again when pyproject.toml changes.
+# make, make train, make test, make lint: each sets up $(VENV) on first use, and again when pyproject.toml changes.
 #   PYTHON=python3.12                 chooses the interpreter
 #   ACCEL=cuda12 | cuda13 | tpu       adds JAX's accelerator packages
 #   ARGS="--hidden-size 256"          goes to the job
@@ -7,26 +7,36 @@ VENV ?= .venv
 ACCEL ?=
 ARGS ?=
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed$(addprefix -,$(ACCEL))
 comma := ,
 
-# Without PYTHON= an environment that is there keeps its interpreter.
-ifeq ($(origin PYTHON),undefined)
-PYTHON := $(if $(wildcard $(VENV)/.installed*),$(BIN)/python,python3)
+ifneq ($(filter-out cuda12 cuda13 tpu,$(ACCEL)),)
+$(error ACCEL must be cuda12, cuda13 or tpu, got $(ACCEL))
 endif
-VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
-INSTALLED_VERSION := $(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
-ifneq ($(VERSION),$(INSTALLED_VERSION))
+
+# What is set up stays, with its accelerator, until PYTHON= or ACCEL= asks for something else.
+INSTALLED := $(firstword $(wildcard $(VENV)/.installed*))
+ifeq ($(ACCEL),)
+STAMP := $(or $(INSTALLED),$(VENV)/.installed)
+else
+STAMP := $(VENV)/.installed-$(ACCEL)
+endif
+EXTRA := $(patsubst $(VENV)/.installed-%,%,$(filter $(VENV)/.installed-%,$(STAMP)))
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(or $(if $(INSTALLED),$(shell $(BIN)/python -c 'import sys; print(sys._base_executable)')),python3)
+endif
+version_of = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VERSION := $(call version_of,$(PYTHON))
+ifneq ($(VERSION),$(call version_of,$(BIN)/python))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: train test test-full lint check clean
+.PHONY: check train test test-full lint clean
 .DEFAULT_GOAL := check
 
 define GPU_HINT
-@if command -v nvidia-smi >/dev/null 2>&1 && \
+@if nvidia-smi -L 2>/dev/null | grep -q GPU && \
   ! $(BIN)/python -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")' 2>/dev/null; then \
-  echo "An NVIDIA GPU is visible and JAX is not using it: add ACCEL=cuda12 or ACCEL=cuda13 to use it."; fi
+  echo "An NVIDIA GPU is visible and JAX is not using it; ACCEL=cuda12 or ACCEL=cuda13 installs what it takes."; fi
 endef
 
 check: $(STAMP)  ## ten seconds: is the gradient right on this machine?
@@ -55,7 +65,6 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "jaxlstm needs Python 3.11 or newer, and $(PYTHON) is $(or $(VERSION),not there); name one: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "Setting up $(VENV) with Python $(VERSION): a minute or two ..."
-	@if [ "$(PYTHON)" != "$(BIN)/python" ]; then $(PYTHON) -m venv --clear $(VENV); fi
-	@rm -f $(VENV)/.installed*
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev$(addprefix $(comma),$(ACCEL))]'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev$(addprefix $(comma),$(EXTRA))]'
 	@touch $@

@@ -14,7 +14,6 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -32,10 +31,10 @@ from jaxlstm import (
     LSTMParams,
     LSTMState,
     TrainState,
+    TrainStep,
     fit,
     gradient_error,
     init_train_state,
-    length_mask,
     lstm_bptt,
     make_train_step,
     split_gates,
@@ -45,7 +44,7 @@ from jaxlstm import (
 
 BLOCK = 50  # optimiser steps in one call of `fit`
 EVALUATIONS = 10
-STREAMS = 32  # columns in which the held-out text is read
+STREAMS, WARM_UP = 32, 256  # columns in which the held-out text is read; characters read before the first one scored
 TOLERANCE = {"float64": 1e-12, "float32": 1e-4}  # of the gradient by hand against autodiff
 
 log = logging.getLogger("char_lm")
@@ -143,11 +142,15 @@ def loss_fn(
 
 
 @jax.jit
-def evaluate(model: Model, inputs: Array, targets: Array, lengths: Int[Array, "batch"]) -> Float[Array, ""]:
-    """Return bits per character; every column starts from zero, each character counts once."""
-    mask = length_mask(lengths, len(inputs))
+def evaluate(
+    model: Model,
+    inputs: Int[Array, "time batch"],
+    targets: Int[Array, "time batch"],
+    scored: Bool[Array, "time batch"],
+) -> Float[Array, ""]:
+    """Return bits per scored character."""
     _, logits = predict(model, initial_carries(model, inputs.shape[1]), inputs)
-    return cross_entropy(logits, targets).mean(where=mask) / math.log(2)
+    return cross_entropy(logits, targets).mean(where=scored) / math.log(2)
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
@@ -190,7 +193,10 @@ def check_gradients(state: TrainState, batch: Array, dropout: float) -> dict[str
             )
             key = jax.random.fold_in(state.key, state.step)
             errors = jax.device_get(gradient_errors(model, batch, carries, key, dropout))
-        named = [(float(error), runs.leaf_path(path)) for path, error in jax.tree.leaves_with_path(errors)]
+        named = [
+            (float(error), jax.tree_util.keystr(path, simple=True, separator="."))
+            for path, error in jax.tree.leaves_with_path(errors)
+        ]
         error, name = max(named, key=lambda pair: (math.isnan(pair[0]), pair[0]))
         worst[dtype] = {"error": error, "weight": name, "agrees": error <= tolerance}
     return worst
@@ -217,6 +223,8 @@ def main(
 ) -> dict[str, Any]:
     """Train a character language model and hold it against n-grams and xz.
 
+    The exit code is 0 whenever the run has ended, LEARNED or not.
+
     Args:
       corpus: `python-docs`, the manual in the standard library, or the path of a UTF-8 text file.
       hidden_size: units of a layer, and of the embedding.
@@ -233,18 +241,10 @@ def main(
       tensorboard: write event files as well.
     """
     config = dict(locals())
-    for name in ("hidden_size", "num_layers", "batch_size", "seq_len", "steps"):
-        if config[name] < 1:
-            sys.exit(f"char_lm: --{name.replace('_', '-')} must be at least 1, got {config[name]}.")
-    try:
-        data = text.load_corpus(corpus)
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"char_lm: --corpus {corpus} cannot be read as UTF-8 text: {error}")
-    if len(data.held_out) < STREAMS:
-        sys.exit(f"char_lm: --corpus {corpus} has {len(data.text)} characters; {STREAMS * 20} are the least.")
-    tokens = text.encode(data.text, data.symbols)
-    num_train = len(data.train)
+    check_flags(config)
+    data = load(corpus, batch_size * seq_len)
     folder = runs.create("char_lm", workdir, {**config, "symbols": data.symbols, "sha256": data.sha256})
+    tokens = text.encode(data.text, data.symbols)
     log.info("device: %s", runs.devices())
     log.info(
         "corpus: %s, %s characters (sha256 %s), %d symbols; held out: the last %s characters",
@@ -259,64 +259,33 @@ def main(
     optimizer = optax.chain(
         optax.clip_by_global_norm(clip), optax.inject_hyperparams(optax.adamw)(learning_rate=schedule)
     )
-    train_step = make_train_step(functools.partial(loss_fn, dropout=dropout), optimizer)
-    train_block = jax.jit(functools.partial(fit, train_step), donate_argnums=0)
     state = init_train_state(model, optimizer, train_key, carry=initial_carries(model, batch_size))
-    cut = functools.partial(text.batches, tokens[:num_train], batch_size=batch_size, seq_len=seq_len)
+    train_step = make_train_step(functools.partial(loss_fn, dropout=dropout), optimizer)
+    batches = functools.partial(text.batches, tokens[: len(data.train)], batch_size=batch_size, seq_len=seq_len)
 
-    check = {"at the first batch": check_gradients(state, cut(range(1))[0], dropout)}
+    check = {"at the first batch": check_gradients(state, batches(range(1))[0], dropout)}
     report_check("at the first batch", check["at the first batch"])
     baselines = text.baselines(data)
     log.info("bits per held-out character: %s", ", ".join(f"{name} {bits:.3f}" for name, bits in baselines.items()))
 
-    held_out = text.streams(tokens, num_train, STREAMS)
-    first = jnp.asarray(text.encode(text.first_symbol(data.symbols), data.symbols)[0])
-    evaluations: list[dict[str, Any]] = []
-    evaluate_every = max(BLOCK, steps // EVALUATIONS // BLOCK * BLOCK)
-    seconds = 0.0
+    held_out = text.streams(tokens, len(data.train), STREAMS, WARM_UP)
 
-    with (
-        runs.metrics_writer(folder, tensorboard) as write,
-        tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True) as bar,
-        logging_redirect_tqdm(),
-    ):
-        for start in range(0, steps, BLOCK):
-            block = range(start, min(start + BLOCK, steps))
-            since = time.perf_counter()
-            state, metrics = jax.block_until_ready(train_block(state, cut(block)))
-            seconds += time.perf_counter() - since
-            metrics = jax.device_get(metrics)
-            write([{"step": step + 1, **{k: float(v[n]) for k, v in metrics.items()}} for n, step in enumerate(block)])
-            bar.update(len(block))
-            train_bits = float(metrics["loss"].mean()) / math.log(2)
-            bar.set_postfix_str(f"train {train_bits:.3f} bits/char")
-            if not math.isfinite(train_bits):
-                sys.exit(f"char_lm: the loss is {train_bits} in steps {start + 1} to {block[-1] + 1}; try a smaller "
-                         f"--learning-rate or --clip. What was written is in {folder}.")  # fmt: skip
-            done = block[-1] + 1
-            if done % evaluate_every == 0 or done == steps:
-                bits = float(evaluate(state.params, *held_out))
-                written = sample(state.params, first, jax.random.fold_in(sample_key, done), temperature, 80)
-                line = "".join(data.symbols[k] for k in np.asarray(written))
-                rate = done * batch_size * seq_len / seconds
-                evaluations.append({"step": done, "train_bits": train_bits, "held_out_bits": bits, "sample": line})
-                write([{"step": done, "held_out_bits": bits, "characters_per_second": rate, "sample": line}])
-                log.info(
-                    "step %5d/%d  train %.3f  held-out %.3f bits/char  %s characters/s  | %s",
-                    done, steps, train_bits, bits, f"{rate:,.0f}", json.dumps(line, ensure_ascii=False),
-                )  # fmt: skip
+    def examine(model: Model, step: int) -> tuple[float, str]:
+        first = jnp.asarray(text.encode(text.first_symbol(data.symbols), data.symbols)[0])
+        written = sample(model, first, jax.random.fold_in(sample_key, step), temperature, 80)
+        return float(evaluate(model, *held_out)), "".join(data.symbols[k] for k in np.asarray(written))
 
-    check["at the trained weights"] = check_gradients(state, cut(range(steps, steps + 1))[0], dropout)
+    with runs.metrics_writer(folder, tensorboard) as write:
+        state, evaluations = train(train_step, state, batches, steps, examine, write)
+
+    check["at the trained weights"] = check_gradients(state, batches(range(steps, steps + 1))[0], dropout)
     report_check("at the trained weights", check["at the trained weights"])
     bits = evaluations[-1]["held_out_bits"]
-    learned = bits < baselines["5-gram"] and bits < baselines["xz"]
     result = {
         "held_out_bits": bits,
-        "learned": learned,
+        "learned": bits < baselines["5-gram"] and bits < baselines["xz"],
         "baselines": baselines,
         "gradient_check": check,
-        "characters_per_second": rate,
-        "training_seconds": seconds,
         "evaluations": evaluations,
         "config": config,
         "corpus": {"characters": len(tokens), "held_out": len(data.held_out), "sha256": data.sha256},
@@ -330,12 +299,80 @@ def main(
     ]
     log.info(
         "%s: %.3f bits per held-out character; the 5-gram needs %.3f, xz %.3f",
-        "LEARNED" if learned else "NOT LEARNED", bits, baselines["5-gram"], baselines["xz"],
+        "LEARNED" if result["learned"] else "NOT LEARNED", bits, baselines["5-gram"], baselines["xz"],
     )  # fmt: skip
     log.info("pictures: %s", ", ".join(map(str, pictures)))
     log.info("result: %s", folder / "result.json")
-    log.info("go on: %s -m experiments.sample %s", Path(sys.executable).name, folder)
+    log.info("go on: %s", runs.command("experiments.sample", folder))
     return result
+
+
+def train(
+    train_step: TrainStep,
+    state: TrainState,
+    batches: Callable[[range], Int[np.ndarray, "steps time+1 batch"]],
+    steps: int,
+    examine: Callable[[Model, int], tuple[float, str]],
+    write: Callable[[list[runs.Row]], None],
+) -> tuple[TrainState, list[runs.Row]]:
+    """Train block by block, each one `fit`; return the last state and what `examine` found on the way."""
+    train_block = jax.jit(functools.partial(fit, train_step), donate_argnums=0)
+    evaluate_every = max(BLOCK, steps // EVALUATIONS // BLOCK * BLOCK)
+    evaluations: list[runs.Row] = []
+    seconds, characters = 0.0, 0
+    with tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True) as bar, logging_redirect_tqdm():
+        for start in range(0, steps, BLOCK):
+            block = range(start, min(start + BLOCK, steps))
+            read, since = batches(block), time.perf_counter()
+            state, metrics = jax.block_until_ready(train_block(state, read))
+            seconds, characters = seconds + time.perf_counter() - since, characters + read[:, 1:].size
+            metrics = jax.device_get(metrics)
+            write([{"step": step + 1, **{k: float(v[n]) for k, v in metrics.items()}} for n, step in enumerate(block)])
+            train_bits = float(metrics["loss"].mean()) / math.log(2)
+            bar.update(len(block))
+            bar.set_postfix_str(f"train {train_bits:.3f} bits/char")
+            done = block[-1] + 1
+            if not math.isfinite(train_bits):
+                sys.exit(
+                    f"char_lm: the loss is {train_bits} in steps {start + 1} to {done}; try a smaller --learning-rate."
+                )
+            if done % evaluate_every == 0 or done == steps:
+                bits, line = examine(state.params, done)
+                row = {"step": done, "train_bits": train_bits, "held_out_bits": bits,
+                       "characters_per_second": characters / seconds, "sample": line}  # fmt: skip
+                evaluations.append(row)
+                write([row])
+                log.info(
+                    "step %5d/%d  train %.3f  held-out %.3f bits/char  %s characters/s  | %s",
+                    done, steps, train_bits, bits, f"{characters / seconds:,.0f}", json.dumps(line, ensure_ascii=False),
+                )  # fmt: skip
+    return state, evaluations
+
+
+def check_flags(config: dict[str, Any]) -> None:
+    """Say in one line which flag is out of its range, before anything is written."""
+    sizes = ("hidden_size", "num_layers", "batch_size", "seq_len", "steps")
+    for name, fine, expected in (
+        *((name, config[name] >= 1, "at least 1") for name in sizes),
+        *((name, config[name] > 0, "above 0") for name in ("learning_rate", "clip", "temperature")),
+        ("dropout", 0 <= config["dropout"] < 1, "in [0, 1)"),
+    ):
+        if not fine:
+            sys.exit(f"char_lm: --{name.replace('_', '-')} must be {expected}, got {config[name]}.")
+
+
+def load(corpus: str, batch: int) -> text.Corpus:
+    """Load the corpus, or say in one line why it will not do."""
+    try:
+        data = text.load_corpus(corpus)
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"char_lm: --corpus {corpus} cannot be read as UTF-8 text: {error}")
+    if len(data.train) < batch or len(data.held_out) < STREAMS:
+        sys.exit(
+            f"char_lm: --corpus {corpus} has {len(data.train)} characters to train on, {len(data.held_out)} held out; "
+            f"one batch takes {batch} (--batch-size times --seq-len), the evaluation {STREAMS}."
+        )
+    return data
 
 
 def report_check(when: str, worst: dict[str, Any]) -> None:
@@ -359,8 +396,7 @@ def read_sentence(model: Model, data: text.Corpus, width: int = 80) -> tuple[str
         _, xs = unroll(LSTM, params, xs)
 
     def step(carry: LSTMState, x: Array) -> Any:
-        assert LSTM.activations is not None
-        assert LSTM.recur is not None
+        assert LSTM.activations and LSTM.recur
         z, a = LSTM.project(last, x), LSTM.recur(last, carry)
         gates = LSTM.activations(last, carry, z, a)
         carry, _ = LSTM.gates(last, carry, z, a)

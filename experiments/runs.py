@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ def create(experiment: str, workdir: str | None, config: dict[str, Any]) -> Path
     if any(folder.iterdir()):
         sys.exit(f"{experiment}: --workdir {folder} is not empty; name a new folder, so that no run is lost.")
     write_json(folder / "config.json", {**config, "versions": versions()})
-    return folder.resolve()
+    return folder
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -42,7 +44,7 @@ def metrics_writer(folder: Path, tensorboard: bool) -> Iterator[Callable[[list[R
     """Give a function that adds rows to metrics.jsonl, and their numbers to event files if asked."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context((folder / "metrics.jsonl").open("a", encoding="utf-8"))
-        events = stack.enter_context(SummaryWriter(str(folder))) if tensorboard else None
+        events = stack.enter_context(SummaryWriter(str(folder.resolve()))) if tensorboard else None
 
         def write(rows: list[Row]) -> None:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -57,7 +59,8 @@ def metrics_writer(folder: Path, tensorboard: bool) -> Iterator[Callable[[list[R
 
 def read_metrics(folder: Path) -> list[Row]:
     """Read the rows of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:  # splitlines() would cut at U+2028 in a sample
+        return [json.loads(line) for line in file]
 
 
 def save_params(folder: Path, params: Any) -> None:
@@ -83,6 +86,7 @@ def versions() -> dict[str, str]:
     return {"python": python_version(), **{name: version(name) for name in ("jaxlstm", "jax", "jaxlib", "optax")}}
 
 
-def leaf_path(path: Any) -> str:
-    """Return a key path as a person writes it."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+def command(module: str, folder: Path) -> str:
+    """Return the command that runs a module on a run's folder, as one can paste it here."""
+    python = os.path.relpath(sys.executable)
+    return shlex.join([sys.executable if python.startswith("..") else python, "-m", module, str(folder)])

@@ -4,6 +4,7 @@ python -m experiments.sample runs/char_lm/20260102-030405 --prompt "The "
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,8 +51,12 @@ def main(
     prompt = text.first_symbol(symbols) if prompt is None else prompt
     if unknown := sorted(set(prompt) - set(symbols)):
         sys.exit(f"sample: --prompt has characters the model never saw: {unknown}; it knows {symbols!r}.")
-    if not prompt or temperature <= 0:
-        sys.exit("sample: --prompt needs at least one character, and --temperature must be above 0.")
+    if not prompt:
+        sys.exit("sample: --prompt needs at least one character.")
+    if not temperature > 0:
+        sys.exit(f"sample: --temperature must be above 0, got {temperature}.")
+    if num_characters < 0:
+        sys.exit(f"sample: --num-characters must not be negative, got {num_characters}.")
 
     @jax.jit
     def step(carries: Any, token: Any, key: Any) -> Any:
@@ -73,4 +78,5 @@ def main(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it quietly
     tyro.cli(main)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 HELD_OUT = 0.05  # the last twentieth
 
@@ -69,17 +69,22 @@ def batches(
 
 
 def streams(
-    tokens: Int[np.ndarray, "characters"], first: int, num_streams: int
-) -> tuple[Int[np.ndarray, "time streams"], Int[np.ndarray, "time streams"], Int[np.ndarray, "streams"]]:
-    """Lay `tokens[first:]` in columns so that each character is predicted once, from the one before it.
+    tokens: Int[np.ndarray, "characters"], first: int, num_streams: int, warm_up: int
+) -> tuple[Int[np.ndarray, "time streams"], Int[np.ndarray, "time streams"], Bool[np.ndarray, "time streams"]]:
+    """Lay `tokens[first:]` in columns so that each character is scored once, predicted from those before it.
+
+    A column begins `warm_up` characters before the first one it scores, so that a model knows its context there, as an
+    n-gram does everywhere.
 
     Returns:
-      inputs and targets, padded at the end, and the length of each column.
+      inputs, targets, and True where a target is scored.
     """
     columns = np.array_split(np.arange(first, len(tokens)), num_streams)
     lengths = np.array([len(column) for column in columns])
-    at = np.stack([np.pad(column, (0, lengths.max() - len(column)), mode="edge") for column in columns], axis=1)
-    return tokens[at - 1], tokens[at], lengths
+    starts = np.array([column[0] for column in columns])
+    offsets = np.arange(-warm_up, lengths.max())[:, None]
+    at = np.clip(starts + offsets, 1, len(tokens) - 1)
+    return tokens[at - 1], tokens[at], (offsets >= 0) & (offsets < lengths)
 
 
 def ngram_bits(corpus: Corpus, order: int) -> float:

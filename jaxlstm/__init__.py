@@ -28,7 +28,7 @@ from jaxlstm.lstm import (
     split_gates,
 )
 from jaxlstm.recurrence import length_mask, segment_resets, unroll
-from jaxlstm.train import TrainState, fit, init_train_state, make_train_step
+from jaxlstm.train import TrainState, TrainStep, fit, init_train_state, make_train_step
 
 __version__ = "0.1.0"
 
@@ -47,6 +47,7 @@ __all__ = [
     "RNNParams",
     "RNNState",
     "TrainState",
+    "TrainStep",
     "fit",
     "gradient_error",
     "init_chrono",

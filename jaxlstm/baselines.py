@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from jaxlstm.cell import Cell, glorot_orthogonal
-from jaxlstm.contract import check_init
+from jaxlstm.checks import check_init
 
 
 class RNNParams(NamedTuple):

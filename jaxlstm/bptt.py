@@ -1,8 +1,8 @@
 """The gradient of an LSTM by hand: backpropagation through time, written out (Werbos 1990; Greff et al. 2017).
 
-An independent witness: it shares the equations with `unroll`, and no code. Forward lines are numbered, and every
-backward line names the forward lines it differentiates; `docs/derivation.md` derives them under the same numbers.
-`d_v` is the derivative of the loss by `v`.
+An independent witness: it shares the equations with `unroll`, and none of the code that computes them. Forward lines
+are numbered, and every backward line names the forward lines it differentiates; `docs/derivation.md` derives them under
+the same numbers. `d_v` is the derivative of the loss by `v`.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxlstm.cell import PyTree
-from jaxlstm.contract import check_sequence, check_steps, describe
+from jaxlstm.checks import check_sequence, check_steps, describe, same_structure
 from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState
 
 
@@ -48,13 +48,9 @@ def lstm_forward(
     Raises:
       TypeError, ValueError: as `unroll`.
     """
-    params, xs, carry, mask = jax.tree.map(jnp.asarray, (params, xs, carry, mask))
-    batch_shape = check_sequence("lstm_forward", LSTM, params, xs, carry)
-    if mask is not None:
-        check_steps("lstm_forward", "mask", mask, len(xs), batch_shape)
-
+    params, xs, carry, mask = _checked("lstm_forward", params, xs, carry, mask)
     w_ih, w_hh, b = params
-    mask = jnp.ones(xs.shape[:-1], bool)[..., None] if mask is None else mask[..., None]
+    mask = mask[..., None]
     xs = jnp.where(mask, xs, 0)
 
     def step(state: LSTMState, inputs: Any) -> Any:
@@ -92,8 +88,13 @@ def lstm_backward(
 
     Returns:
       Derivatives by the parameters, the inputs and the initial state: (d_params, d_xs, d_carry).
+
+    Raises:
+      TypeError: the cotangents are not (d_carry, d_ys).
     """
     w_ih, w_hh, _ = params
+    if len(cotangents) != 2 or not isinstance(cotangents[0], LSTMState):
+        raise TypeError("lstm_backward: cotangents must be (d_carry, d_ys), with d_carry an LSTMState(h, c).")
     d_carry, d_ys = cotangents
 
     def step(d_state: LSTMState, inputs: Any) -> Any:
@@ -141,19 +142,30 @@ def lstm_bptt(
 ) -> tuple[LSTMState, Float[Array, "time *batch hidden"]]:
     """Run an LSTM whose gradient, under `jax.grad`, is the hand-derived one.
 
-    Equal to `unroll(LSTM, params, xs, carry, mask=mask)`, derivative included; reverse mode only.
+    Equal to `unroll(LSTM, params, xs, carry, mask=mask)`, derivative included. For checking: it has reverse mode only,
+    and no gradient under `shard_map` or on meshes with Explicit axes, where `unroll` has one.
 
     Args, Returns, Raises: as `lstm_forward`, without the residuals.
     """
-    return _lstm_bptt(params, xs, carry, mask)
+    return _lstm_bptt(*_checked("lstm_bptt", params, xs, carry, mask))
+
+
+def _checked(function: str, params: Any, xs: Any, carry: Any, mask: Any) -> Any:
+    params, xs, carry = jax.tree.map(jnp.asarray, (params, xs, carry))
+    if carry is None:
+        raise TypeError(f"{function}: carry must be LSTMState(h, c), got None; LSTM.initial_carry(...) makes one.")
+    batch_shape = check_sequence(function, LSTM, params, xs, carry)
+    mask = jnp.ones(xs.shape[:-1], bool) if mask is None else jnp.asarray(mask)
+    check_steps(function, "mask", mask, xs.shape[0], batch_shape)
+    return params, xs, carry, mask
 
 
 @jax.custom_vjp
-def _lstm_bptt(params: LSTMParams, xs: Array, carry: LSTMState, mask: Array | None) -> tuple[LSTMState, Array]:
+def _lstm_bptt(params: LSTMParams, xs: Array, carry: LSTMState, mask: Array) -> tuple[LSTMState, Array]:
     return lstm_forward(params, xs, carry, mask=mask)[0]
 
 
-def _forward(params: LSTMParams, xs: Array, carry: LSTMState, mask: Array | None) -> Any:
+def _forward(params: LSTMParams, xs: Array, carry: LSTMState, mask: Array) -> Any:
     outputs, residuals = lstm_forward(params, xs, carry, mask=mask)
     return outputs, (params, residuals)
 
@@ -183,11 +195,11 @@ def gradient_error(gradients: PyTree, reference: PyTree) -> PyTree:
     0.02
     """
     gradients, reference = jax.tree.map(jnp.asarray, (gradients, reference))
-    shapes: list[Any] = [jax.tree.map(jnp.shape, tree) for tree in (gradients, reference)]
-    if shapes[0] != shapes[1]:
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (gradients, reference)]
+    if not same_structure(gradients, reference) or shapes[0] != shapes[1]:
         raise ValueError(
-            f"gradient_error: gradients and reference must be alike, got {describe(gradients)}; "
-            f"and {describe(reference)}."
+            f"gradient_error: gradients and reference must be alike, got {type(gradients).__name__} of "
+            f"{describe(gradients)}; and {type(reference).__name__} of {describe(reference)}."
         )
 
     def error(g: Array, r: Array) -> Array:

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from jaxlstm.cell import Cell, glorot_orthogonal, per_gate
-from jaxlstm.contract import check_init
+from jaxlstm.checks import check_init
 
 Gate = TypeVar("Gate")
 
@@ -160,7 +160,7 @@ def init_chrono(
       TypeError, ValueError: as `init_glorot_orthogonal`; ValueError if `max_lag` is 2 or less.
     """
     check_init("init_chrono", key, input_size, hidden_size, dtype)
-    if max_lag <= 2:
+    if not isinstance(max_lag, int | float) or max_lag <= 2:
         raise ValueError(f"init_chrono: max_lag must be more than 2 steps, got {max_lag!r}.")
     key_weights, key_bias = jax.random.split(key)
     w_ih, w_hh = glorot_orthogonal(key_weights, input_size, hidden_size, 4, dtype)
@@ -182,7 +182,12 @@ def split_gates(params: LSTMParams) -> LSTMGates[LSTMParams]:
     >>> params = jaxlstm.LSTM.init(jax.random.key(0), 5, 7)
     >>> jaxlstm.split_gates(params).f.w_ih.shape
     (5, 7)
+
+    Raises:
+      TypeError: these are not `LSTMParams`.
     """
+    if not isinstance(params, LSTMParams):
+        raise TypeError(f"split_gates: params must be LSTMParams, got {type(params).__name__}.")
     blocks = [jnp.split(leaf, 4, axis=-1) for leaf in params]
     return LSTMGates(*(LSTMParams(*gate) for gate in zip(*blocks, strict=True)))
 

@@ -7,15 +7,17 @@ One step, with s the carry and r the carry a reset puts in its place:
     (s_t, y_t) = gates(params, s'_t, z_t, a_t)     held where masked
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.contract import check_carry, check_sequence, check_steps
+from jaxlstm.checks import check_carry, check_sequence, check_steps
 
 Params = TypeVar("Params")
 Carry = TypeVar("Carry")
@@ -70,27 +72,24 @@ def unroll(
     params, xs, carry, reset_carry = jax.tree.map(jnp.asarray, (params, xs, carry, reset_carry))
     mask, reset = (None if flags is None else jnp.asarray(flags) for flags in (mask, reset))
     batch_shape = check_sequence("unroll", cell, params, xs, carry)
-    num_steps = len(jax.tree.leaves(xs)[0])
+    num_steps = jax.tree.leaves(xs)[0].shape[0]
     for name, flags in (("mask", mask), ("reset", reset)):
         if flags is not None:
             check_steps("unroll", name, flags, num_steps, batch_shape)
 
     initial_carry = cell.initial_carry(params, batch_shape)
-    one_per_step = _check_reset_carry(cell, reset, reset_carry, initial_carry, num_steps)
-    fixed_reset_carry, step_reset_carry = (initial_carry, reset_carry) if one_per_step else (reset_carry, None)
-    if fixed_reset_carry is None:
-        fixed_reset_carry = initial_carry
-
+    carry = initial_carry if carry is None else carry
+    reset_carry, one_per_step = _checked_reset_carry(cell, reset, reset_carry, initial_carry, num_steps)
     if mask is not None:
         # The first of two `where`s: without it a NaN in padding is multiplied into the gradient of the weights.
         xs = jax.tree.map(lambda x: _where(mask, x, jnp.zeros_like(x)), xs)
     zs = cell.project(params, xs)
-    carry = _typed_as(zs, initial_carry if carry is None else carry)
+    carry = _typed_as(zs, carry)
 
     def step(carry: Carry, inputs: Any) -> tuple[Carry, Array]:
         z, mask_t, reset_t, reset_carry_t = inputs
         if reset_t is not None:
-            carry = _select(reset_t, fixed_reset_carry if reset_carry_t is None else reset_carry_t, carry)
+            carry = _select(reset_t, reset_carry_t if one_per_step else reset_carry, carry)
         a = None if cell.recur is None else cell.recur(params, carry)
         new_carry, y = cell.gates(params, carry, z, a)
         if mask_t is not None:
@@ -98,10 +97,11 @@ def unroll(
             y = _select(mask_t, y, jax.tree.map(jnp.zeros_like, y))
         return new_carry, y
 
-    return lax.scan(step, carry, (zs, mask, reset, step_reset_carry), length=num_steps, reverse=reverse)
+    steps = (zs, mask, reset, reset_carry if one_per_step else None)
+    return lax.scan(step, carry, steps, length=num_steps, reverse=reverse)
 
 
-def length_mask(lengths: Int[Array, "*batch"], num_steps: int) -> Bool[Array, "time *batch"]:
+def length_mask(lengths: ArrayLike | Sequence[int], num_steps: int) -> Bool[Array, "time *batch"]:
     """Make the mask of right-padded sequences from their lengths.
 
     Args:
@@ -168,24 +168,24 @@ def _select(flags: Bool[Array, "*batch"], new: Any, old: Any) -> Any:
 def _typed_as(zs: PyTree, carry: Carry) -> Carry:
     """Give the carry the sharding type of z, which it has after the first step: a scan's carry must keep its type.
 
-    A carry of zeros knows nothing of the mesh; multiplying by ones cut from z tells it, and changes no bit.
+    A carry of zeros knows nothing of the mesh; selecting it by flags cut from z tells it, and changes no bit.
     """
     z = jax.tree.leaves(zs)[0]
-    ones = jnp.ones_like(lax.slice_in_dim(z, 0, min(1, z.shape[0])).sum(axis=(0, -1)))
-    return jax.tree.map(lambda c: c * ones.astype(c.dtype).reshape(*ones.shape, *[1] * (c.ndim - ones.ndim)), carry)
+    first = lax.slice_in_dim(z, 0, min(1, z.shape[0])).sum(axis=(0, -1))
+    return _select(jnp.ones_like(first, dtype=bool), carry, carry)
 
 
-def _check_reset_carry(
-    cell: Cell[Any, Any], reset: Array | None, reset_carry: PyTree | None, expected: PyTree, num_steps: int
-) -> bool:
-    """Check a reset carry; return whether it holds one carry per step."""
+def _checked_reset_carry(
+    cell: Cell[Any, Any], reset: Array | None, reset_carry: PyTree | None, initial_carry: PyTree, num_steps: int
+) -> tuple[PyTree, bool]:
+    """Return the reset carry, by default the initial one, and whether it holds one per step."""
     if reset_carry is None:
-        return False
+        return initial_carry, False
     if reset is None:
         raise ValueError("unroll: reset_carry is given without reset, which says where it applies.")
-    pairs = zip(*map(jax.tree.leaves, (reset_carry, expected)), strict=False)
+    pairs = zip(*map(jax.tree.leaves, (reset_carry, initial_carry)), strict=False)
     one_per_step = any(got.ndim > want.ndim for got, want in pairs)
-    if one_per_step:
-        expected = jax.tree.map(lambda c: jax.ShapeDtypeStruct((num_steps, *c.shape), c.dtype), expected)
+    lead = (num_steps,) if one_per_step else ()
+    expected = jax.tree.map(lambda c: jax.ShapeDtypeStruct((*lead, *c.shape), c.dtype), initial_carry)
     check_carry("unroll", "reset_carry", cell, reset_carry, expected)
-    return one_per_step
+    return reset_carry, one_per_step

@@ -31,7 +31,13 @@ TrainStep = Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]
 def init_train_state(
     params: PyTree, optimizer: optax.GradientTransformation, key: Key[Array, ""], *, carry: PyTree = ()
 ) -> TrainState:
-    """Return the state before the first step."""
+    """Return the state before the first step.
+
+    Raises:
+      TypeError: `key` is no typed key.
+    """
+    if not jnp.issubdtype(getattr(key, "dtype", object), jax.dtypes.prng_key):
+        raise TypeError("init_train_state: key must be a typed key; make one with jax.random.key(seed).")
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key, carry)
 
 

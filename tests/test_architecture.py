@@ -14,11 +14,11 @@ PACKAGE = ROOT / "jaxlstm"
 # Each module, and the modules of the package that it may import.
 MAY_IMPORT = {
     "cell": set(),
-    "contract": {"cell"},
-    "lstm": {"cell", "contract"},
-    "baselines": {"cell", "contract"},
-    "recurrence": {"cell", "contract"},
-    "bptt": {"cell", "contract", "lstm"},
+    "checks": {"cell"},
+    "lstm": {"cell", "checks"},
+    "baselines": {"cell", "checks"},
+    "recurrence": {"cell", "checks"},
+    "bptt": {"cell", "checks", "lstm"},
     "train": set(),
 }
 

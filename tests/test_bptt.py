@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.test_util import check_grads
 
 from jaxlstm import (
@@ -102,7 +103,7 @@ def test_it_runs_under_vmap_over_parameters():
 
 def test_wrong_input_is_named():
     params, xs, carry = draw(LSTM)
-    with pytest.raises(ValueError, match=r"lstm_forward: xs has 3 features, params.w_ih expects 5"):
+    with pytest.raises(ValueError, match=r"lstm_bptt: xs has 3 features, params.w_ih expects 5"):
         lstm_bptt(params, xs[..., :3], carry)
     with pytest.raises(TypeError, match=r"carry of LSTM must be LSTMState\(h, c\), got tuple"):
         lstm_bptt(params, xs, tuple(carry))
@@ -110,6 +111,13 @@ def test_wrong_input_is_named():
         lstm_bptt(params, xs, carry, mask=HOLES.T)
     with pytest.raises(TypeError, match=r"xs must be floating, got int64"):
         lstm_bptt(params, xs.astype(int), carry)
+    with pytest.raises(ValueError, match=r"lstm_forward: params must have w_ih \[input, n\] and b \[n\]"):
+        lstm_forward(params._replace(b=params.b[:1]), xs, carry)
+    with pytest.raises(TypeError, match=r"lstm_bptt: carry must be LSTMState\(h, c\), got None"):
+        lstm_bptt(params, xs, None)
+    (final, ys), residuals = lstm_forward(params, xs, carry)
+    with pytest.raises(TypeError, match=r"lstm_backward: cotangents must be \(d_carry, d_ys\)"):
+        lstm_backward(params, residuals, (ys, final))
 
 
 # The autodiff side, to second order and in both modes.
@@ -195,7 +203,11 @@ def test_gradient_error_is_measured_in_the_wider_dtype():
 
 
 def test_gradient_error_refuses_other_trees_and_shapes():
-    with pytest.raises(ValueError, match=r"must be alike, got w float64\[2\]; and w float64\[1\]"):
+    with pytest.raises(ValueError, match=r"must be alike, got dict of w float64\[2\]; and dict of w float64\[1\]"):
         gradient_error({"w": jnp.ones(2)}, {"w": jnp.ones(1)})
     with pytest.raises(ValueError, match="must be alike"):
         gradient_error({"w": jnp.ones(2)}, {"v": jnp.ones(2)})
+    params, _, _ = draw(LSTM)
+    with pytest.raises(ValueError, match=r"got LSTMParams of .*; and tuple of"):
+        gradient_error(params, tuple(params))
+    assert jax.tree.leaves(gradient_error(nnx.State({"w": jnp.ones(2)}), nnx.State({"w": jnp.ones(2)}))) == [0]

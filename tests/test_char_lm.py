@@ -43,7 +43,8 @@ def command(module, *args, **environment):
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "naïve."], 4000)
+    # U+2028 is a line break to Python, and none to JSON.
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "naïve.", "\u2028"], 4000)
     path.write_text(" ".join(words), encoding="utf-8")
     return path
 
@@ -71,16 +72,24 @@ def test_it_prints_what_it_promises(run):
         r"gradient check at the trained weights: AGREE",
         r"(NOT )?LEARNED: [\d.]+ bits per held-out character; the 5-gram needs [\d.]+, xz [\d.]+",
         r"pictures: .*learning_curve\.png, .*gates\.png",
-        r"go on: python\S* -m experiments\.sample .*small",
+        r"go on: \S+ -m experiments\.sample .*small",
     ):
         assert re.search(pattern, out), pattern
+
+
+def test_the_command_to_go_on_with_works_as_printed(run):
+    line = re.search(r"go on: (.*)", run[1].stdout)[1]
+    done = subprocess.run(
+        f"{line} --num-characters 3 | head -c 2", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert len(done.stdout) == 2 and done.stderr == ""
 
 
 def test_the_folder_holds_config_metrics_result_pictures_and_events(run, corpus_file):
     folder, _ = run
     config = json.loads((folder / "config.json").read_text())
     assert (config["hidden_size"], config["steps"], config["corpus"]) == (16, 110, str(corpus_file))
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]]
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 111))
     assert all(row.keys() == {"step", "loss", "grad_norm", "learning_rate"} for row in steps)
@@ -88,6 +97,7 @@ def test_the_folder_holds_config_metrics_result_pictures_and_events(run, corpus_
     rates = [row["learning_rate"] for row in steps]
     assert rates[0] == 0 and max(rates) == pytest.approx(0.02) and rates[-1] < 1e-3
     assert [row["step"] for row in rows if "held_out_bits" in row] == [50, 100, 110]
+    assert any("\u2028" in row["sample"] for row in rows if "sample" in row)
     result = json.loads((folder / "result.json").read_text())
     assert result["held_out_bits"] == rows[-1]["held_out_bits"]
     assert result["learned"] == (
@@ -134,6 +144,28 @@ def test_sample_names_what_is_wrong(run, tmp_path):
         assert done.returncode == 1 and re.search(message, done.stderr) and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--dropout", "1.0"], r"--dropout must be in \[0, 1\), got 1.0"),
+        (["--clip", "0"], "--clip must be above 0, got 0"),
+        (["--temperature", "nan"], "--temperature must be above 0, got nan"),
+        (["--batch-size", "5000"], r"corpus.txt has \d+ characters to train on, .*one batch takes 60000"),
+        (["--corpus", "/nowhere"], "--corpus /nowhere cannot be read as UTF-8 text"),
+    ],
+)
+def test_a_flag_out_of_range_is_one_line_and_nothing_is_written(flags, message, corpus_file, tmp_path, capsys):
+    options = dict(zip(*[iter(["--corpus", str(corpus_file), "--seq-len", "12", *flags])] * 2, strict=True))
+    kinds = {"corpus": str, "dropout": float, "clip": float, "temperature": float}
+    names = {flag[2:].replace("-", "_"): value for flag, value in options.items()}
+    keywords = {name: kinds.get(name, int)(value) for name, value in names.items()}
+    with pytest.raises(SystemExit) as stopped:
+        char_lm.main(**keywords, workdir=str(tmp_path / "run"))
+    assert re.search(message, str(stopped.value)) and "\n" not in str(stopped.value)
+    assert not (tmp_path / "run").exists()
+
+
 # The parts.
 
 
@@ -162,22 +194,21 @@ def test_dropout_keeps_the_mean_and_needs_its_key(model):
     assert (without[..., :6] == 1).all()
 
 
-def test_evaluate_counts_every_held_out_character_once(model):
+def test_evaluate_scores_every_held_out_character_once_with_its_context(model):
     tokens = np.random.default_rng(0).integers(0, 7, 47).astype(np.int32)
-    inputs, targets, lengths = text.streams(tokens, 10, 4)
-    assert lengths.tolist() == [10, 9, 9, 9]
+    inputs, targets, scored = text.streams(tokens, 10, num_streams=4, warm_up=5)
+    assert scored.sum(0).tolist() == [10, 9, 9, 9] and not scored[:5].any()
     nats, at = 0.0, 10
-    for n, length in enumerate(lengths):
-        np.testing.assert_array_equal(targets[:length, n], tokens[at : at + length])
-        np.testing.assert_array_equal(inputs[:length, n], tokens[at - 1 : at + length - 1])
-        _, logits = char_lm.predict(
-            model, char_lm.initial_carries(model), jnp.asarray(tokens[at - 1 : at + length - 1])
-        )
-        logits = np.asarray(logits, np.float64)
+    for n, length in enumerate(scored.sum(0)):
+        np.testing.assert_array_equal(targets[scored[:, n], n], tokens[at : at + length])
+        np.testing.assert_array_equal(inputs[: 5 + length, n], tokens[at - 6 : at + length - 1])
+        read = jnp.asarray(tokens[at - 6 : at + length - 1])
+        _, logits = char_lm.predict(model, char_lm.initial_carries(model), read)
+        logits = np.asarray(logits, np.float64)[5:]
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         nats -= log_p[np.arange(length), tokens[at : at + length]].sum()
         at += length
-    np.testing.assert_allclose(char_lm.evaluate(model, inputs, targets, lengths), nats / 37 / math.log(2), rtol=1e-6)
+    np.testing.assert_allclose(char_lm.evaluate(model, inputs, targets, scored), nats / 37 / math.log(2), rtol=1e-6)
 
 
 def test_batches_read_on_from_step_to_step_and_round_at_the_end():
@@ -197,6 +228,13 @@ def test_ngrams_are_the_interpolation_they_say():
     # After b came one a; after a came b twice, of one kind.
     bigram = ((1 + 1 * p_a) / (1 + 1), (0 + 1 * p_c) / (2 + 1))
     np.testing.assert_allclose(text.ngram_bits(corpus, 2), -sum(map(math.log2, bigram)) / 2)
+
+
+def test_xz_counts_bits_of_the_held_out_part_alone():
+    rng = np.random.default_rng(0)
+    noise = "".join(rng.choice(list("abcdefghijklmnop"), 40_000))  # four bits each, and nothing to learn
+    assert 4 < text.xz_bits(text.Corpus("x", noise[:20_000], noise[20_000:], "")) < 4.6
+    assert text.xz_bits(text.Corpus("x", noise[:20_000], noise[:20_000], "")) < 0.1  # a copy
 
 
 def test_the_manual_is_cleared_of_repeated_paragraphs_before_the_split():

@@ -1,4 +1,4 @@
-"""make: one clear line when it cannot go on, and the job's failure is make's."""
+"""make: set-up when it is due and only then, one clear line when it cannot go on, and the job's failure is make's."""
 
 import os
 import shutil
@@ -11,43 +11,95 @@ import pytest
 ROOT = Path(__file__).parents[1]
 VENV = Path(sys.prefix)
 
-
-def make(*args, **environment):
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")} | environment
-    return subprocess.run(["make", *args], cwd=ROOT, capture_output=True, text=True, env=env, check=False)
-
+# A stand-in for Python that writes down what it is asked: its version, `-m venv`, `-m pip`, or a job.
+STUB = """#!/bin/bash
+version=$(basename "$(readlink -f "$0")" | grep -o '3\\.[0-9]*')
+case "$*" in
+  *"sys.exit(sys.version_info"*) [ "${version#3.}" -ge 11 ];;
+  *base_executable*) readlink -f "$0";;
+  *version_info*) echo "$version";;
+  "-m venv --clear "*)
+    rm -rf "$4"; mkdir -p "$4/bin"; ln -s "$(readlink -f "$0")" "$4/bin/python"
+    echo "venv $version" >> log;;
+  *"-m pip"*) echo "pip ${@: -1}" >> log;;
+  *) echo "job" >> log; exit "${JOB:-0}";;
+esac
+"""
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 set_up_by_make = pytest.mark.skipif(not list(VENV.glob(".installed*")), reason="this environment is not make's own")
 
 
-@pytest.mark.parametrize("missing, said", [("python-that-is-not-there", "not there"), ("old-python", "3.9")])
-def test_a_python_that_is_missing_or_too_old_is_named_in_one_line(missing, said, tmp_path):
-    old = tmp_path / "old-python"
-    old.write_text('#!/bin/sh\ncase "$2" in *exit*) exit 1;; *) echo 3.9;; esac\n')
-    old.chmod(0o755)
-    python = old if missing == "old-python" else missing
-    done = make("test", f"VENV={tmp_path / 'venv'}", f"PYTHON={python}")
-    assert done.returncode != 0
+def make(*args, cwd=ROOT, **environment):
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")} | environment
+    return subprocess.run(["make", *args], cwd=cwd, capture_output=True, text=True, env=env, check=False)
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """A fresh clone of what make reads, with Pythons 3.9, 3.11 and 3.12; returns what a make there did."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for version in ("3.9", "3.11", "3.12"):
+        path = tmp_path / f"stub{version}"
+        path.write_text(STUB)
+        path.chmod(0o755)
+    (tmp_path / "python3").symlink_to(tmp_path / "stub3.11")
+
+    def did(*args, **environment):
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        done = make(*args, cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", **environment)
+        return log.read_text().splitlines() if log.exists() else [], done
+
+    did.path = tmp_path
+    return did
+
+
+def test_it_sets_up_once_and_again_when_pyproject_changes(fresh):
+    set_up = ["venv 3.11", "pip .[dev]", "job"]
+    assert fresh("train")[0] == set_up
+    assert fresh("train")[0] == fresh("test")[0] == ["job"]
+    stamp = (fresh.path / ".venv" / ".installed").stat().st_mtime
+    os.utime(fresh.path / "pyproject.toml", (stamp + 5, stamp + 5))
+    assert fresh("test")[0] == set_up
+
+
+def test_python_chooses_the_interpreter_and_it_stays(fresh):
+    assert fresh("test", "PYTHON=./stub3.12")[0] == ["venv 3.12", "pip .[dev]", "job"]
+    assert fresh("test")[0] == fresh("test", "PYTHON=./stub3.12")[0] == ["job"]
+    assert fresh("test", "PYTHON=./stub3.11")[0] == ["venv 3.11", "pip .[dev]", "job"]
+
+
+def test_accel_adds_its_extra_and_it_stays_until_another_is_asked_for(fresh):
+    assert fresh("train", "ACCEL=cuda12")[0] == ["venv 3.11", "pip .[dev,cuda12]", "job"]
+    assert fresh("test")[0] == fresh("train", "ACCEL=cuda12")[0] == ["job"]
+    assert fresh("train", "ACCEL=cuda13")[0] == ["venv 3.11", "pip .[dev,cuda13]", "job"]
+    log, done = fresh("train", "ACCEL=cuda99")
+    assert not log and done.returncode != 0 and "ACCEL must be cuda12, cuda13 or tpu, got cuda99" in done.stderr
+
+
+def test_a_failing_job_fails_make(fresh):
+    assert fresh("train", JOB="0")[1].returncode == 0
+    assert fresh("train", JOB="3")[1].returncode != 0
+    assert fresh("test", JOB="1")[1].returncode != 0
+
+
+@pytest.mark.parametrize("python, said", [("./nowhere", "not there"), ("./stub3.9", "3.9")])
+def test_a_python_that_is_missing_or_too_old_is_named_in_one_line(fresh, python, said):
+    log, done = fresh("test", f"PYTHON={python}")
+    assert done.returncode != 0 and not log
     lines = [line for line in done.stderr.splitlines() if not line.startswith("make")]
     assert lines == [f"jaxlstm needs Python 3.11 or newer, and {python} is {said}; name one: make PYTHON=python3.12"]
-    assert not (tmp_path / "venv").exists()
 
 
 @set_up_by_make
-def test_the_exit_code_of_the_job_is_makes_and_nothing_is_set_up_again():
-    done = make("train", f"VENV={VENV}", "ARGS=--corpus /nowhere.txt")
-    assert done.returncode != 0
-    assert "char_lm: --corpus /nowhere.txt cannot be read as UTF-8 text" in done.stderr
-    assert "Setting up" not in done.stdout and "Traceback" not in done.stderr
-
-
-@set_up_by_make
-def test_a_visible_gpu_that_jax_does_not_use_is_said_in_one_line(tmp_path):
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+@pytest.mark.parametrize("devices, hint", [("GPU 0: a fake", True), ("No devices found", False)])
+def test_a_visible_gpu_that_jax_does_not_use_is_said_in_one_line(devices, hint, tmp_path):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho {devices}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = make("train", f"VENV={VENV}", "ARGS=--corpus /nowhere.txt", PATH=path, JAX_PLATFORMS="cpu")
-    assert done.stdout.splitlines() == [
-        "An NVIDIA GPU is visible and JAX is not using it: add ACCEL=cuda12 or ACCEL=cuda13 to use it."
-    ]
+    line = "An NVIDIA GPU is visible and JAX is not using it; ACCEL=cuda12 or ACCEL=cuda13 installs what it takes."
+    assert done.stdout.splitlines() == ([line] if hint else [])
+    assert done.returncode != 0 and "--corpus /nowhere.txt cannot be read" in done.stderr

@@ -1,19 +1,35 @@
 """unroll against NumPy loops and complex-step derivatives: every cell, masks, resets, directions, shapes, meshes."""
 
+import dataclasses
 import functools
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlstm import GRU, LSTM, RNN, LSTMState, length_mask, segment_resets, unroll
+from jaxlstm import (
+    GRU,
+    LSTM,
+    RNN,
+    Cell,
+    LSTMState,
+    RNNParams,
+    init_chrono,
+    init_train_state,
+    length_mask,
+    segment_resets,
+    split_gates,
+    unroll,
+)
 
 import oracles
-from cells import CELLS, B, H, I, T, draw, normal, worst_error
+from cells import CELLS, LEAKY, B, H, I, T, draw, normal, worst_error
 
 LENGTHS = np.array([5, 0, 7])
 MASK = np.arange(T)[:, None] < LENGTHS
@@ -31,6 +47,7 @@ WAYS = {
     "reset to zero": (None, RESET, None, False),
     "holes and resets, reverse": (HOLES, RESET, "one", True),
     "holes and resets per step": (HOLES, RESET, "per step", False),
+    "holes and resets per step, reverse": (HOLES, RESET, "per step", True),
 }
 
 
@@ -42,7 +59,8 @@ def draw_reset_carry(carry, kind):
     if kind is None:
         return None
     lead = (T,) if kind == "per step" else ()
-    return jax.tree.map(lambda c: jnp.asarray(normal(77 + c.size % 7, *lead, *c.shape)), carry)
+    leaves, treedef = jax.tree.flatten(carry)
+    return treedef.unflatten([jnp.asarray(normal(77 + k, *lead, *c.shape)) for k, c in enumerate(leaves)])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -214,6 +232,63 @@ def test_vmap_over_batch_and_over_parameters_is_the_loop():
         assert worst_error(jax.tree.map(lambda leaf, n=n: leaf[n], both), alone) < 1e-13
 
 
+def test_checkpoint_hessian_and_jvp_agree_with_plain_gradients():
+    params, xs, carry = draw(LSTM)
+    loss = lambda params: (unroll(LSTM, params, xs, carry, mask=HOLES)[1] ** 2).sum()
+    gradient = jax.grad(loss)(params)
+    assert worst_error(jax.grad(jax.checkpoint(loss))(params), gradient) < 1e-14
+    direction = jax.tree.map(lambda p: jnp.asarray(normal(p.size, *p.shape)), params)
+    along = sum((g * d).sum() for g, d in zip(gradient, direction, strict=True))
+    np.testing.assert_allclose(jax.jvp(loss, (params,), (direction,))[1], along, rtol=1e-13)
+    # A column of the Hessian, forward over reverse and reverse over reverse.
+    hessian = jax.hessian(lambda b: loss(params._replace(b=b)))(params.b)
+    twice = jax.grad(lambda b: jax.grad(lambda b: loss(params._replace(b=b)))(b)[0])(params.b)
+    np.testing.assert_allclose(hessian[0], twice, rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(hessian, hessian.T, rtol=1e-11, atol=1e-13)
+
+
+def test_a_carry_may_hold_keys_counters_and_flags():
+    def gates(params, carry, z, a):
+        h, keys, count, odd = carry
+        noise = jax.vmap(lambda key: jax.random.normal(key, z.shape[-1:], z.dtype))(keys)
+        h = jnp.tanh(z + a + noise)
+        return (h, jax.vmap(lambda key: jax.random.split(key)[1])(keys), count + 1, ~odd), h
+
+    noisy = Cell(
+        init=RNN.init,
+        initial_carry=lambda params, batch_shape=(): (
+            jnp.zeros((*batch_shape, H), params.b.dtype),
+            jax.random.split(jax.random.key(0), *batch_shape),
+            jnp.zeros(batch_shape, "int32"),
+            jnp.zeros(batch_shape, bool),
+        ),
+        gates=gates,
+        recur=lambda params, carry: carry[0] @ params.w_hh,
+    )
+    params, xs, _ = draw(RNN)
+    (_, keys, count, odd), ys = unroll(noisy, params, xs, mask=HOLES)
+    np.testing.assert_array_equal(count, HOLES.sum(0))
+    np.testing.assert_array_equal(odd, HOLES.sum(0) % 2 == 1)
+    assert jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) and np.isfinite(ys).all()
+
+
+def test_a_users_project_may_embed_tokens_and_a_cell_may_do_without_recur():
+    embedding = jnp.asarray(normal(1, 9, H))
+    cell = Cell(
+        init=lambda key, input_size, hidden_size, *, dtype: embedding,
+        initial_carry=lambda params, batch_shape=(): jnp.zeros((*batch_shape, H), params.dtype),
+        gates=lambda params, carry, z, a: (carry / 2 + z, carry / 2 + z),
+        project=lambda params, tokens: params[tokens],
+        recur=None,
+    )
+    tokens = np.random.default_rng(0).integers(0, 9, (T, B))
+    _, ys = unroll(cell, embedding, tokens)
+    want = np.zeros((B, H))
+    for t in range(T):
+        want = want / 2 + np.asarray(embedding)[tokens[t]]
+        np.testing.assert_allclose(ys[t], want, rtol=1e-14)
+
+
 def test_numpy_inputs_are_accepted():
     params, xs, carry = draw(LSTM)
     from_numpy = unroll(LSTM, *jax.tree.map(np.asarray, (params, xs, carry)), mask=MASK)
@@ -305,110 +380,171 @@ def test_under_shard_map_the_default_carry_is_typed_as_the_data():
 
 # Wrong input: one clear error each.
 
-PARAMS, XS, CARRY = draw(LSTM)
-GRU_PARAMS, _, GRU_CARRY = draw(GRU)
-FLAGS = jnp.ones((T, B), bool)
-HALF = jax.tree.map(lambda v: v.astype("float32"), PARAMS)
+
+class Given(NamedTuple):
+    params: Any
+    xs: jax.Array
+    carry: LSTMState
+    gru_params: Any
+    gru_carry: Any
+    flags: jax.Array
+    half: Any
+
+
+GIVEN = Given(
+    *draw(LSTM),
+    *draw(GRU)[::2],
+    jnp.ones((T, B), bool),
+    jax.tree.map(lambda v: v.astype("float32"), draw(LSTM)[0]),
+)
+
+
+def rnn_params(v):
+    return RNNParams(v.params.w_ih[:, :H], v.params.w_hh[:, :H], v.params.b[:H])
+
+
+OTHER_KIND = dataclasses.replace(RNN, initial_carry=LSTM.initial_carry)
+COUNTING = Cell(
+    init=RNN.init,
+    initial_carry=lambda params, batch_shape=(): LSTMState(jnp.zeros((*batch_shape, H)), jnp.zeros(())),
+    gates=lambda params, carry, z, a: (LSTMState(jnp.tanh(z + a), carry.c + 1), z),
+    name="counting",
+)
 
 WRONG = {
-    "rank": (lambda: unroll(LSTM, PARAMS, XS[:, 0, 0]), ValueError, r"unroll: xs must be \[time, \*batch, input\], got \[7\]"),
+    "rank": (lambda v: unroll(LSTM, v.params, v.xs[:, 0, 0]), ValueError, r"unroll: xs must be \[time, \*batch, input\], got \[7\]"),
     "feature count": (
-        lambda: unroll(LSTM, PARAMS, XS[..., :3]),
+        lambda v: unroll(LSTM, v.params, v.xs[..., :3]),
         ValueError,
         r"unroll: xs has 3 features, params.w_ih expects 5; xs is \[time, \*batch, input\], got \[7, 3, 3\]",
     ),
     "hidden size of the carry": (
-        lambda: unroll(LSTM, PARAMS, XS, LSTMState(CARRY.h[:, :3], CARRY.c[:, :3])),
+        lambda v: unroll(LSTM, v.params, v.xs, LSTMState(v.carry.h[:, :3], v.carry.c[:, :3])),
         ValueError,
         r"unroll: carry is h float64\[3,3\], c float64\[3,3\], LSTM expects h float64\[3,4\], c float64\[3,4\]",
     ),
     "hidden size of the params": (
-        lambda: unroll(LSTM, PARAMS._replace(w_hh=PARAMS.w_hh[:, :8]), XS),
+        lambda v: unroll(LSTM, v.params._replace(w_hh=v.params.w_hh[:, :8]), v.xs),
         ValueError,
         r"unroll: one step of LSTM fails with params .*w_hh float64\[4,8\].*another cell's params\?",
     ),
+    "one column for all gates": (
+        lambda v: unroll(LSTM, v.params._replace(w_hh=v.params.w_hh[:, :1]), v.xs),
+        ValueError,
+        r"unroll: params must have w_hh \[hidden, gates\*hidden\] .*w_hh float64\[4,1\]",
+    ),
+    "one input column for all gates": (
+        lambda v: unroll(LSTM, v.params._replace(w_ih=v.params.w_ih[:, :1], b=v.params.b[:1]), v.xs),
+        ValueError,
+        r"w_ih \[input, gates\*hidden\], got w_ih float64\[5,1\]",
+    ),
+    "a bias per example": (
+        lambda v: unroll(LSTM, v.params._replace(b=jnp.stack([v.params.b] * B)), v.xs),
+        ValueError,
+        r"unroll: params must have w_ih \[input, n\] and b \[n\], got .*b float64\[3,16\]",
+    ),
+    "a bias for all gates": (lambda v: unroll(LSTM, v.params._replace(b=v.params.b[:1]), v.xs), ValueError, r"and b \[n\], got"),
+    "cell by its name": (lambda v: unroll("LSTM", v.params, v.xs), TypeError, r"unroll: cell must be a Cell, such as .*got str"),
+    "cell and params swapped": (
+        lambda v: unroll(v.params, LSTM, v.xs), TypeError, r"cell must be a Cell, such as jaxlstm.LSTM, got LSTMParams\(w_ih, w_hh, b\)",
+    ),
+    "params of a user's cell": (
+        lambda v: unroll(LEAKY, {"w": v.xs}, v.xs), ValueError, r"one step of leaky fails .*another cell's params\? 'a_into'",
+    ),
+    "a carry without batch axes": (
+        lambda v: unroll(COUNTING, rnn_params(v), v.xs), ValueError, r"initial carry of counting is .*c float64\[\]; every leaf must start with the batch axes \[3\]",
+    ),
+    "a carry that changes its kind": (
+        lambda v: unroll(OTHER_KIND, rnn_params(v), v.xs), ValueError, r"turns carry LSTMState\(h, c\): .* into RNNState\(h\): ",
+    ),
+    "old-style integer seed for training": (
+        lambda v: init_train_state(v.params, optax.sgd(0.1), 0), TypeError, r"init_train_state: key must be a typed key",
+    ),
+    "split_gates of another cell": (lambda v: split_gates(v.gru_params), TypeError, r"split_gates: params must be LSTMParams, got GRUParams"),
+    "max_lag as text": (lambda v: init_chrono(jax.random.key(0), I, H, max_lag="5"), ValueError, r"max_lag must be more than 2 steps, got '5'"),
+    "hidden size a bool": (lambda v: LSTM.init(jax.random.key(0), I, True), ValueError, r"must be a positive int, got True"),
     "batch of the carry": (
-        lambda: unroll(LSTM, PARAMS, XS, LSTMState(CARRY.h[:2], CARRY.c[:2])),
+        lambda v: unroll(LSTM, v.params, v.xs, LSTMState(v.carry.h[:2], v.carry.c[:2])),
         ValueError,
         r"carry is h float64\[2,4\].* LSTM expects h float64\[3,4\].*batch axes of xs",
     ),
     "carry of another cell": (
-        lambda: unroll(LSTM, PARAMS, XS, GRU_CARRY),
+        lambda v: unroll(LSTM, v.params, v.xs, v.gru_carry),
         TypeError,
         r"unroll: carry of LSTM must be LSTMState\(h, c\), got GRUState\(h\); LSTM.initial_carry\(params, batch_shape\)",
     ),
     "carry as a plain tuple": (
-        lambda: unroll(LSTM, PARAMS, XS, tuple(CARRY)), TypeError, r"must be LSTMState\(h, c\), got tuple",
+        lambda v: unroll(LSTM, v.params, v.xs, tuple(v.carry)), TypeError, r"must be LSTMState\(h, c\), got tuple",
     ),
-    "params of another cell": (lambda: unroll(LSTM, GRU_PARAMS, XS), ValueError, r"one step of LSTM .*another cell's params"),
-    "LSTM params for a GRU": (lambda: unroll(GRU, PARAMS, XS), ValueError, r"one step of GRU fails .*another cell's params"),
-    "GRU params for an RNN": (lambda: unroll(RNN, GRU_PARAMS, XS), ValueError, r"one step of RNN\(tanh\) .*another cell's"),
+    "params of another cell": (lambda v: unroll(LSTM, v.gru_params, v.xs), ValueError, r"one step of LSTM .*another cell's params"),
+    "LSTM params for a GRU": (lambda v: unroll(GRU, v.params, v.xs), ValueError, r"one step of GRU fails .*another cell's params"),
+    "GRU params for an RNN": (lambda v: unroll(RNN, v.gru_params, v.xs), ValueError, r"one step of RNN\(tanh\) .*another cell's"),
     "params without names": (
-        lambda: unroll(LSTM, {"w": XS}, XS), TypeError, r"LSTM expects params with w_ih and b, got dict; LSTM.init makes them",
+        lambda v: unroll(LSTM, {"w": v.xs}, v.xs), TypeError, r"LSTM expects params with w_ih and b, got dict; LSTM.init makes them",
     ),
-    "several arrays for xs": (lambda: unroll(LSTM, PARAMS, (XS, XS)), TypeError, r"xs must be one array .*, got tuple"),
+    "several arrays for xs": (lambda v: unroll(LSTM, v.params, (v.xs, v.xs)), TypeError, r"xs must be one array .*, got tuple"),
     "float lengths": (
-        lambda: length_mask(np.array([2.0, 3.0]), T), TypeError, r"length_mask: lengths must be integers, got float64; cast",
+        lambda v: length_mask(np.array([2.0, 3.0]), T), TypeError, r"length_mask: lengths must be integers, got float64; cast",
     ),
-    "float segment ids": (lambda: segment_resets(XS[..., 0]), TypeError, r"segment_ids must be integers .*float64\[7, 3\]"),
+    "float segment ids": (lambda v: segment_resets(v.xs[..., 0]), TypeError, r"segment_ids must be integers .*float64\[7, 3\]"),
     "mask of the wrong shape": (
-        lambda: unroll(LSTM, PARAMS, XS, mask=FLAGS.T),
+        lambda v: unroll(LSTM, v.params, v.xs, mask=v.flags.T),
         ValueError,
         r"unroll: mask must be \[time, \*batch\] = \[7, 3\], got \[3, 7\]",
     ),
     "reset of the wrong shape": (
-        lambda: unroll(LSTM, PARAMS, XS, reset=FLAGS[:, 0]), ValueError, r"reset must be .* = \[7, 3\], got \[7\]",
+        lambda v: unroll(LSTM, v.params, v.xs, reset=v.flags[:, 0]), ValueError, r"reset must be .* = \[7, 3\], got \[7\]",
     ),
     "mask of floats": (
-        lambda: unroll(LSTM, PARAMS, XS, mask=FLAGS.astype(float)), TypeError, r"mask must be bool, got float64; write mask != 0",
+        lambda v: unroll(LSTM, v.params, v.xs, mask=v.flags.astype(float)), TypeError, r"mask must be bool, got float64; write mask != 0",
     ),
     "reset_carry without reset": (
-        lambda: unroll(LSTM, PARAMS, XS, reset_carry=CARRY), ValueError, r"reset_carry is given without reset",
+        lambda v: unroll(LSTM, v.params, v.xs, reset_carry=v.carry), ValueError, r"reset_carry is given without reset",
     ),
     "reset_carry of the wrong shape": (
-        lambda: unroll(LSTM, PARAMS, XS, reset=FLAGS, reset_carry=LSTMState(CARRY.h[:2], CARRY.c[:2])),
+        lambda v: unroll(LSTM, v.params, v.xs, reset=v.flags, reset_carry=LSTMState(v.carry.h[:2], v.carry.c[:2])),
         ValueError,
         r"unroll: reset_carry is h float64\[2,4\].* expects h float64\[3,4\]",
     ),
     "reset_carry of too few steps": (
-        lambda: unroll(LSTM, PARAMS, XS, reset=FLAGS, reset_carry=jax.tree.map(lambda c: jnp.stack([c] * 3), CARRY)),
+        lambda v: unroll(LSTM, v.params, v.xs, reset=v.flags, reset_carry=jax.tree.map(lambda c: jnp.stack([c] * 3), v.carry)),
         ValueError,
         r"reset_carry is h float64\[3,3,4\].* expects h float64\[7,3,4\]",
     ),
     "reset_carry of another cell": (
-        lambda: unroll(LSTM, PARAMS, XS, reset=FLAGS, reset_carry=GRU_CARRY), TypeError, r"reset_carry of LSTM .* got GRUState",
+        lambda v: unroll(LSTM, v.params, v.xs, reset=v.flags, reset_carry=v.gru_carry), TypeError, r"reset_carry of LSTM .* got GRUState",
     ),
     "integer inputs": (
-        lambda: unroll(LSTM, PARAMS, XS.astype(int)), TypeError, r"xs must be floating, got int64; embed symbols, or use jax.nn.one",
+        lambda v: unroll(LSTM, v.params, v.xs.astype(int)), TypeError, r"xs must be floating, got int64; embed symbols, or use jax.nn.one",
     ),
     "mixed dtypes of params and xs": (
-        lambda: unroll(LSTM, HALF, XS),
+        lambda v: unroll(LSTM, v.half, v.xs),
         TypeError,
         r"unroll: params .*float32.* and xs .*float64.* must share one dtype; cast with .*astype\('float32'\), xs\)",
     ),
     "mixed dtypes of params and carry": (
-        lambda: unroll(LSTM, HALF, XS.astype("float32"), CARRY), TypeError, r"carry is h float64.* expects h float32.*; cast with .*carry",
+        lambda v: unroll(LSTM, v.half, v.xs.astype("float32"), v.carry), TypeError, r"carry is h float64.* expects h float32.*; cast with .*carry",
     ),
     "mixed dtypes of reset_carry": (
-        lambda: unroll(LSTM, PARAMS, XS, reset=FLAGS, reset_carry=jax.tree.map(lambda c: c.astype("float32"), CARRY)),
+        lambda v: unroll(LSTM, v.params, v.xs, reset=v.flags, reset_carry=jax.tree.map(lambda c: c.astype("float32"), v.carry)),
         TypeError,
         r"reset_carry is h float32.* expects h float64.*; cast with .*astype\('float64'\), reset_carry",
     ),
     "mixed dtypes within params": (
-        lambda: unroll(LSTM, PARAMS._replace(b=HALF.b), XS), TypeError, r"params .* must share one dtype; .*params\)",
+        lambda v: unroll(LSTM, v.params._replace(b=v.half.b), v.xs), TypeError, r"params .* must share one dtype; .*params\)",
     ),
-    "unknown gradient": (lambda: unroll(LSTM, PARAMS, XS, gradient="fast"), ValueError, 'gradient must be "scan", got .fast'),
+    "unknown gradient": (lambda v: unroll(LSTM, v.params, v.xs, gradient="fast"), ValueError, 'gradient must be "scan", got .fast'),
     "old-style integer seed": (
-        lambda: LSTM.init(0, I, H), TypeError, r"init_glorot_orthogonal: key must be a typed key, got int; .*jax.random.key\(seed\)",
+        lambda v: LSTM.init(0, I, H), TypeError, r"init_glorot_orthogonal: key must be a typed key, got int; .*jax.random.key\(seed\)",
     ),
     "old-style raw key": (
-        lambda: GRU.init(jax.random.PRNGKey(0), I, H), TypeError, r"init_gru: key must be a typed key, got uint32\[2\]",
+        lambda v: GRU.init(jax.random.PRNGKey(0), I, H), TypeError, r"init_gru: key must be a typed key, got uint32\[2\]",
     ),
-    "several keys": (lambda: RNN.init(jax.random.split(jax.random.key(0), 3), I, H), ValueError, r"must be one key, got 3"),
-    "hidden size zero": (lambda: LSTM.init(jax.random.key(0), I, 0), ValueError, r"hidden_size must be a positive int, got 0"),
-    "input size a float": (lambda: LSTM.init(jax.random.key(0), 5.0, H), ValueError, r"input_size must be a positive int, got 5.0"),
+    "several keys": (lambda v: RNN.init(jax.random.split(jax.random.key(0), 3), I, H), ValueError, r"must be one key, got 3"),
+    "hidden size zero": (lambda v: LSTM.init(jax.random.key(0), I, 0), ValueError, r"hidden_size must be a positive int, got 0"),
+    "input size a float": (lambda v: LSTM.init(jax.random.key(0), 5.0, H), ValueError, r"input_size must be a positive int, got 5.0"),
     "integer dtype": (
-        lambda: LSTM.init(jax.random.key(0), I, H, dtype="int32"), TypeError, r"dtype must be a floating type, got int32",
+        lambda v: LSTM.init(jax.random.key(0), I, H, dtype="int32"), TypeError, r"dtype must be a floating type, got int32",
     ),
 }  # fmt: skip
 
@@ -418,6 +554,6 @@ WRONG = {
 def test_wrong_input_is_one_clear_error(name, jitted):
     call, kind, message = WRONG[name]
     with pytest.raises(kind) as raised:
-        jax.jit(call)() if jitted else call()
+        jax.jit(call)(GIVEN) if jitted else call(GIVEN)
     assert re.search(message, str(raised.value)), str(raised.value)
     assert "\n" not in str(raised.value)

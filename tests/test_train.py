@@ -94,6 +94,21 @@ def test_the_learning_rate_of_a_schedule_is_the_one_used():
     np.testing.assert_allclose(metrics["learning_rate"], [schedule(n) for n in range(N)], rtol=1e-6)
 
 
+def test_optimisers_that_ask_get_the_loss_its_gradient_and_the_loss_function():
+    def update(updates, state, params, *, value, grad, value_fn, **_):
+        shifted = jax.tree.map(lambda p: p + 1, params)
+        return jax.tree.map(jnp.zeros_like, updates), (value, optax.tree.norm(grad), value_fn(shifted))
+
+    asking = optax.GradientTransformationExtraArgs(lambda params: (jnp.zeros(()),) * 3, update)
+    first, batch = new_state(asking), jax.tree.map(lambda v: v[0], BATCHES)
+    state, metrics = make_train_step(lstm_loss, asking)(first, batch)
+    key = jax.random.fold_in(first.key, 0)
+    shifted = jax.tree.map(lambda p: p + 1, first.params)
+    want = (metrics["loss"], metrics["grad_norm"], lstm_loss(shifted, batch, first.carry, key)[0])
+    np.testing.assert_allclose(state.opt_state, want, rtol=1e-13)
+    np.testing.assert_allclose(metrics["loss"], lstm_loss(first.params, batch, first.carry, key)[0], rtol=1e-13)
+
+
 def test_one_trace_over_200_steps_with_evaluation_between():
     traces = {"train": 0, "evaluate": 0}
 

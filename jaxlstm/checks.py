@@ -3,13 +3,14 @@
 One error, that names the function, the argument, what was expected, what came, and the likely cure.
 """
 
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxlstm.cell import Cell, PyTree, leaf_path, project
+from jaxlstm.cell import Cell, PyTree, leaf_path, project, recur
 
 
 def check_init(function: str, key: Any, input_size: Any, hidden_size: Any, dtype: DTypeLike) -> None:
@@ -25,7 +26,7 @@ def check_init(function: str, key: Any, input_size: Any, hidden_size: Any, dtype
     if key.shape != ():
         raise ValueError(f"{function}: key must be one key, got {key.shape[0]} of them; use jax.vmap for many.")
     for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-        if not isinstance(size, int) or size < 1:
+        if isinstance(size, bool) or not hasattr(size, "__index__") or operator.index(size) < 1:
             raise ValueError(f"{function}: {name} must be a positive int, got {size!r}.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{function}: dtype must be a floating type, got {jnp.dtype(dtype).name}.")
@@ -40,39 +41,46 @@ def check_sequence(
       TypeError: dtypes are mixed, inputs are integers, or the carry is another cell's.
       ValueError: a shape is wrong.
     """
-    own_project = cell.project is not project
-    if not own_project:
+    if not isinstance(cell, Cell):
+        raise TypeError(f"{function}: cell must be a Cell, such as jaxlstm.LSTM, got {_kind(cell)}.")
+    if cell.project is project:
         _check_input(function, cell, params, xs)
+    if cell.recur is recur:
+        _check_recurrent_weights(function, cell, params)
     leaves = jax.tree.leaves(xs)
-    if not leaves or any(leaf.ndim < 1 or len(leaf) != len(leaves[0]) for leaf in leaves):
+    if not leaves or any(leaf.ndim < 1 or leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
         raise ValueError(f"{function}: every array of xs must be [time, *batch, ...], got {describe(xs)}.")
     _check_dtype(function, params, xs)
 
-    params_type, xs_type = jax.tree.map(_struct, (params, xs))
-    x_type = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs_type)
+    # One step, traced on shapes alone, says the rest: whatever fails would fail inside the loop.
+    params_type = jax.tree.map(_struct, params)
+    x_type = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
+    given = f"params {describe(params)}; xs {describe(xs)}"
     try:
         z_type = jax.eval_shape(cell.project, params_type, x_type)
         batch_shape = jax.tree.leaves(z_type)[0].shape[:-1]
         expected = jax.eval_shape(lambda p: cell.initial_carry(p, batch_shape), params_type)
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        stepped, _ = jax.eval_shape(cell.step, params_type, expected, x_type)
+    except jax.errors.ConcretizationTypeError:
+        raise  # Python control flow on an array, in the cell itself: JAX says it best
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{function}: {cell.name} does not accept these params and xs: params {describe(params)}; "
-            f"xs {describe(xs)}. {error}"
+            f"{function}: one step of {cell.name} fails with {given}. Are these another cell's params? {reason}"
         ) from error
+    for leaf in jax.tree.leaves(expected):
+        if leaf.shape[: len(batch_shape)] != batch_shape:
+            raise ValueError(
+                f"{function}: the initial carry of {cell.name} is {describe(expected)}; every leaf must start with the "
+                f"batch axes {list(batch_shape)}."
+            )
+    if not _alike(stepped, expected):
+        raise ValueError(
+            f"{function}: one step of {cell.name} turns carry {_kind(expected)}: {describe(expected)} into "
+            f"{_kind(stepped)}: {describe(stepped)}, with {given}. Are these another cell's params?"
+        )
     if carry is not None:
         check_carry(function, "carry", cell, carry, expected)
-    try:
-        stepped, _ = jax.eval_shape(cell.step, params_type, expected, x_type)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{function}: one step of {cell.name} fails with params {describe(params)}; "
-            f"carry {describe(expected)}; x {describe(x_type)}. Are these another cell's params? {error}"
-        ) from error
-    if describe(stepped) != describe(expected):
-        raise ValueError(
-            f"{function}: one step of {cell.name} turns carry {describe(expected)} into {describe(stepped)}; "
-            f"the carry must keep its type. Are these another cell's params: {describe(params)}?"
-        )
     return batch_shape
 
 
@@ -83,8 +91,7 @@ def check_carry(function: str, name: str, cell: Cell[Any, Any], carry: PyTree, e
       TypeError: it is another kind of pytree, or a leaf has the wrong dtype.
       ValueError: a leaf has the wrong shape.
     """
-    own: Any = jax.tree.structure(expected)
-    if jax.tree.structure(carry) != own:
+    if not same_structure(carry, expected):
         raise TypeError(
             f"{function}: {name} of {cell.name} must be {_kind(expected)}, got {_kind(carry)}; "
             f"{cell.name}.initial_carry(params, batch_shape) makes one."
@@ -119,23 +126,52 @@ def describe(tree: PyTree) -> str:
     )
 
 
+def same_structure(one: PyTree, other: PyTree) -> bool:
+    """Say whether two pytrees differ in their leaves at most."""
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (one, other)]
+    return bool(structures[0] == structures[1])
+
+
+def _alike(one: PyTree, other: PyTree) -> bool:
+    types = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
+    return same_structure(one, other) and types(one) == types(other)
+
+
 def _check_input(function: str, cell: Cell[Any, Any], params: Any, xs: Any) -> None:
     if not hasattr(xs, "ndim"):
         raise TypeError(f"{function}: xs must be one array [time, *batch, input], got {_kind(xs)}.")
-    if not all(hasattr(params, name) for name in ("w_ih", "b")):
-        raise TypeError(
-            f"{function}: {cell.name} expects params with w_ih and b, got {_kind(params)}; {cell.name}.init makes them."
-        )
+    _check_names(function, cell, params, "w_ih", "b")
     if not jnp.issubdtype(xs.dtype, jnp.inexact):
         raise TypeError(
             f"{function}: xs must be floating, got {xs.dtype}; embed symbols, or use jax.nn.one_hot(xs, num_symbols)."
         )
     if xs.ndim < 2:
         raise ValueError(f"{function}: xs must be [time, *batch, input], got {list(xs.shape)}.")
+    if params.w_ih.ndim != 2 or params.b.shape != params.w_ih.shape[1:]:
+        raise ValueError(f"{function}: params must have w_ih [input, n] and b [n], got {describe(params)}.")
     if xs.shape[-1] != params.w_ih.shape[0]:
         raise ValueError(
             f"{function}: xs has {xs.shape[-1]} features, params.w_ih expects {params.w_ih.shape[0]}; "
             f"xs is [time, *batch, input], got {list(xs.shape)}."
+        )
+
+
+def _check_recurrent_weights(function: str, cell: Cell[Any, Any], params: Any) -> None:
+    """Columns that are no whole gates would be broadcast: [hidden, 1] into every gate."""
+    _check_names(function, cell, params, "w_hh")
+    shapes = [params.w_hh.shape, getattr(params, "w_ih", params.w_hh).shape]
+    if len(shapes[0]) != 2 or any(shape[-1] % shapes[0][0] for shape in shapes):
+        raise ValueError(
+            f"{function}: params must have w_hh [hidden, gates*hidden] and w_ih [input, gates*hidden], "
+            f"got {describe(params)}."
+        )
+
+
+def _check_names(function: str, cell: Cell[Any, Any], params: Any, *names: str) -> None:
+    if not all(hasattr(getattr(params, name, None), "shape") for name in names):
+        raise TypeError(
+            f"{function}: {cell.name} expects params with {' and '.join(names)}, got {_kind(params)}; "
+            f"{cell.name}.init makes them."
         )
 
 
