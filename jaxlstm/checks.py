@@ -157,14 +157,11 @@ def _check_input(function: str, cell: Cell[Any, Any], params: Any, xs: Any) -> N
 
 
 def _check_recurrent_weights(function: str, cell: Cell[Any, Any], params: Any) -> None:
-    """Columns that are no whole gates would be broadcast: [hidden, 1] into every gate."""
     _check_names(function, cell, params, "w_hh")
-    shapes = [params.w_hh.shape, getattr(params, "w_ih", params.w_hh).shape]
-    if len(shapes[0]) != 2 or any(shape[-1] % shapes[0][0] for shape in shapes):
-        raise ValueError(
-            f"{function}: params must have w_hh [hidden, gates*hidden] and w_ih [input, gates*hidden], "
-            f"got {describe(params)}."
-        )
+    columns = {params.w_hh.shape[-1], getattr(params, "w_ih", params.w_hh).shape[-1]}
+    # A single column would be broadcast over all units without a word.
+    if params.w_hh.ndim != 2 or (1 in columns and len(columns) > 1):
+        raise ValueError(f"{function}: params must have w_hh [hidden, n] and w_ih [input, n], got {describe(params)}.")
 
 
 def _check_names(function: str, cell: Cell[Any, Any], params: Any, *names: str) -> None:

@@ -1,5 +1,6 @@
 """unroll against NumPy loops and complex-step derivatives: every cell, masks, resets, directions, shapes, meshes."""
 
+import collections
 import dataclasses
 import functools
 import re
@@ -289,6 +290,32 @@ def test_a_users_project_may_embed_tokens_and_a_cell_may_do_without_recur():
         np.testing.assert_allclose(ys[t], want, rtol=1e-14)
 
 
+def test_h_may_have_another_size_than_c():
+    """A projection, h = (o ⊙ tanh c) W_hr (Sak et al. 2014), with the default project and recur."""
+    narrow = 3
+    Params = collections.namedtuple("Params", "w_ih w_hh b w_hr")
+
+    def gates(params, state, z, a):
+        state, h = LSTM.gates(params, state, z, a)
+        return LSTMState(h @ params.w_hr, state.c), h @ params.w_hr
+
+    projected = Cell(
+        init=LSTM.init,
+        initial_carry=lambda params, batch_shape=(): LSTMState(
+            jnp.zeros((*batch_shape, narrow)), jnp.zeros((*batch_shape, H))
+        ),
+        gates=gates,
+        name="projected",
+    )
+    shapes = ((I, 4 * H), (narrow, 4 * H), (4 * H,), (H, narrow))
+    params = Params(*(normal(k, *shape) for k, shape in enumerate(shapes)))
+    xs = normal(9, T, B, I)
+    carry, ys = unroll(projected, params, xs)
+    step = lambda p, state, x: (lambda s, h: ((h @ p[3], s[1]), h @ p[3]))(*oracles.lstm_step(p[:3], state, x))
+    want = oracles.loop(step, params, xs, (np.zeros((B, narrow)), np.zeros((B, H))))
+    assert worst_error((carry, ys), want) < 1e-14
+
+
 def test_numpy_inputs_are_accepted():
     params, xs, carry = draw(LSTM)
     from_numpy = unroll(LSTM, *jax.tree.map(np.asarray, (params, xs, carry)), mask=MASK)
@@ -431,12 +458,12 @@ WRONG = {
     "one column for all gates": (
         lambda v: unroll(LSTM, v.params._replace(w_hh=v.params.w_hh[:, :1]), v.xs),
         ValueError,
-        r"unroll: params must have w_hh \[hidden, gates\*hidden\] .*w_hh float64\[4,1\]",
+        r"unroll: params must have w_hh \[hidden, n\] and w_ih .*w_hh float64\[4,1\]",
     ),
     "one input column for all gates": (
         lambda v: unroll(LSTM, v.params._replace(w_ih=v.params.w_ih[:, :1], b=v.params.b[:1]), v.xs),
         ValueError,
-        r"w_ih \[input, gates\*hidden\], got w_ih float64\[5,1\]",
+        r"w_ih \[input, n\], got w_ih float64\[5,1\]",
     ),
     "a bias per example": (
         lambda v: unroll(LSTM, v.params._replace(b=jnp.stack([v.params.b] * B)), v.xs),
