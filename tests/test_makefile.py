@@ -31,7 +31,10 @@ set_up_by_make = pytest.mark.skipif(not list(VENV.glob(".installed*")), reason="
 
 
 def make(*args, cwd=ROOT, **environment):
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")} | environment
+    # The make that runs these tests hands its own variables down.
+    own = {"VENV", "PYTHON", "ACCEL", "ARGS"}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name not in own}
+    env |= environment
     return subprocess.run(["make", *args], cwd=cwd, capture_output=True, text=True, env=env, check=False)
 
 
