@@ -2,8 +2,8 @@
 
 One step of a recurrent cell has three parts, and only the middle one is sequential work that costs:
 
-    z_t = project(params, x_t)                              all t in one matmul, outside the loop
-    a_t = recur(params, carry_{t-1})                        the only matmul inside the loop
+    z_t = project(params, x_t)                              needs no carry: may be had for all t at once
+    a_t = recur(params, carry_{t-1})                        the matmul that has to wait for the step before
     (carry_t, y_t) = gates(params, carry_{t-1}, z_t, a_t)   element-wise; this is where cells differ
 """
 

@@ -49,10 +49,11 @@ def activations(
     params: LSTMParams, state: LSTMState, z: Float[Array, "*batch 4*hidden"], a: Float[Array, "*batch 4*hidden"]
 ) -> LSTMGates[Float[Array, "*batch hidden"]]:
     """Return the activated gates i, f, g, o of one step."""
-    pre = z + a
-    # σ of the whole array, sliced afterwards: contiguous, so the CPU vectorises it. g's quarter of it is never used.
-    i, f, _, o = jnp.split(jax.nn.sigmoid(pre), 4, axis=-1)
-    g = jnp.tanh(jnp.split(pre, 4, axis=-1)[2])
+    z_i, z_f, z_g, z_o = jnp.split(z + a, 4, axis=-1)
+    i = jax.nn.sigmoid(z_i)
+    f = jax.nn.sigmoid(z_f)
+    g = jnp.tanh(z_g)
+    o = jax.nn.sigmoid(z_o)
     return LSTMGates(i, f, g, o)
 
 

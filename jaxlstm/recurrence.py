@@ -2,9 +2,8 @@
 
 One step, with s the carry and r the carry a reset puts in its place:
 
-    s'_t = where(reset_t, r_t, s_{t-1})
-    a_t  = recur(params, s'_t)
-    (s_t, y_t) = gates(params, s'_t, z_t, a_t)     held where masked
+    s'_t       = where(reset_t, r_t, s_{t-1})
+    (s_t, y_t) = step(params, s'_t, x_t)           held where masked
 """
 
 from collections.abc import Sequence
@@ -83,21 +82,19 @@ def unroll(
     if mask is not None:
         # The first of two `where`s: without it a NaN in padding is multiplied into the gradient of the weights.
         xs = jax.tree.map(lambda x: _where(mask, x, jnp.zeros_like(x)), xs)
-    zs = cell.project(params, xs)
-    carry = _typed_as(zs, carry)
+    carry = _typed_for_scan(cell, params, xs, carry)
 
     def step(carry: Carry, inputs: Any) -> tuple[Carry, Array]:
-        z, mask_t, reset_t, reset_carry_t = inputs
+        x, mask_t, reset_t, reset_carry_t = inputs
         if reset_t is not None:
             carry = _select(reset_t, reset_carry_t if one_per_step else reset_carry, carry)
-        a = None if cell.recur is None else cell.recur(params, carry)
-        new_carry, y = cell.gates(params, carry, z, a)
+        new_carry, y = cell.step(params, carry, x)
         if mask_t is not None:
             new_carry = _select(mask_t, new_carry, carry)
             y = _select(mask_t, y, jax.tree.map(jnp.zeros_like, y))
         return new_carry, y
 
-    steps = (zs, mask, reset, reset_carry if one_per_step else None)
+    steps = (xs, mask, reset, reset_carry if one_per_step else None)
     return lax.scan(step, carry, steps, length=num_steps, reverse=reverse)
 
 
@@ -165,14 +162,14 @@ def _select(flags: Bool[Array, "*batch"], new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: _where(flags, n, o), new, old)
 
 
-def _typed_as(zs: PyTree, carry: Carry) -> Carry:
-    """Give the carry the sharding type of z, which it has after the first step: a scan's carry must keep its type.
+def _typed_for_scan(cell: Cell[Any, Carry], params: Any, xs: PyTree, carry: Carry) -> Carry:
+    """Give the carry the sharding type that z has, and so the carry after a step: in a scan it must not change.
 
     A carry of zeros knows nothing of the mesh; selecting it by flags cut from z tells it, and changes no bit.
     """
-    z = jax.tree.leaves(zs)[0]
-    first = lax.slice_in_dim(z, 0, min(1, z.shape[0])).sum(axis=(0, -1))
-    return _select(jnp.ones_like(first, dtype=bool), carry, carry)
+    first = jax.tree.map(lambda x: lax.slice_in_dim(x, 0, min(1, x.shape[0])).sum(axis=0, dtype=x.dtype), xs)
+    z = jax.tree.leaves(cell.project(params, first))[0]
+    return _select(jnp.ones_like(z.sum(axis=-1), dtype=bool), carry, carry)
 
 
 def _checked_reset_carry(
