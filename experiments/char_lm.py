@@ -65,6 +65,7 @@ class Model(NamedTuple):
 Carries = list[LSTMState]
 Layer = Callable[..., tuple[LSTMState, Array]]  # (params, xs, carry) -> (carry, ys)
 scan: Layer = functools.partial(unroll, LSTM)
+step: Layer = lambda params, x, carry: LSTM.step(params, carry, x)
 
 
 def init_model(key: Key[Array, ""], num_symbols: int, hidden_size: int, num_layers: int) -> Model:
@@ -86,12 +87,12 @@ def initial_carries(model: Model, *batch_shape: int) -> Carries:
 def predict(
     model: Model,
     carries: Carries,
-    tokens: Int[Array, "time batch"],
+    tokens: Int[Array, "*time_batch"],
     *,
     dropout: float = 0.0,
     key: Key[Array, ""] | None = None,
     layer: Layer = scan,
-) -> tuple[Carries, Float[Array, "time batch symbols"]]:
+) -> tuple[Carries, Float[Array, "*time_batch symbols"]]:
     """Return the logits of the character after each one; dropout between layers only (Zaremba et al. 2014)."""
 
     def drop(xs: Array, depth: int) -> Array:
@@ -111,12 +112,15 @@ def predict(
 
 def predict_next(model: Model, carries: Carries, token: Int[Array, ""]) -> tuple[Carries, Float[Array, "symbols"]]:
     """Read one character; return the logits of the next."""
-    x = model.embedding[token]
-    new_carries = []
-    for params, carry in zip(model.layers, carries, strict=True):
-        carry, x = LSTM.step(params, carry, x)
-        new_carries.append(carry)
-    return new_carries, x @ model.w + model.b
+    return predict(model, carries, token, layer=step)
+
+
+def write_next(
+    model: Model, carries: Carries, token: Int[Array, ""], key: Key[Array, ""], temperature: float
+) -> tuple[Carries, Int[Array, ""]]:
+    """Read one character; draw the next."""
+    carries, logits = predict_next(model, carries, token)
+    return carries, jax.random.categorical(key, logits / temperature)
 
 
 # Loss, evaluation, sampling.
@@ -159,13 +163,12 @@ def sample(
 ) -> Int[Array, "num_steps"]:
     """Write `num_steps` characters after a first one."""
 
-    def step(state: Any, key: Key[Array, ""]) -> Any:
+    def write(state: Any, key: Key[Array, ""]) -> Any:
         carries, token = state
-        carries, logits = predict_next(model, carries, token)
-        token = jax.random.categorical(key, logits / temperature)
+        carries, token = write_next(model, carries, token, key, temperature)
         return (carries, token), token
 
-    return jax.lax.scan(step, (initial_carries(model), token), jax.random.split(key, num_steps))[1]
+    return jax.lax.scan(write, (initial_carries(model), token), jax.random.split(key, num_steps))[1]
 
 
 # Is the gradient that trains the model right?
@@ -294,7 +297,7 @@ def main(
     runs.save_params(folder, state.params)
     runs.write_json(folder / "result.json", result)
     pictures = [
-        plots.learning_curve(folder / "learning_curve.png", runs.read_metrics(folder), evaluations, baselines),
+        plots.learning_curve(folder / "learning_curve.png", runs.read_metrics(folder), baselines),
         plots.gate_maps(folder / "gates.png", *read_sentence(state.params, data)),
     ]
     log.info(

@@ -12,10 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 
-def learning_curve(
-    path: Path, metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]], baselines: dict[str, float]
-) -> Path:
+def learning_curve(path: Path, metrics: list[dict[str, Any]], baselines: dict[str, float]) -> Path:
     """Draw bits per character against steps, with the baselines as lines."""
+    evaluations = [row for row in metrics if "held_out_bits" in row]
     steps, bits = np.array([(row["step"], row["loss"] / math.log(2)) for row in metrics if "loss" in row]).T
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     axes.plot(steps, bits, color="0.8", linewidth=0.6, label="LSTM, each training batch")

@@ -1,6 +1,8 @@
 """What does a trained character model write? One `step` per character, the carry kept.
 
-python -m experiments.sample runs/char_lm/20260102-030405 --prompt "The "
+The end of a run of char_lm prints the command:
+
+    python -m experiments.sample runs/char_lm/20260102-030405 --prompt "The "
 """
 
 import json
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import tyro
 
 from experiments import runs, text
-from experiments.char_lm import Model, init_model, initial_carries, predict_next
+from experiments.char_lm import Model, init_model, initial_carries, write_next
 
 
 def load(run: Path) -> tuple[Model, str]:
@@ -58,11 +60,7 @@ def main(
     if num_characters < 0:
         sys.exit(f"sample: --num-characters must not be negative, got {num_characters}.")
 
-    @jax.jit
-    def step(carries: Any, token: Any, key: Any) -> Any:
-        carries, logits = predict_next(model, carries, token)
-        return carries, jax.random.categorical(key, logits / temperature)
-
+    step = jax.jit(lambda carries, token, key: write_next(model, carries, token, key, temperature))
     keys = jax.random.split(jax.random.key(seed), len(prompt) + num_characters)
     carries, token, written = initial_carries(model), jnp.asarray(0), []
     for read, key in zip(text.encode(prompt, symbols), keys[: len(prompt)], strict=True):

@@ -100,8 +100,7 @@ In brackets: no verdict, since the differences agree as far as their noise floor
         tables = {dtype: compare(dtype) for dtype in ("float64", "float32")}
     print(" " * 7 + "".join(f"{dtype:>14}{'':22}" for dtype in tables).rstrip())
     print(" " * 7 + "   by hand  differences  floor      " * len(tables))
-    names = list(tables["float64"])
-    for name in names:
+    for name in tables["float64"]:
         print(f"{name:7}" + "".join(_format(table[name], dtype) for dtype, table in tables.items()))
     print()
     lines = [line for dtype, table in tables.items() for line in disagreements(dtype, table)]

@@ -177,10 +177,10 @@ def _check_dtype(function: str, params: PyTree, xs: PyTree) -> None:
     floats = lambda tree: {str(x.dtype) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)}
     own, other = floats(params), floats(xs)
     if len(own | other) > 1:
+        wrong = "params" if len(own) > 1 else "xs"
         raise TypeError(
             f"{function}: params ({describe(params)}) and xs ({describe(xs)}) must share one dtype; "
-            f"cast with jax.tree.map(lambda v: v.astype('{min(own | other if len(own) > 1 else own)}'), "
-            f"{'params' if len(own) > 1 else 'xs'})."
+            f"cast with jax.tree.map(lambda v: v.astype('{min(own or other)}'), {wrong})."
         )
 
 

@@ -179,13 +179,13 @@ def _bias(
 def split_gates(params: LSTMParams) -> LSTMGates[LSTMParams]:
     """Split parameters, or gradients, into one `LSTMParams` per gate, its leaves [..., hidden].
 
+    Raises:
+      TypeError: these are not `LSTMParams`.
+
     >>> import jax, jaxlstm
     >>> params = jaxlstm.LSTM.init(jax.random.key(0), 5, 7)
     >>> jaxlstm.split_gates(params).f.w_ih.shape
     (5, 7)
-
-    Raises:
-      TypeError: these are not `LSTMParams`.
     """
     if not isinstance(params, LSTMParams):
         raise TypeError(f"split_gates: params must be LSTMParams, got {type(params).__name__}.")

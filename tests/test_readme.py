@@ -47,18 +47,24 @@ def test_there_are_blocks_in_every_page():
     assert all(python_blocks(page) for page in PAGES)
 
 
-def test_the_fifteen_lines_are_gradient_scan():
+def fifteen_lines():
+    """Return the README's own function."""
     (code,) = [code for code in python_blocks("README.md") if "def lstm(" in code]
     assert len(code[code.index("def lstm(") :].strip().splitlines()) <= 15
     namespace = {}
     exec(code, namespace)
+    return namespace["lstm"]
+
+
+def test_the_fifteen_lines_are_gradient_scan():
+    lstm = fifteen_lines()
     params, xs, carry = draw(LSTM)
 
     def gradient(run):
         loss = lambda v: sum((leaf**2).sum() for leaf in jax.tree.leaves(run(*v)))
         return jax.value_and_grad(loss)((params, xs, carry))
 
-    plain = gradient(lambda params, xs, carry: namespace["lstm"](params, xs, tuple(carry)))
+    plain = gradient(lambda params, xs, carry: lstm(params, xs, tuple(carry)))
     assert worst_error(gradient(lambda *v: unroll(LSTM, *v, gradient="scan")), plain) < 1e-14
 
 
@@ -78,11 +84,9 @@ def test_what_the_table_says_of_flax_and_of_the_fifteen_lines():
         assert "seq_lengths" in inspect.signature(call).parameters
         assert not {"reset", "resets", "mask"} & inspect.signature(call).parameters.keys()
 
-    (code,) = [code for code in python_blocks("README.md") if "def lstm(" in code]
-    namespace = {}
-    exec(code, namespace)
+    lstm = fifteen_lines()
     params, xs, carry = draw(LSTM)
-    inside = lambda p: namespace["lstm"](p, xs.at[5:, 2].set(jnp.nan), tuple(carry))[1][:5].sum()
+    inside = lambda p: lstm(p, xs.at[5:, 2].set(jnp.nan), tuple(carry))[1][:5].sum()
     assert np.isfinite(inside(params))
     assert np.isnan(jax.grad(inside)(params).w_hh).any()
 

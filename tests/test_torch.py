@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlstm import LSTM, LSTMParams, length_mask, lstm_bptt, unroll
-from jaxlstm.baselines import GRUParams, RNNParams
+from jaxlstm import LSTM, GRUParams, LSTMParams, LSTMState, RNNParams, length_mask, lstm_bptt, unroll
 
 from cells import CELLS, worst_error
 from golden import generate
@@ -75,7 +74,7 @@ def test_packed_sequences_of_mixed_lengths_equal_torch_in_both_directions(name):
 
 @pytest.mark.parametrize("layer", [lambda *v: unroll(LSTM, *v), lstm_bptt], ids=["unroll", "lstm_bptt"])
 def test_float32_gradients_are_as_accurate_as_torchs(layer):
-    num_steps, batch, input_size, hidden = generate.FLOAT32_SHAPE
+    *_, input_size, hidden = generate.FLOAT32_SHAPE
 
     @jax.jit
     def gradient(weights, xs, carry, d_ys, d_final):
@@ -84,21 +83,14 @@ def test_float32_gradients_are_as_accurate_as_torchs(layer):
 
     ratios = []
     for seed, torch_error in zip(generate.SEEDS, GOLDEN["float32 errors"], strict=True):
-        # The generator's own draws, in its order.
-        rng = np.random.default_rng(seed)
-        w_ih, w_hh, b_ih, b_hh = (
-            generate.normal(rng, *shape) / 2
-            for shape in ((4 * hidden, input_size), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,))
-        )
-        c = [generate.normal(rng, 1, batch, hidden)[0] for _ in range(4)]
-        xs = generate.normal(rng, num_steps, batch, input_size)
-        d_ys = generate.normal(rng, num_steps, batch, hidden)
+        shapes = ((4 * hidden, input_size), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,))
+        (w_ih, w_hh, b_ih, b_hh), carry, d_final, xs, d_ys = generate.draw(seed, shapes, generate.FLOAT32_SHAPE)
+        carry, d_final = (LSTMState(*(leaf[0] for leaf in state)) for state in (carry, d_final))
         flat = []
         for dtype in ("float32", "float64"):
             cast = lambda *tree, dtype=dtype: jax.tree.map(lambda v: jnp.asarray(v, dtype), tree)
             b = np.asarray(b_ih, dtype) + np.asarray(b_hh, dtype)
-            state = LSTM.initial_carry(LSTMParams(w_ih.T, w_hh.T, b))
-            args = cast(LSTMParams(w_ih.T, w_hh.T, b), xs, type(state)(*c[:2]), d_ys, type(state)(*c[2:]))
+            args = cast(LSTMParams(w_ih.T, w_hh.T, b), xs, carry, d_ys, d_final)
             flat.append(np.asarray(gradient(*args), np.float64))
         error = np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1])
         assert 0 < error < 1e-5

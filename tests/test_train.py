@@ -31,10 +31,13 @@ def lstm_loss(params, batch, carry, key):
     return ((ys[-1] - targets) ** 2).mean(), (carry, {"last": ys[-1].mean()})
 
 
-def new_state(optimizer, seed=0):
-    key = jax.random.key(seed)
+def new_state_from(key, optimizer):
     params = LSTM.init(key, I, H, dtype=jnp.float64)
     return init_train_state(params, optimizer, key, carry=LSTM.initial_carry(params, (BATCH,)))
+
+
+def new_state(optimizer, seed=0):
+    return new_state_from(jax.random.key(seed), optimizer)
 
 
 def test_the_update_is_the_optimisers_on_the_gradient_of_the_loss():
@@ -141,11 +144,6 @@ def test_vmap_over_seeds_equals_separate_runs():
         assert worst_error(jax.tree.map(lambda v, n=n: v[n], states.params), state.params) < 1e-9
         np.testing.assert_allclose(metrics["loss"][n], own["loss"], rtol=1e-10)
     assert worst_error(alone[0][0].params, alone[1][0].params) > 0.1
-
-
-def new_state_from(key, optimizer):
-    params = LSTM.init(key, I, H, dtype=jnp.float64)
-    return init_train_state(params, optimizer, key, carry=LSTM.initial_carry(params, (BATCH,)))
 
 
 def test_the_carry_is_handed_on_and_cut_from_the_gradient():

@@ -15,8 +15,14 @@ SEEDS = range(20)
 FLOAT32_SHAPE = (30, 4, 6, 8)
 
 
-def normal(rng, *shape):
-    return rng.normal(size=shape)
+def draw(seed, parameter_shapes, shape, *, directions=1, num_states=2):
+    """Draw (parameters, states, derivatives by the final states, xs, derivatives by ys) of one case."""
+    num_steps, batch, input_size, hidden = shape
+    normal = np.random.default_rng(seed).normal
+    parameters = [normal(size=parameter_shape) / 2 for parameter_shape in parameter_shapes]
+    states, d_states = ([normal(size=(directions, batch, hidden)) for _ in range(num_states)] for _ in range(2))
+    xs, d_ys = normal(size=(num_steps, batch, input_size)), normal(size=(num_steps, batch, directions * hidden))
+    return parameters, states, d_states, xs, d_ys
 
 
 def run(module, xs, states, d_ys, d_states, lengths=None):
@@ -46,18 +52,22 @@ def case(name, *, lengths=None, bidirectional=False, shape=(T, B, I, H), seed=0,
     import torch
 
     kind, options = MODULES[name]
-    num_steps, batch, input_size, hidden = shape
-    rng = np.random.default_rng(seed)
-    tensor = lambda *shape: torch.tensor(normal(rng, *shape), dtype=getattr(torch, dtype))
+    *_, input_size, hidden = shape
     module = getattr(torch.nn, kind)(
         input_size, hidden, bidirectional=bidirectional, dtype=getattr(torch, dtype), **options
     )
-    for parameter in module.parameters():
-        parameter.data = tensor(*parameter.shape) / 2
-    directions, num_states = 1 + bidirectional, 1 + (kind == "LSTM")
-    states = [tensor(directions, batch, hidden) for _ in range(num_states)]
-    d_states = [tensor(directions, batch, hidden) for _ in range(num_states)]
-    xs, d_ys = tensor(num_steps, batch, input_size), tensor(num_steps, batch, directions * hidden)
+    drawn = draw(
+        seed,
+        [parameter.shape for parameter in module.parameters()],
+        shape,
+        directions=1 + bidirectional,
+        num_states=1 + (kind == "LSTM"),
+    )
+    tensor = lambda array: torch.tensor(array, dtype=getattr(torch, dtype))
+    parameters, states, d_states = ([tensor(array) for array in arrays] for arrays in drawn[:3])
+    xs, d_ys = map(tensor, drawn[3:])
+    for parameter, value in zip(module.parameters(), parameters, strict=True):
+        parameter.data = value
     results = run(module, xs, states, d_ys, d_states, lengths)
     return results | {"d_ys": d_ys.numpy()} | {f"d_final{k}": d.numpy() for k, d in enumerate(d_states)}
 
