@@ -12,7 +12,6 @@ import logging
 import math
 import re
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,19 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Array, Bool, Float, Int, Key
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from experiments import plots, runs, text
+from experiments import plots, runs, text, trainer
 from jaxlstm import (
     LSTM,
     LSTMParams,
     LSTMState,
     TrainState,
-    TrainStep,
-    fit,
     gradient_error,
     init_train_state,
     lstm_bptt,
@@ -42,7 +36,6 @@ from jaxlstm import (
     unroll,
 )
 
-BLOCK = 50  # optimiser steps in one call of `fit`
 EVALUATIONS = 10
 STREAMS, WARM_UP = 32, 256  # columns in which the held-out text is read; characters read before the first one scored
 TOLERANCE = {"float64": 1e-12, "float32": 1e-4}  # of the gradient by hand against autodiff
@@ -221,12 +214,16 @@ def main(
     dropout: float = 0.1,
     temperature: float = 0.7,
     seed: int = 0,
+    block: int = 25,
+    save_every: int = 100,
+    keep: int = 3,
     workdir: str | None = None,
+    resume: bool = False,
     tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Train a character language model and hold it against n-grams and xz.
 
-    The exit code is 0 whenever the run has ended, LEARNED or not.
+    The exit code is 0 whenever the run has ended, LEARNED or not; 130 or 143 if Ctrl-C or SIGTERM stopped it.
 
     Args:
       corpus: `python-docs`, the manual in the standard library, or the path of a UTF-8 text file.
@@ -240,13 +237,18 @@ def main(
       dropout: share of units dropped between layers.
       temperature: of the samples; below 1 is bolder than the model believes.
       seed: of the parameters, dropout and samples.
+      block: steps in one compiled call; only between two can the run be stopped and saved.
+      save_every: steps between two checkpoints.
+      keep: how many of the last checkpoints stay; the best one always does.
       workdir: a new folder for the run; default runs/char_lm/ and the time.
+      resume: go on with the run in --workdir, with the flags that it has.
       tensorboard: write event files as well.
     """
     config = dict(locals())
     check_flags(config)
     data = load(corpus, batch_size * seq_len)
-    folder = runs.create("char_lm", workdir, {**config, "symbols": data.symbols, "sha256": data.sha256})
+    config |= {"symbols": data.symbols, "sha256": data.sha256}
+    folder = runs.open_folder("char_lm", workdir, config, resume=resume)
     tokens = text.encode(data.text, data.symbols)
     log.info("device: %s", runs.devices())
     log.info(
@@ -273,31 +275,45 @@ def main(
 
     held_out = text.streams(tokens, len(data.train), STREAMS, WARM_UP)
 
-    def examine(model: Model, step: int) -> tuple[float, str]:
+    def examine(state: TrainState, metrics: trainer.Metrics, steps_per_second: float) -> runs.Row:
         first = jnp.asarray(text.encode(text.first_symbol(data.symbols), data.symbols)[0])
-        written = sample(model, first, jax.random.fold_in(sample_key, step), temperature, 80)
-        return float(evaluate(model, *held_out)), "".join(data.symbols[k] for k in np.asarray(written))
+        written = sample(state.params, first, jax.random.fold_in(sample_key, state.step), temperature, 80)
+        row = {
+            "train_bits": float(metrics["loss"].mean()) / math.log(2),
+            "held_out_bits": float(evaluate(state.params, *held_out)),
+            "characters_per_second": steps_per_second * batch_size * seq_len,
+            "sample": "".join(data.symbols[k] for k in np.asarray(written)),
+        }
+        log.info(
+            "step %5d/%d  train %.3f  held-out %.3f bits/char  %s characters/s  | %s",
+            state.step, steps, row["train_bits"], row["held_out_bits"], f"{row['characters_per_second']:,.0f}",
+            json.dumps(row["sample"], ensure_ascii=False),
+        )  # fmt: skip
+        return row
 
-    with runs.metrics_writer(folder, tensorboard) as write:
-        state, evaluations = train(train_step, state, batches, steps, examine, write)
+    state = trainer.train(
+        "char_lm", folder, train_step, runs.restore(folder, state), batches, examine,
+        score="held_out_bits", steps=steps, block=block, save_every=save_every, keep=keep, tensorboard=tensorboard,
+        evaluate_every=max(block, steps // EVALUATIONS // block * block),
+    )  # fmt: skip
 
     check["at the trained weights"] = check_gradients(state, batches(range(steps, steps + 1))[0], dropout)
     report_check("at the trained weights", check["at the trained weights"])
-    bits = evaluations[-1]["held_out_bits"]
+    bits = float(evaluate(state.params, *held_out))
+    metrics = runs.read_metrics(folder)
     result = {
         "held_out_bits": bits,
         "learned": bits < baselines["5-gram"] and bits < baselines["xz"],
         "baselines": baselines,
         "gradient_check": check,
-        "evaluations": evaluations,
+        "evaluations": [row for row in metrics if "held_out_bits" in row],
         "config": config,
         "corpus": {"characters": len(tokens), "held_out": len(data.held_out), "sha256": data.sha256},
         "versions": runs.versions(),
     }
-    runs.save_params(folder, state.params)
     runs.write_json(folder / "result.json", result)
     pictures = [
-        plots.learning_curve(folder / "learning_curve.png", runs.read_metrics(folder), baselines),
+        plots.learning_curve(folder / "learning_curve.png", metrics, baselines),
         plots.gate_maps(folder / "gates.png", *read_sentence(state.params, data)),
     ]
     log.info(
@@ -310,51 +326,9 @@ def main(
     return result
 
 
-def train(
-    train_step: TrainStep,
-    state: TrainState,
-    batches: Callable[[range], Int[np.ndarray, "steps time+1 batch"]],
-    steps: int,
-    examine: Callable[[Model, int], tuple[float, str]],
-    write: Callable[[list[runs.Row]], None],
-) -> tuple[TrainState, list[runs.Row]]:
-    """Train block by block, each one `fit`; return the last state and what `examine` found on the way."""
-    train_block = jax.jit(functools.partial(fit, train_step), donate_argnums=0)
-    evaluate_every = max(BLOCK, steps // EVALUATIONS // BLOCK * BLOCK)
-    evaluations: list[runs.Row] = []
-    seconds, characters = 0.0, 0
-    with tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True) as bar, logging_redirect_tqdm():
-        for start in range(0, steps, BLOCK):
-            block = range(start, min(start + BLOCK, steps))
-            read, since = batches(block), time.perf_counter()
-            state, metrics = jax.block_until_ready(train_block(state, read))
-            seconds, characters = seconds + time.perf_counter() - since, characters + read[:, 1:].size
-            metrics = jax.device_get(metrics)
-            write([{"step": step + 1, **{k: float(v[n]) for k, v in metrics.items()}} for n, step in enumerate(block)])
-            train_bits = float(metrics["loss"].mean()) / math.log(2)
-            bar.update(len(block))
-            bar.set_postfix_str(f"train {train_bits:.3f} bits/char")
-            done = block[-1] + 1
-            if not math.isfinite(train_bits):
-                sys.exit(
-                    f"char_lm: the loss is {train_bits} in steps {start + 1} to {done}; try a smaller --learning-rate."
-                )
-            if done % evaluate_every == 0 or done == steps:
-                bits, line = examine(state.params, done)
-                row = {"step": done, "train_bits": train_bits, "held_out_bits": bits,
-                       "characters_per_second": characters / seconds, "sample": line}  # fmt: skip
-                evaluations.append(row)
-                write([row])
-                log.info(
-                    "step %5d/%d  train %.3f  held-out %.3f bits/char  %s characters/s  | %s",
-                    done, steps, train_bits, bits, f"{characters / seconds:,.0f}", json.dumps(line, ensure_ascii=False),
-                )  # fmt: skip
-    return state, evaluations
-
-
 def check_flags(config: dict[str, Any]) -> None:
     """Say in one line which flag is out of its range, before anything is written."""
-    sizes = ("hidden_size", "num_layers", "batch_size", "seq_len", "steps")
+    sizes = ("hidden_size", "num_layers", "batch_size", "seq_len", "steps", "block", "save_every", "keep")
     for name, fine, expected in (
         *((name, config[name] >= 1, "at least 1") for name in sizes),
         *((name, config[name] > 0, "above 0") for name in ("learning_rate", "clip", "temperature")),
@@ -370,6 +344,11 @@ def load(corpus: str, batch: int) -> text.Corpus:
         data = text.load_corpus(corpus)
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"char_lm: --corpus {corpus} cannot be read as UTF-8 text: {error}")
+    if "\0" in data.symbols:
+        sys.exit(f"char_lm: --corpus {corpus} is no text: it holds NUL characters.")
+    if len(data.symbols) < 2:
+        said = f"holds one symbol only, {data.symbols!r}" if data.symbols else "is empty"
+        sys.exit(f"char_lm: --corpus {corpus} {said}; there is nothing to predict.")
     if len(data.train) < batch or len(data.held_out) < STREAMS:
         sys.exit(
             f"char_lm: --corpus {corpus} has {len(data.train)} characters to train on, {len(data.held_out)} held out; "
@@ -410,6 +389,4 @@ def read_sentence(model: Model, data: text.Corpus, width: int = 80) -> tuple[str
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
-    log.setLevel(logging.INFO)
-    tyro.cli(main)
+    runs.cli("char_lm", main)

@@ -15,7 +15,8 @@ import numpy as np
 def learning_curve(path: Path, metrics: list[dict[str, Any]], baselines: dict[str, float]) -> Path:
     """Draw bits per character against steps, with the baselines as lines."""
     evaluations = [row for row in metrics if "held_out_bits" in row]
-    steps, bits = np.array([(row["step"], row["loss"] / math.log(2)) for row in metrics if "loss" in row]).T
+    rows = [(row["step"], row["loss"] / math.log(2)) for row in metrics if "loss" in row]
+    steps, bits = np.reshape(rows, (-1, 2)).T  # a run that has lost its metrics.jsonl may have few, or none
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     axes.plot(steps, bits, color="0.8", linewidth=0.6, label="LSTM, each training batch")
     axes.plot(
@@ -29,11 +30,11 @@ def learning_curve(path: Path, metrics: list[dict[str, Any]], baselines: dict[st
         axes.axhline(value, color="C3", linewidth=1, linestyle="--")
         axes.annotate(f"{name} {value:.2f}", (1, value), xycoords=("axes fraction", "data"), xytext=(6, 0),
                       textcoords="offset points", color="C3", va="bottom" if name != "xz" else "top")  # fmt: skip
-    last = evaluations[-1]["held_out_bits"]
-    axes.annotate(f"LSTM {last:.2f}", (1, last), xycoords=("axes fraction", "data"), xytext=(6, -2),
-                  textcoords="offset points", color="C0", va="top", weight="bold")  # fmt: skip
-    axes.set(xlabel="optimiser step", ylabel="bits per character", xlim=(0, steps[-1]),
-             ylim=(min(1.0, bits.min()), baselines["unigram"] + 0.8),
+    for last in (row["held_out_bits"] for row in evaluations[-1:]):
+        axes.annotate(f"LSTM {last:.2f}", (1, last), xycoords=("axes fraction", "data"), xytext=(6, -2),
+                      textcoords="offset points", color="C0", va="top", weight="bold")  # fmt: skip
+    axes.set(xlabel="optimiser step", ylabel="bits per character", xlim=(0, max(steps, default=1)),
+             ylim=(min([1.0, *bits]), baselines["unigram"] + 0.8),
              title="A character LSTM against n-grams and xz on held-out text (dashed)")  # fmt: skip
     axes.legend(loc="upper right")
     figure.savefig(path, dpi=130)

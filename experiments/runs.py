@@ -1,11 +1,18 @@
-"""Run folders: what a run was asked, what it measured, and the weights it ends with."""
+"""Run folders: what a run was asked, what it measured, where it can go on, and how it is started and stopped."""
 
 import contextlib
+import fcntl
+import functools
+import inspect
 import json
+import logging
 import os
 import shlex
+import shutil
+import signal
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -13,23 +20,134 @@ from platform import python_version
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
+import tyro
 from tensorboardX import SummaryWriter
 
+from experiments import checkpoints
+
 Row = dict[str, Any]
+PyTree = Any
+# Flags that say how a run is kept and shown, not what is computed: a resumed run may change them.
+FREE = {"workdir", "resume", "save_every", "keep", "tensorboard"}
+
+log = logging.getLogger("runs")
 
 
-def create(experiment: str, workdir: str | None, config: dict[str, Any]) -> Path:
-    """Make the folder of a new run and write its config.json; never into an older run."""
+# The command line.
+
+
+def cli(experiment: str, main: Callable[..., Any]) -> None:
+    """Run an experiment's `main` with flags from the command line; with --resume, those of the run it goes on with.
+
+    Ctrl-C, and whatever the system refuses, end it in one line.
+    """
+    logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
+    for name in (experiment, "runs", "trainer"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax prints what it raises
+    try:
+        tyro.cli(functools.partial(main, **_flags_of_the_run(main)))
+    except KeyboardInterrupt:
+        print(f"{experiment}: interrupted.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except OSError as error:
+        sys.exit(f"{experiment}: {error}")
+
+
+def _flags_of_the_run(main: Callable[..., Any]) -> Row:
+    """Return the flags that config.json holds, if --workdir and --resume are given."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--workdir", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    given, _ = parser.parse_known_args()
+    if not (given.resume and given.workdir and (given.workdir / "config.json").exists()):
+        return {}
+    flags = inspect.signature(main).parameters.keys() - {"workdir", "resume"}
+    return {name: value for name, value in read_config(given.workdir).items() if name in flags}
+
+
+def command(module: str, *args: str | Path) -> str:
+    """Return the command that runs a module, as one can paste it here."""
+    python = os.path.relpath(sys.executable)
+    return shlex.join([sys.executable if python.startswith("..") else python, "-m", module, *map(str, args)])
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Note Ctrl-C and SIGTERM in the list instead of dying of them; a second one is no longer held back."""
+    received: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        restore()
+        log.warning("%s: the run saves and stops at the end of this block; once more stops it at once.",
+                    signal.Signals(number).name)  # fmt: skip
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        restore()
+
+
+# The folder.
+
+
+def open_folder(experiment: str, workdir: str | None, config: Row, *, resume: bool = False) -> Path:
+    """Make the folder of a new run and write its config.json; or find that of the run to go on with, and compare.
+
+    Raises:
+      SystemExit: in one line, if a new run would be written into another, or an old one asked for with other flags.
+    """
     folder = Path(workdir or Path("runs", experiment, time.strftime("%Y%m%d-%H%M%S")))
+    config = json.loads(json.dumps({**config, "versions": versions(), "devices": devices()}))
+    if resume:
+        if workdir is None or not folder.is_dir():
+            sys.exit(f"{experiment}: --resume goes on with the run in --workdir; {workdir} holds none.")
+        if (folder / "config.json").exists():
+            _compare(experiment, folder, read_config(folder), config)
+            return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if foreign := sorted(path.name for path in folder.iterdir() if path.suffix != ".part"):
+            sys.exit(
+                f"{experiment}: --workdir {folder} is not empty (it has {foreign[0]}); "
+                "name a new folder, so that no run is lost, or go on with the run in it by --resume."
+            )
+        (folder / "checkpoints").mkdir()
+        write_json(folder / "config.json", config)  # last: where it is, the rest is
     except OSError as error:
-        sys.exit(f"{experiment}: --workdir {folder} cannot be made: {error.strerror}; name another folder.")
-    if any(folder.iterdir()):
-        sys.exit(f"{experiment}: --workdir {folder} is not empty; name a new folder, so that no run is lost.")
-    write_json(folder / "config.json", {**config, "versions": versions()})
+        sys.exit(f"{experiment}: --workdir {folder} cannot be written: {error.strerror}; name another folder.")
     return folder
+
+
+def _compare(experiment: str, folder: Path, before: Row, now: Row) -> None:
+    """Refuse to go on with a run under other flags; warn if it will not end in the same bits."""
+    changed = [
+        f"{name} was {before.get(name)}, is {now.get(name)}"
+        for name in now
+        if name not in FREE | {"versions", "devices", "symbols"} and before.get(name) != now.get(name)
+    ]
+    if changed:
+        sys.exit(
+            f"{experiment}: --resume: the run in {folder} is another one: {'; '.join(changed)}. "
+            "Leave out the flags that it has, or begin a new run."
+        )
+    for name in ("versions", "devices"):
+        if before.get(name) != now[name]:
+            log.warning("%s were %s, are %s: the run will not end in the same bits.", name, before.get(name), now[name])
+
+
+def read_config(folder: Path) -> Row:
+    """Read config.json, or say in one line why it cannot be."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        sys.exit(f"{folder} holds no run that can be read: config.json: {error}")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -39,40 +157,9 @@ def write_json(path: Path, content: Any) -> None:
     beside.replace(path)
 
 
-@contextlib.contextmanager
-def metrics_writer(folder: Path, tensorboard: bool) -> Iterator[Callable[[list[Row]], None]]:
-    """Give a function that adds rows to metrics.jsonl, and their numbers to event files if asked."""
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context((folder / "metrics.jsonl").open("a", encoding="utf-8"))
-        events = stack.enter_context(SummaryWriter(str(folder.resolve()))) if tensorboard else None
-
-        def write(rows: list[Row]) -> None:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            file.flush()
-            for row in rows:
-                for name, value in row.items():
-                    if events and isinstance(value, float):
-                        events.add_scalar(name, value, row["step"])
-
-        yield write
-
-
-def read_metrics(folder: Path) -> list[Row]:
-    """Read the rows of metrics.jsonl."""
-    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:  # splitlines() would cut at U+2028 in a sample
-        return [json.loads(line) for line in file]
-
-
-def save_params(folder: Path, params: Any) -> None:
-    """Save a pytree of parameters under params/."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.resolve() / "params", params)
-
-
-def restore_params(folder: Path, like: Any) -> Any:
-    """Restore the parameters of a run; `like` is a pytree of their shapes and dtypes."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.resolve() / "params", like)
+def versions() -> dict[str, str]:
+    """Return the versions a result depends on."""
+    return {"python": python_version(), **{name: version(name) for name in ("jaxlstm", "jax", "jaxlib", "optax")}}
 
 
 def devices() -> str:
@@ -81,12 +168,90 @@ def devices() -> str:
     return f"{len(found)} x {found[0].platform} ({found[0].device_kind})"
 
 
-def versions() -> dict[str, str]:
-    """Return the versions a result depends on."""
-    return {"python": python_version(), **{name: version(name) for name in ("jaxlstm", "jax", "jaxlib", "optax")}}
+# Metrics and checkpoints.
 
 
-def command(module: str, folder: Path) -> str:
-    """Return the command that runs a module on a run's folder, as one can paste it here."""
-    python = os.path.relpath(sys.executable)
-    return shlex.join([sys.executable if python.startswith("..") else python, "-m", module, str(folder)])
+@contextlib.contextmanager
+def metrics_writer(folder: Path, *, after: int, tensorboard: bool) -> Iterator[Callable[[list[Row]], None]]:
+    """Give a function that adds rows to metrics.jsonl, and their numbers to event files if asked.
+
+    Args:
+      after: the step from which the run goes on: rows of later steps, and half a row, are cut off first.
+
+    Raises:
+      SystemExit: another process is writing there.
+    """
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context((folder / "metrics.jsonl").open("a+", encoding="utf-8"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
+        except BlockingIOError:
+            sys.exit(f"another process is running the run in {folder}; wait for its end, or stop it.")
+        _cut(folder / "metrics.jsonl", after)
+        events = None
+        if tensorboard:
+            events = stack.enter_context(SummaryWriter(str(folder.resolve()), purge_step=after + 1))
+
+        def write(rows: list[Row]) -> None:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that follows must not be there without its rows
+            for row in rows:
+                for name, value in row.items():
+                    if events and isinstance(value, float):
+                        events.add_scalar(name, value, row["step"])
+
+        yield write
+
+
+def _cut(path: Path, after: int) -> None:
+    kept = last = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, TypeError, KeyError):
+                break
+            if step > after or not line.endswith(b"\n"):
+                break
+            kept, last = kept + len(line), step
+    if last < after:
+        found = path.with_suffix(".jsonl.damaged")
+        shutil.copyfile(path, found)
+        log.warning("%s can be read up to step %d, the checkpoint is of step %d: what was found is kept as %s.",
+                    path, last, after, found)  # fmt: skip
+    os.truncate(path, kept)
+
+
+def read_metrics(folder: Path) -> list[Row]:
+    """Read the rows of metrics.jsonl."""
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:  # splitlines() would cut at U+2028 in a sample
+        return [json.loads(line) for line in file]
+
+
+def restore(folder: Path, state: PyTree) -> PyTree:
+    """Return what the newest intact checkpoint of a run holds; before its first one, `state` itself.
+
+    Raises:
+      SystemExit: no checkpoint is intact, or it holds another tree than `state`.
+    """
+    try:
+        for checkpoint in checkpoints.intact(folder / "checkpoints"):
+            log.info("goes on from %s", checkpoint.path)
+            return checkpoints.restore(checkpoint, state)
+    except checkpoints.Mismatch as error:
+        sys.exit(str(error))
+    if any((folder / "checkpoints").glob("step-*[0-9]")):
+        sys.exit(f"no checkpoint in {folder / 'checkpoints'} is intact; move them away to begin again at step 0.")
+    return state
+
+
+def go_on(experiment: str, folder: Path) -> str:
+    """Say from what, and by which command, a run can go on."""
+    return f"{last_good(folder)}; go on: {command(f'experiments.{experiment}', '--workdir', folder, '--resume')}"
+
+
+def last_good(folder: Path) -> str:
+    """Name the newest intact checkpoint."""
+    last = next(checkpoints.intact(folder / "checkpoints"), None)
+    return f"the last good checkpoint is {last.path}" if last else "no checkpoint has been saved"

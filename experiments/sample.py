@@ -5,7 +5,6 @@ The end of a run of char_lm prints the command:
     python -m experiments.sample runs/char_lm/20260102-030405 --prompt "The "
 """
 
-import json
 import signal
 import sys
 from pathlib import Path
@@ -15,21 +14,26 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments import runs, text
+from experiments import checkpoints, runs, text
 from experiments.char_lm import Model, init_model, initial_carries, write_next
 
 
-def load(run: Path) -> tuple[Model, str]:
-    """Return the model of a run and its symbols."""
-    try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        sys.exit(f"sample: {run} holds no run ({error}); name a folder written by experiments.char_lm.")
-    if not (run / "params").exists():
-        sys.exit(f"sample: the run in {run} has not ended, it holds no params/.")
+def load(run: Path, best: bool = False) -> tuple[Model, str]:
+    """Return the model of a run's newest intact checkpoint, or of the best one, and its symbols."""
+    config = runs.read_config(run)
+    if not {"symbols", "hidden_size", "num_layers"} <= config.keys():
+        sys.exit(f"sample: the run in {run} is none of experiments.char_lm.")
+    found = list(checkpoints.intact(run / "checkpoints"))
+    if best:
+        found = sorted(found, key=lambda checkpoint: checkpoint.score)
+    if not found:
+        sys.exit(f"sample: the run in {run} has no intact checkpoint.")
     sizes = (len(config["symbols"]), config["hidden_size"], config["num_layers"])
-    like = jax.eval_shape(lambda: init_model(jax.random.key(0), *sizes))
-    return runs.restore_params(run, like), config["symbols"]
+    model = jax.eval_shape(lambda: init_model(jax.random.key(0), *sizes))
+    try:
+        return checkpoints.restore(found[0], {"params": model}, partial=True)["params"], config["symbols"]
+    except checkpoints.Mismatch as error:
+        sys.exit(f"sample: {error}")
 
 
 def main(
@@ -38,6 +42,7 @@ def main(
     prompt: str | None = None,
     num_characters: int = 1000,
     temperature: float = 0.7,
+    best: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Write text with the model of a run.
@@ -47,9 +52,10 @@ def main(
       prompt: what the model reads first; default the start of a line.
       num_characters: how many characters it writes.
       temperature: below 1 is bolder than the model believes, above 1 more timid; more than 0.
+      best: with the weights that did best on the held-out text, not the last ones.
       seed: of the choice of characters.
     """
-    model, symbols = load(run)
+    model, symbols = load(run, best)
     prompt = text.first_symbol(symbols) if prompt is None else prompt
     if unknown := sorted(set(prompt) - set(symbols)):
         sys.exit(f"sample: --prompt has characters the model never saw: {unknown}; it knows {symbols!r}.")
@@ -77,4 +83,4 @@ def main(
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it quietly
-    tyro.cli(main)
+    runs.cli("sample", main)
