@@ -16,3 +16,12 @@ def documented_code_runs_as_users_run_it(request):
             yield
     else:
         yield
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="of the sweeps")
+
+
+@pytest.fixture(scope="session")
+def seed(request):
+    return request.config.getoption("seed")

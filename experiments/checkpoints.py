@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +67,7 @@ def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | No
         leaves = _leaves(state)
         # Orbax refuses arrays without elements; their shape says all.
         arrays = {name: _data(leaf) for name, leaf in leaves.items() if leaf.size}
+        _try_room(beside, sum(array.nbytes for array in arrays.values()) + (64 << 10))
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(beside.absolute() / "arrays", arrays)
         about = {"step": step, "score": score, "leaves": {name: _describe(leaf) for name, leaf in leaves.items()}}
@@ -73,10 +75,11 @@ def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | No
         (beside / SUMS).write_bytes(_sums(beside))
         for item in (beside, *beside.rglob("*")):
             _sync(item)
-    except Exception as error:  # Orbax says "disk full" by a ValueError
+    except Exception as error:  # whatever Orbax raises
         with contextlib.suppress(OSError):
             _delete(beside)
-        raise OSError(f"{path} could not be saved: {str(error).splitlines()[0]}") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise OSError(f"{path} could not be saved: {reason}") from error
     if path.exists():  # damaged, since the run came by here again
         path.rename(path.with_suffix(".old.part"))
     beside.rename(path)
@@ -87,7 +90,7 @@ def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | No
     *older, _ = upto = [old for old in _paths(folder) if _step(old) <= step]
     best = min(upto, key=_score)
     for old in older[: max(0, len(upto) - keep)]:
-        if old != best:
+        if old != best or _score(old) == math.inf:
             _delete(old)
     return path
 
@@ -222,6 +225,12 @@ def _difference(noted: bytes, found: bytes) -> str:
         if before.get(name) != now.get(name)
     ]
     return ", ".join(said[:3]) + (f" and {len(said) - 3} more" if len(said) > 3 else "") or f"{SUMS} has changed"
+
+
+def _try_room(folder: Path, size: int) -> None:
+    """Raise an OSError if the disk will not take so many bytes: Orbax's threads print tracebacks when they find out."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _sync(path: Path) -> None:

@@ -4,10 +4,11 @@ import json
 import math
 import os
 import re
+import shlex
+import signal
 import subprocess
-import sys
+import time
 from collections import Counter
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,45 +17,21 @@ import pytest
 
 from experiments import char_lm, text
 
-ROOT = Path(__file__).parents[1]
-SMALL = [
-    "--learning-rate",
-    "0.02",
-    "--hidden-size",
-    "16",
-    "--batch-size",
-    "8",
-    "--seq-len",
-    "12",
-    "--steps",
-    "110",
-    "--dropout",
-    "0.2",
-]
-
-
-def command(module, *args, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *map(str, args)],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, check=False,
-    )  # fmt: skip
+from jobs import ROOT, SMALL, arguments, command, outcome, said, write_corpus
 
 
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    # U+2028 is a line break to Python, and none to JSON.
-    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "naïve.", "\u2028"], 4000)
-    path.write_text(" ".join(words), encoding="utf-8")
-    return path
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
 
 
 @pytest.fixture(scope="session")
 def run(corpus_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "small"
     done = command(
-        "char_lm", "--corpus", corpus_file, "--workdir", folder, "--tensorboard", *SMALL, JAX_LOG_COMPILES="1"
-    )
+        "char_lm", "--corpus", corpus_file, "--workdir", folder, "--tensorboard", *SMALL,
+        environment={"JAX_LOG_COMPILES": "1"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return folder, done
 
@@ -117,8 +94,7 @@ def test_a_run_traces_its_step_once_for_each_block_length(run):
 
 def test_a_run_never_writes_into_another(run, corpus_file):
     done = command("char_lm", "--corpus", corpus_file, "--workdir", run[0], *SMALL)
-    assert done.returncode == 1 and "is not empty; name a new folder" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "is not empty (it has " in said(done)
 
 
 def test_sample_writes_one_step_per_character_with_the_carry_kept(run):
@@ -141,7 +117,7 @@ def test_sample_names_what_is_wrong(run, tmp_path):
         ((run[0], "--temperature", 0), "--temperature must be above 0"),
     ):
         done = command("sample", *args)
-        assert done.returncode == 1 and re.search(message, done.stderr) and "Traceback" not in done.stderr
+        assert re.search(message, said(done))
 
 
 @pytest.mark.parametrize(
@@ -164,6 +140,93 @@ def test_a_flag_out_of_range_is_one_line_and_nothing_is_written(flags, message, 
         char_lm.main(**keywords, workdir=str(tmp_path / "run"))
     assert re.search(message, str(stopped.value)) and "\n" not in str(stopped.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is empty; there is nothing to predict"),
+        (b"a" * 5000, "holds one symbol only, 'a'; there is nothing to predict"),
+        (b"\x7fELF\xff\xfe" * 1000, "cannot be read as UTF-8 text: 'utf-8' codec can't decode byte 0xff"),
+        (b"text\0\1\2" * 1000, "is no text: it holds NUL characters"),
+        (b"ab" * 300, "has 570 characters to train on, 30 held out; one batch takes 4096"),
+        ("a folder", "cannot be read as UTF-8 text: .*Is a directory"),
+        ("no permission", "cannot be read as UTF-8 text: .*Permission denied"),
+    ],
+    ids=["empty", "one symbol", "binary", "NUL", "short", "a folder", "no permission"],
+)
+def test_a_corpus_that_will_not_do_is_one_line_and_nothing_is_written(content, message, tmp_path):
+    path = tmp_path / "corpus"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "a folder":
+        path.mkdir()
+    else:
+        path.write_text("ab" * 5000)
+        path.chmod(0)
+        if os.access(path, os.R_OK):
+            pytest.skip("this user may read everything")
+    with pytest.raises(SystemExit) as stopped:
+        char_lm.main(corpus=str(path), workdir=str(tmp_path / "run"))
+    assert re.search(message, str(stopped.value)) and "\n" not in str(stopped.value)
+    assert not (tmp_path / "run").exists()
+
+
+# A run that is stopped, and disks that will not take it.
+
+
+def test_a_run_stopped_by_sigterm_goes_on_by_the_command_it_printed_and_ends_in_the_same_bits(
+    run, corpus_file, tmp_path
+):
+    folder = tmp_path / "run"
+    started = subprocess.Popen(
+        arguments("char_lm", "--corpus", corpus_file, "--workdir", folder, *SMALL),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while not (folder / "metrics.jsonl").exists():  # from here on it is trained
+        time.sleep(0.01)
+    started.terminate()
+    out, _ = started.communicate()
+    assert started.returncode == 128 + signal.SIGTERM, out
+    line = re.search(r"stopped after step 50; the last good checkpoint is .*step-00000050; go on: (.*)", out)[1]
+    done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.search(r"goes on from .*step-00000050", done.stdout)
+    assert outcome(folder) == outcome(run[0])
+
+
+# A file system of a size of its own, and one that may only be read.
+TMPFS = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o "$0" tmpfs "$1" && shift && exec "$@"']
+needs_tmpfs = pytest.mark.skipif(
+    subprocess.run([*TMPFS, "size=1m", "/mnt", "true"], capture_output=True, check=False).returncode != 0,
+    reason="no file system can be mounted here",
+)
+
+
+@needs_tmpfs
+def test_a_read_only_workdir_is_one_line(corpus_file, tmp_path):
+    done = command("char_lm", "--corpus", corpus_file, "--workdir", tmp_path, prefix=[*TMPFS, "ro", tmp_path])
+    assert said(done) == (
+        f"char_lm: --workdir {tmp_path} cannot be written: Read-only file system; name another folder."
+    )
+
+
+@needs_tmpfs
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run, corpus_file, tmp_path):
+    disk, copy = tmp_path / "disk", tmp_path / "copy"
+    disk.mkdir()
+    job = shlex.join(arguments("char_lm", "--workdir", disk / "run"))
+    script = f"""
+        {job} --corpus {corpus_file} {" ".join(SMALL)}; echo "rc $?"
+        mount -o remount,size=64m {disk}
+        {job} --resume && cp -r {disk}/run {copy}
+    """
+    done = subprocess.run([*TMPFS, "size=300k", disk, "sh", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert "\nrc 1\n" in done.stdout and "Traceback" not in done.stderr, done.stderr
+    assert re.search(
+        r"^char_lm: at step 100: \S*step-00000100 could not be saved: No space left on device; "
+        r"the last good checkpoint is \S*step-00000050; go on: .* --resume$", done.stderr, re.M,
+    )  # fmt: skip
+    assert outcome(copy) == outcome(run[0])
 
 
 # The parts.

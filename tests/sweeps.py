@@ -1,0 +1,14 @@
+"""Sweeps: the same test for many seeds. A tenth of them runs by default, all in `make test-full`, which counts them."""
+
+import pytest
+
+
+def sweep(name, count, tenth=None):
+    """Give a test its `trial`, from 0 to `count`; those from `tenth` on are slow."""
+    tenth = count // 10 if tenth is None else tenth
+    trials = [pytest.param(n, marks=[pytest.mark.slow] if n >= tenth else []) for n in range(count)]
+
+    def decorate(test):
+        return pytest.mark.sweep(name)(pytest.mark.parametrize("trial", trials)(test))
+
+    return decorate

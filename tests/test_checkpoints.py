@@ -1,0 +1,301 @@
+"""Checkpoints: what comes back is what was saved, bit for bit, or it is not used and one is told why."""
+
+import logging
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import checkpoints, runs
+from jaxlstm import LSTM, init_train_state
+
+from sweeps import sweep
+
+
+class Extra(NamedTuple):
+    half: jax.Array
+    none: jax.Array
+    keys: jax.Array
+
+
+def make_state(seed):
+    """A state with every kind of leaf a run may hold."""
+    rng = np.random.default_rng(seed)
+    params = LSTM.init(jax.random.key(seed), 5, 3)
+    extra = Extra(
+        half=jnp.asarray(rng.normal(size=(2, 3)), jnp.bfloat16),
+        none=jnp.zeros((0, 4), jnp.float32),
+        keys=jax.random.split(jax.random.key(seed, impl="rbg"), 3),
+    )
+    carry = {"a/b": extra, "NaN": jnp.asarray([np.nan, -0.0, np.inf]), "flag": jnp.asarray(True)}
+    return init_train_state(params, optax.adamw(1e-3), jax.random.key(seed), carry=carry)
+
+
+def bits(tree):
+    """Return every leaf's type, shape and bytes."""
+    leaves = jax.tree.leaves_with_path(tree)
+    data = lambda leaf: jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    return {jax.tree_util.keystr(path): (str(v.dtype), v.shape, np.asarray(data(v)).tobytes()) for path, v in leaves}
+
+
+LIKE = make_state(99)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    """A run's folder with the checkpoints of steps 10, 20 and 30."""
+    folder = tmp_path_factory.mktemp("pristine")
+    (folder / "checkpoints").mkdir()
+    for step in (10, 20, 30):
+        checkpoints.save(folder / "checkpoints", make_state(step), step=step, keep=3)
+    return folder
+
+
+@pytest.fixture
+def run(pristine, tmp_path):
+    return Path(shutil.copytree(pristine, tmp_path / "run"))
+
+
+def test_a_state_comes_back_bit_for_bit_with_its_keys(run):
+    restored = runs.restore(run, LIKE)
+    assert bits(restored) == bits(make_state(30)) != bits(LIKE)
+    assert jax.tree.structure(restored) == jax.tree.structure(LIKE)
+    assert jax.random.key_impl(restored.key) == "threefry2x32"
+    assert jax.random.key_impl(restored.carry["a/b"].keys) == "rbg"
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored))
+
+
+def test_a_state_comes_back_where_it_is_wanted(tmp_path):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.P("data"))
+    state = {"x": jax.device_put(jnp.arange(6.0), sharding)}
+    checkpoints.save(tmp_path, state, step=1, keep=1)
+    (found,) = checkpoints.intact(tmp_path)
+    for like in (state["x"], jax.device_put(state["x"], jax.devices()[1])):
+        restored = checkpoints.restore(found, {"x": like})["x"]
+        assert restored.sharding == like.sharding
+        np.testing.assert_array_equal(restored, np.arange(6.0))
+
+
+def test_anyone_can_check_a_checkpoint(run):
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"],
+        cwd=run / "checkpoints" / "step-00000030", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path):
+    scores = {10: 3.0, 20: 1.5, 30: None, 40: 2.0, 50: None, 60: None}
+    for step, score in scores.items():
+        checkpoints.save(tmp_path, {"x": jnp.float32(step)}, step=step, keep=2, score=score)
+    assert [c.step for c in checkpoints.intact(tmp_path)] == [60, 50, 20]
+    assert [c.score for c in checkpoints.intact(tmp_path)] == [np.inf, np.inf, 1.5]
+    assert {path.name for path in tmp_path.iterdir()} == {f"step-{step:08d}" for step in (20, 50, 60)}
+
+
+def test_later_ones_left_by_an_older_life_of_the_run_are_neither_counted_nor_deleted_before_they_are_replaced(run):
+    folder = run / "checkpoints"
+    (folder / "step-00000030" / "SHA256SUMS").unlink()
+    checkpoints.save(folder, make_state(25), step=25, keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-000000{step}" for step in (20, 25, 30)]
+    checkpoints.save(folder, make_state(30), step=30, keep=2)
+    assert [c.step for c in checkpoints.intact(folder)] == [30, 25]
+
+
+def test_what_a_killed_save_left_is_swept(run):
+    folder = run / "checkpoints"
+    shutil.copytree(folder / "step-00000030", folder / "step-00000040.part")
+    (folder / "step-00000017.old.part").mkdir()
+    assert bits(runs.restore(run, LIKE)) == bits(make_state(30))
+    checkpoints.save(folder, make_state(40), step=40, keep=9)
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-000000{step}" for step in (10, 20, 30, 40)]
+
+
+def test_a_plain_file_in_the_place_of_a_checkpoint_is_passed_over_and_replaced(run, caplog):
+    (run / "checkpoints" / "step-00000040").write_text("not a folder")
+    assert bits(runs.restore(run, LIKE)) == bits(make_state(30))
+    assert "step-00000040 is damaged" in caplog.text
+    checkpoints.save(run / "checkpoints", make_state(40), step=40, keep=9)
+    assert bits(runs.restore(run, LIKE)) == bits(make_state(40))
+
+
+def test_every_mismatch_is_listed_under_its_path(run):
+    like = LIKE._replace(
+        params=LIKE.params._replace(w_ih=jnp.zeros((5, 16)), b=LIKE.params.b.astype("float64")),
+        carry={**LIKE.carry, "new": jnp.zeros(2)},
+        key=jax.random.key(0, impl="rbg"),
+    )
+    del like.carry["flag"]
+    with pytest.raises(SystemExit) as stopped:
+        runs.restore(run, like)
+    first, *lines = str(stopped.value).splitlines()
+    assert "step-00000030 does not hold the state that is asked for" in first
+    assert lines == [
+        "  carry.flag: saved bool[], expected nothing",
+        "  carry.new: saved nothing, expected float64[2]",
+        "  key: saved key<threefry2x32>[], expected key<rbg>[]",
+        "  params.b: saved float32[12], expected float64[12]",
+        "  params.w_ih: saved float32[5, 12], expected float64[5, 16]",
+    ]
+
+
+def test_some_of_the_leaves_can_be_asked_for(run):
+    newest = next(checkpoints.intact(run / "checkpoints"))
+    like = {"params": jax.eval_shape(lambda: LSTM.init(jax.random.key(0), 5, 3))}
+    restored = checkpoints.restore(newest, like, partial=True)
+    assert bits(restored["params"]) == bits(make_state(30).params)
+    with pytest.raises(checkpoints.Mismatch, match=r"params.w_ih: saved float32\[5, 12\], expected float32\[6, 12\]"):
+        checkpoints.restore(
+            newest, {"params": jax.eval_shape(lambda: LSTM.init(jax.random.key(0), 6, 3))}, partial=True
+        )
+
+
+def test_two_leaves_under_one_path_are_refused(tmp_path):
+    with pytest.raises(OSError, match="two leaves of this tree have one path"):
+        checkpoints.save(tmp_path, {"a.b": jnp.zeros(2), "a": {"b": jnp.ones(2)}}, step=1, keep=1)
+    assert not list(tmp_path.iterdir())
+
+
+# Damage.
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def flip_a_bit(rng, folder):
+    path = rng.choice([path for path in files_of(folder).values() if path.stat().st_size])
+    content = bytearray(path.read_bytes())
+    at = rng.integers(len(content))
+    content[at] ^= 1 << rng.integers(8)
+    path.write_bytes(content)
+
+
+def truncate(rng, folder):
+    path = rng.choice([path for path in files_of(folder).values() if path.stat().st_size])
+    path.write_bytes(path.read_bytes()[: rng.integers(path.stat().st_size)])
+
+
+def fill_with_zeros(rng, folder):
+    path = rng.choice([path for path in files_of(folder).values() if path.read_bytes().strip(b"\0")])
+    content = bytearray(path.read_bytes())
+    first = rng.integers(len(content))
+    while not any(content[first:]):
+        first = rng.integers(len(content))
+    content[first:] = bytes(len(content) - first)
+    path.write_bytes(content)
+
+
+def swap_two_files(rng, folder):
+    """Swap two files of this checkpoint, or one of this with one of the checkpoint before."""
+    here = list(files_of(folder).values())
+    others = here if rng.random() < 0.5 else list(files_of(folder.with_name("step-00000020")).values())
+    a = b = here[0]
+    while a.read_bytes() == b.read_bytes():
+        a, b = rng.choice(here), rng.choice(others)
+    kept = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(kept)
+
+
+def swap_two_checkpoints(rng, folder):
+    other = folder.with_name(str(rng.choice(["step-00000010", "step-00000020"])))
+    folder.rename(folder.with_name("aside"))
+    other.rename(folder)
+    folder.with_name("aside").rename(other)
+
+
+def lose_the_manifest(rng, folder):
+    (folder / "SHA256SUMS").unlink()
+
+
+def lose_a_file(rng, folder):
+    rng.choice(list(files_of(folder).values())).unlink()
+
+
+def add_a_file(rng, folder):
+    rng.choice([folder, folder / "arrays"]).joinpath("notes.txt").write_text("mine")
+
+
+DAMAGES = [
+    flip_a_bit, flip_a_bit, flip_a_bit, truncate, truncate, fill_with_zeros, fill_with_zeros, swap_two_files,
+    swap_two_files, swap_two_checkpoints, lose_the_manifest, lose_a_file, add_a_file,
+]  # fmt: skip
+
+
+def contents(folder):
+    return {name: path.read_bytes() for name, path in files_of(folder).items()}
+
+
+@sweep("damaged checkpoints noticed", 500)
+def test_damage_is_noticed_named_and_passed_over_for_the_newest_intact_one(trial, seed, run, pristine, caplog):
+    rng = np.random.default_rng([seed, trial])
+    DAMAGES[trial % len(DAMAGES)](rng, run / "checkpoints" / "step-00000030")
+    # Which ones are damaged is known by comparison with the originals.
+    whole = {
+        step: contents(run / "checkpoints" / f"step-{step:08d}")
+        == contents(pristine / "checkpoints" / f"step-{step:08d}")
+        for step in (10, 20, 30)
+    }
+    assert not whole[30]
+    expected = max(step for step in whole if whole[step])
+    with caplog.at_level(logging.WARNING):
+        restored = runs.restore(run, LIKE)
+    assert bits(restored) == bits(make_state(expected))
+    warned = [record.getMessage() for record in caplog.records]
+    for message, step in zip(warned, range(30, expected, -10), strict=True):
+        assert f"step-{step:08d} is damaged and passed over: " in message and "\n" not in message
+
+
+def test_a_warning_says_which_file_is_damaged_and_how(run, caplog):
+    folder = run / "checkpoints" / "step-00000030"
+    (folder / "about.json").write_text("{}")
+    (folder / "arrays" / "manifest.ocdbt").unlink()
+    (folder / "arrays" / "notes.txt").write_text("mine")
+    runs.restore(run, LIKE)
+    assert caplog.messages[0].endswith(
+        "passed over: 'about.json' has changed, 'arrays/manifest.ocdbt' is missing, "
+        "'arrays/notes.txt' was not saved with it."
+    )
+
+
+def test_without_an_intact_checkpoint_nothing_is_begun_anew(run, caplog):
+    for step in (10, 20, 30):
+        lose_the_manifest(None, run / "checkpoints" / f"step-{step:08d}")
+    with pytest.raises(SystemExit, match=r"no checkpoint in .* is intact; move them away to begin again at step 0"):
+        runs.restore(run, LIKE)
+    assert len(caplog.records) == 3
+
+
+def test_before_the_first_checkpoint_the_state_is_the_one_given(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    assert runs.restore(tmp_path, LIKE) is LIKE
+
+
+@pytest.mark.parametrize("fails", ["arrays", "sums", "sync"])
+def test_a_save_that_fails_is_one_oserror_and_leaves_what_was_there(fails, run, monkeypatch):
+    def full(*args, **kwargs):
+        raise (
+            ValueError("RESOURCE_EXHAUSTED: No space left on device\nand more")
+            if fails == "arrays"
+            else OSError(28, "No space left on device")
+        )
+
+    before = contents(run)
+    target = {
+        "arrays": (checkpoints.ocp.StandardCheckpointer, "save"),
+        "sums": (checkpoints, "_sums"),
+        "sync": (checkpoints, "_sync"),
+    }[fails]
+    monkeypatch.setattr(*target, full)
+    with pytest.raises(OSError, match=r"step-00000040 could not be saved: .*No space left on device") as failed:
+        checkpoints.save(run / "checkpoints", make_state(40), step=40, keep=1)
+    assert "\n" not in str(failed.value)
+    assert contents(run) == before

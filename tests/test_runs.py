@@ -1,0 +1,270 @@
+"""A run that is stopped, or whose folder or disk is not what it should be: nothing is lost, and one line says why."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import checkpoints, runs, trainer
+from jaxlstm import init_train_state, make_train_step
+
+STEPS, BLOCK = 42, 5
+
+
+@pytest.fixture(autouse=True)
+def as_on_the_command_line(caplog):
+    # Optax's Adam and JAX's own defaults go together; what is tested here is no arithmetic.
+    with jax.numpy_dtype_promotion("standard"), caplog.at_level(logging.INFO):
+        yield
+
+
+def loss_fn(params, batch, carry, key):
+    noise = jax.random.normal(key, params["w"].shape, "float32")
+    return jnp.sum((params["w"] - batch + noise) ** 2), (carry + batch.sum(), {})
+
+
+def batches(steps):
+    return np.stack([np.random.default_rng(step).normal(size=3).astype("float32") for step in steps])
+
+
+def examine(state, metrics, steps_per_second):
+    assert steps_per_second > 0
+    return {"distance": float(jnp.abs(state.params["w"]).sum())}
+
+
+def go(folder, *, batches=batches, optimizer=None, resume=False, loss_fn=loss_fn, **options):
+    """Train a toy in a run's folder, as an experiment does."""
+    optimizer = optimizer or optax.adam(0.1)
+    folder = runs.open_folder("toy", str(folder), {"steps": STEPS}, resume=resume)
+    state = init_train_state({"w": jnp.ones(3, "float32")}, optimizer, jax.random.key(0), carry=jnp.float32(0))
+    return trainer.train(
+        "toy", folder, make_train_step(loss_fn, optimizer), runs.restore(folder, state), batches, examine,
+        **{"score": "distance", "steps": STEPS, "block": BLOCK, "evaluate_every": 10, "save_every": 15, "keep": 2}
+        | options,
+    )  # fmt: skip
+
+
+def bits(state):
+    state = state._replace(key=jax.random.key_data(state.key))
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def rows(folder):
+    return (folder / "metrics.jsonl").read_text()
+
+
+def refusal(call, *args, **options):
+    with pytest.raises(SystemExit) as stopped:
+        call(*args, **options)
+    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
+    return stopped.value.code
+
+
+def during(step, do):
+    """Give the batches, and do something while those of a step are read."""
+
+    def interrupted(steps):
+        if step in steps:
+            do()
+        return batches(steps)
+
+    return interrupted
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    with jax.numpy_dtype_promotion("standard"):
+        return folder, go(folder)
+
+
+def test_a_row_for_every_step_and_every_evaluation(uninterrupted):
+    folder, state = uninterrupted
+    found = runs.read_metrics(folder)
+    assert [row["step"] for row in found if "loss" in row] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in found if "distance" in row] == [10, 20, 30, 40, 42]
+    assert int(state.step) == STEPS
+    assert [c.step for c in checkpoints.intact(folder / "checkpoints")][:2] == [42, 40]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [7, 22, 41], ids="at {}".format)
+def test_a_stopped_run_saves_at_the_end_of_its_block_and_goes_on_to_the_same_bits(
+    number, step, uninterrupted, tmp_path, caplog
+):
+    with pytest.raises(SystemExit) as stopped:
+        go(tmp_path, batches=during(step, lambda: os.kill(os.getpid(), number)))
+    assert stopped.value.code == 128 + number
+    done = min(STEPS, step // BLOCK * BLOCK + BLOCK)
+    assert next(checkpoints.intact(tmp_path / "checkpoints")).step == done
+    assert f"stopped after step {done}; the last good checkpoint is" in caplog.text
+    assert f"-m experiments.toy --workdir {tmp_path} --resume" in caplog.text
+    state = go(tmp_path, resume=True)
+    assert bits(state) == bits(uninterrupted[1])
+    assert rows(tmp_path) == rows(uninterrupted[0])
+
+
+def test_a_second_interrupt_is_not_held_back_and_the_run_goes_on_from_the_last_checkpoint(uninterrupted, tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, batches=during(22, twice))
+    assert bits(go(tmp_path, resume=True)) == bits(uninterrupted[1])
+    assert rows(tmp_path) == rows(uninterrupted[0])
+
+
+def test_signals_are_as_before_after_a_run(uninterrupted, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    go(tmp_path)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_finished_run_can_be_resumed_and_has_nothing_to_do(uninterrupted, tmp_path):
+    folder = Path(shutil.copytree(uninterrupted[0], tmp_path / "copy"))
+    assert bits(go(folder, resume=True, batches=None)) == bits(uninterrupted[1])
+    assert rows(folder) == rows(uninterrupted[0])
+
+
+@pytest.mark.parametrize("broken", [20, 40, 42])
+def test_a_run_goes_on_from_an_older_checkpoint_if_the_newest_are_damaged(broken, uninterrupted, tmp_path, caplog):
+    folder = tmp_path / "run"
+    go(folder, keep=9)
+    for path in (folder / "checkpoints").iterdir():
+        if int(path.name[-2:]) >= broken:
+            (path / "about.json").write_text("{}")
+    assert bits(go(folder, resume=True)) == bits(uninterrupted[1])
+    assert rows(folder) == rows(uninterrupted[0])
+    assert caplog.text.count("is damaged and passed over") == len([k for k in (20, 30, 40, 42) if k >= broken])
+
+
+@pytest.mark.parametrize(
+    "tail, kept",
+    [('{"step": 43, "lo', True), ('{"step": 43, "loss": 1.0}\n', True), ("\0\0\0", True), ("", False)],
+    ids=["half a row", "a later row", "zeros", "lost"],
+)
+def test_rows_after_the_checkpoint_are_cut_and_lost_ones_are_missed_aloud(tail, kept, uninterrupted, tmp_path, caplog):
+    folder = Path(shutil.copytree(uninterrupted[0], tmp_path / "copy"))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(tail)
+    if not kept:
+        (folder / "metrics.jsonl").write_text(rows(folder)[:500])
+    go(folder, resume=True)
+    if kept:
+        assert rows(folder) == rows(uninterrupted[0]) and "metrics.jsonl" not in caplog.text
+    else:
+        assert rows(uninterrupted[0]).startswith(rows(folder))
+        assert (folder / "metrics.jsonl.damaged").read_text() == rows(uninterrupted[0])[:500]
+        assert "can be read up to step 6, the checkpoint is of step 42: what was found is kept as" in caplog.text
+
+
+def test_two_processes_never_write_into_one_run(uninterrupted):
+    folder, _ = uninterrupted
+    before = rows(folder)
+    with runs.metrics_writer(folder, after=STEPS, tensorboard=False):
+        assert "another process is running the run in" in refusal(go, folder, resume=True)
+    assert rows(folder) == before
+
+
+# Numbers that are lost.
+
+
+@pytest.mark.parametrize(
+    "start, last", [(33, r"the last good checkpoint is \S+step-00000030"), (2, "no checkpoint has been saved")]
+)
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(start, last, tmp_path):
+    def poisoned(steps):
+        found = batches(steps)
+        found[np.array(steps) >= start] = np.nan
+        return found
+
+    with jax.debug_nans(False):
+        said = refusal(go, tmp_path, batches=poisoned)
+    assert said.startswith(f"toy: at step {start + 1} ") and "is nan" in said
+    assert re.search(last, said)
+    assert all(c.step <= start for c in checkpoints.intact(tmp_path / "checkpoints"))
+    with pytest.raises(SystemExit), jax.debug_nans(False):  # and again, from there
+        go(tmp_path, batches=poisoned, resume=True)
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
+    # The loss and its gradient are finite in the very step whose update is not.
+    spoil = optax.stateless(lambda updates, params: jax.tree.map(lambda u: u / jnp.float32(0), updates))
+    with jax.debug_nans(False):
+        said = refusal(go, tmp_path, optimizer=spoil, steps=1)
+    assert said.startswith("toy: at step 1 a parameter is no longer finite; no checkpoint has been saved.")
+    assert not list(checkpoints.intact(tmp_path / "checkpoints"))
+
+
+# Folders.
+
+
+def test_a_folder_that_vanishes_is_one_line(tmp_path):
+    folder = tmp_path / "run"
+    said = refusal(go, folder, batches=during(22, lambda: shutil.rmtree(folder)))
+    assert said.startswith("toy: at step 30: ") and "No such file or directory" in said
+    assert not folder.exists()
+
+
+def test_a_new_run_is_never_written_into_something_else(uninterrupted, tmp_path):
+    (tmp_path / "thesis.tex").write_text("...")
+    assert "is not empty (it has thesis.tex); name a new folder" in refusal(go, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert "is not empty (it has checkpoints)" in refusal(go, uninterrupted[0])
+    (tmp_path / "file").write_text("")
+    assert "--workdir" in (said := refusal(go, tmp_path / "file")) and "cannot be written" in said
+    assert "cannot be written" in refusal(go, "/proc/run")
+
+
+def test_what_cannot_be_resumed_is_said(uninterrupted, tmp_path):
+    assert "--resume goes on with the run in --workdir" in refusal(go, tmp_path / "nowhere", resume=True)
+    assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "thesis.tex").write_text("...")
+    assert "thesis.tex" in refusal(go, tmp_path, resume=True)
+    folder = Path(shutil.copytree(uninterrupted[0], tmp_path / "copy"))
+    for content in ("", "{", "[1]", '"x"'):
+        (folder / "config.json").write_text(content)
+        assert "holds no run that can be read: config.json" in refusal(go, folder, resume=True)
+
+
+def test_a_run_killed_before_its_config_was_written_is_begun(uninterrupted, tmp_path):
+    (tmp_path / "config.json.part").write_text("{")
+    assert bits(go(tmp_path, resume=True)) == bits(uninterrupted[1])
+
+
+def test_a_resumed_run_must_be_the_same_run(uninterrupted, tmp_path, caplog):
+    folder, _ = uninterrupted
+    config = {"steps": 50, "learning_rate": 0.2, "workdir": "elsewhere", "keep": 7}
+    said = refusal(runs.open_folder, "toy", str(folder), config, resume=True)
+    assert "is another one: steps was 42, is 50; learning_rate was None, is 0.2. Leave out" in said
+    assert runs.open_folder("toy", str(folder), {"steps": 42, "keep": 7}, resume=True) == folder
+    assert "same bits" not in caplog.text
+    folder = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "devices": "8 x tpu (v9)"}))
+    runs.open_folder("toy", str(folder), {"steps": 42}, resume=True)
+    assert "devices were 8 x tpu (v9), are 2 x cpu (cpu): the run will not end in the same bits." in caplog.text
+
+
+def test_the_command_line_takes_the_flags_of_the_run_it_resumes(tmp_path, monkeypatch):
+    seen = []
+
+    def main(*, width: int = 1, rate: float = 0.5, workdir: str | None = None, resume: bool = False):
+        seen.append((width, rate, workdir, resume))
+
+    (tmp_path / "config.json").write_text(json.dumps({"width": 7, "rate": 0.1, "workdir": "x", "old": 3}))
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    for flags in (["--workdir", str(tmp_path), "--resume"], [f"--workdir={tmp_path}", "--resume", "--rate", "0.2"], []):
+        monkeypatch.setattr("sys.argv", ["toy", *flags])
+        runs.cli("toy", main)
+    assert seen == [(7, 0.1, str(tmp_path), True), (7, 0.2, str(tmp_path), True), (1, 0.5, None, False)]
