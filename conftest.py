@@ -18,6 +18,13 @@ def documented_code_runs_as_users_run_it(request):
         yield
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """The environment of a process that compiles nothing that another one of these tests has compiled."""
+    shared = tmp_path_factory.getbasetemp().parent / "compiled"
+    return {"JAX_COMPILATION_CACHE_DIR": str(shared), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="of the sweeps")
 

@@ -64,7 +64,8 @@ def gate_maps(path: Path, sentence: str, trace: dict[str, Any]) -> Path:
         image = axes.imshow(values, aspect="auto", interpolation="nearest", **colours)
         axes.set(title=title, ylabel="unit, by mean f")
         figure.colorbar(image, ax=axes, pad=0.01)
-    rows[-1].set_xticks(range(len(sentence)), list(sentence.replace(" ", "·").replace("\n", "↵")), family="monospace")
+    symbols = ["·" if symbol == " " else symbol if symbol.isprintable() else "↵" for symbol in sentence]
+    rows[-1].set_xticks(range(len(sentence)), symbols, family="monospace")
     rows[-1].set_xlabel("character read (· is a space, ↵ a new line)")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -211,7 +211,7 @@ def test_a_read_only_workdir_is_one_line(corpus_file, tmp_path):
 
 
 @needs_tmpfs
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run, corpus_file, tmp_path):
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run, corpus_file, tmp_path, compiled):
     disk, copy = tmp_path / "disk", tmp_path / "copy"
     disk.mkdir()
     job = shlex.join(arguments("char_lm", "--workdir", disk / "run"))

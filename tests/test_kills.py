@@ -1,0 +1,91 @@
+"""The main job, killed without warning at random moments, some of them inside a save, ends in the same bits as ever.
+
+SIGKILL cannot be caught: what is on the disk at that moment is all there is.
+"""
+
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from jobs import ROOT, arguments, command, outcome, write_corpus
+from sweeps import sweep
+
+FLAGS = [
+    "--hidden-size=16", "--batch-size=8", "--seq-len=12", "--steps=300", "--dropout=0.2", "--learning-rate=0.02",
+    "--block=10", "--save-every=20",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, compiled):
+    """Start the job in a folder; the environment and the flags are the same for all."""
+    corpus = write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
+
+    def start(folder):
+        return subprocess.Popen(
+            arguments("char_lm", "--corpus", corpus, "--workdir", folder, *FLAGS),
+            cwd=ROOT, env={**os.environ, **compiled}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(job, tmp_path_factory):
+    """What the job ends with if left alone, and how many seconds that takes from its first file on."""
+    folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    for time_is_taken in (False, True):  # the second time compiles nothing, as those that are killed
+        folder = folder.with_name(f"uninterrupted-{time_is_taken}")
+        running = job(folder)
+        wait(running, (folder / "config.json").exists)
+        began = time.monotonic()
+        assert running.wait() == 0
+    return outcome(folder), time.monotonic() - began
+
+
+def wait(running, until):
+    """Wait until something has happened, or the process has ended."""
+    while running.poll() is None and not until():
+        time.sleep(0.0005)
+
+
+def killed(job, folder, rng, seconds, inside_a_save):
+    """Start a run and kill it; return whether it was alive, and where it should be."""
+    running = job(folder)
+    wait(running, (folder / "config.json").exists)
+    if inside_a_save:
+        part = folder / "checkpoints" / f"step-{rng.integers(1, 15) * 20:08d}.part"
+        wait(running, part.exists)
+        time.sleep(rng.uniform(0, 0.05))
+    else:
+        time.sleep(rng.uniform(0, seconds))
+    running.send_signal(signal.SIGKILL)
+    return running.wait() == -signal.SIGKILL and (not inside_a_save or part.exists())
+
+
+@sweep("runs killed at a random moment that ended in the same bits", 40, tenth=6)
+def test_a_killed_run_goes_on_and_ends_in_the_same_bits(
+    trial, seed, job, uninterrupted, compiled, tmp_path, record_property
+):
+    expected, seconds = uninterrupted
+    rng = np.random.default_rng([seed, trial])
+    inside_a_save = trial % 8 in (1, 4, 7)  # 15 of 40
+    if inside_a_save:
+        record_property("sweep", "of these, killed inside a save")
+    folder = next(
+        folder for n in range(50) if killed(job, folder := tmp_path / str(n), rng, seconds, inside_a_save)
+    )  # until one is killed where it should be
+    resumed = command("char_lm", "--workdir", folder, "--resume", environment=compiled)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert outcome(folder) == expected
+
+
+def test_what_the_outcome_compares_would_show_a_difference(uninterrupted):
+    (rows, result, step, bits), _ = uninterrupted
+    assert len(rows) > 300 and step == 300 and {"loss", "step", "grad_norm"} <= rows[0].keys()
+    assert {"params.w", "opt_state.1.count", "carry.0.h", "key", "step"} <= bits.keys()
+    assert all(bits.values()) and {"held_out_bits", "evaluations", "gradient_check"} <= result.keys()
