@@ -1,0 +1,174 @@
+"""Faults, put into a copy of the project one at a time. A suite that passes with one of them in it is no evidence.
+
+python tests/faults.py              every fault, and the test that caught it
+python tests/faults.py "gate order" the ones whose name has these words
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info", "build", "dist")
+LEFT_OUT = (
+    "test_faults.py",
+    "test_kills.py",
+    "test_makefile.py",
+)  # they start suites, jobs and environments themselves
+
+
+class Fault(NamedTuple):
+    """A line as it is, as it would be wrong, and the file of tests to begin with."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+FAULTS = [
+    # A tenth of them runs by default: one of each kind comes first.
+    Fault("two gates in the wrong order", "jaxlstm/lstm.py", "z_i, z_f, z_g, z_o = jnp.split(z + a",
+          "z_i, z_g, z_f, z_o = jnp.split(z + a", "test_torch.py"),
+    Fault("off by one in the reverse scan", "jaxlstm/bptt.py", "w_hh=jnp.tensordot(previous.h, d_zs,",
+          "w_hh=jnp.tensordot(previous.h[1:], d_zs[:-1],", "test_bptt.py"),
+    Fault("mask on h only", "jaxlstm/recurrence.py", "new_carry = _select(mask_t, new_carry, carry)",
+          "new_carry = new_carry._replace(h=_select(mask_t, new_carry.h, carry.h))", "test_recurrence.py"),
+    Fault("manifest not checked", "experiments/checkpoints.py", "if (noted := (path / SUMS).read_bytes()) != (found",
+          "if (noted := (path / SUMS).read_bytes()) is (found", "test_checkpoints.py"),
+    # The equations.
+    Fault("sign of the candidate", "jaxlstm/lstm.py", "c = f * state.c + i * g", "c = f * state.c - i * g", "test_lstm.py"),
+    Fault("input gate missing", "jaxlstm/lstm.py", "c = f * state.c + i * g", "c = f * state.c + g", "test_lstm.py"),
+    Fault("tanh for sigmoid", "jaxlstm/lstm.py", "o = jax.nn.sigmoid(z_o)", "o = jnp.tanh(z_o)", "test_lstm.py"),
+    Fault("no tanh of the cell state", "jaxlstm/lstm.py", "h = o * jnp.tanh(c)", "h = o * c", "test_lstm.py"),
+    Fault("forget bias lost", "jaxlstm/lstm.py", "_bias(hidden_size, dtype, f=forget_bias)", "_bias(hidden_size, dtype)",
+          "test_lstm.py"),
+    Fault("forget bias added at run time", "jaxlstm/lstm.py", "f = jax.nn.sigmoid(z_f)", "f = jax.nn.sigmoid(z_f + 1)",
+          "test_lstm.py"),
+    Fault("sign of the chrono bias", "jaxlstm/lstm.py", "i=-b_f, f=b_f", "i=b_f, f=b_f", "test_lstm.py"),
+    Fault("w_hh drawn as one block", "jaxlstm/lstm.py", "w_hh = per_gate(jax.nn.initializers.orthogonal()",
+          "w_hh = per_gate(jax.nn.initializers.lecun_normal()", "test_lstm.py"),
+    Fault("reset gate before the matmul's bias", "jaxlstm/baselines.py", "r * (a_n + params.b_hn)", "r * a_n + params.b_hn",
+          "test_torch.py"),
+    Fault("update gate upside down", "jaxlstm/baselines.py", "(1 - u) * n + u * state.h", "u * n + (1 - u) * state.h",
+          "test_torch.py"),
+    # The recurrence.
+    Fault("gradient cut at h", "jaxlstm/cell.py", "carry.h @ params.w_hh", "jax.lax.stop_gradient(carry.h) @ params.w_hh",
+          "test_recurrence.py"),
+    Fault("forgotten reset", "jaxlstm/recurrence.py", "if reset_t is not None:", "if reset_t is None:", "test_recurrence.py"),
+    Fault("no reset at masked steps", "jaxlstm/recurrence.py", "carry = _select(reset_t, ",
+          "carry = _select(reset_t if mask_t is None else reset_t & mask_t, ", "test_recurrence.py"),
+    Fault("a reset puts the carry argument back", "jaxlstm/recurrence.py", "(cell, reset, reset_carry, initial_carry, num_steps)",
+          "(cell, reset, reset_carry, carry, num_steps)", "test_recurrence.py"),
+    Fault("NaN in padding multiplied into the gradient", "jaxlstm/recurrence.py", "lambda x: _where(mask, x, jnp.zeros_like(x))",
+          "lambda x: x", "test_recurrence.py"),
+    Fault("masked steps put something out", "jaxlstm/recurrence.py", "y = _select(mask_t, y, jax.tree.map(jnp.zeros_like, y))",
+          "y = _select(mask_t, y, y)", "test_recurrence.py"),
+    Fault("reverse forgotten", "jaxlstm/recurrence.py", "reverse=reverse)\n", "reverse=False)\n", "test_recurrence.py"),
+    Fault("mask one step too long", "jaxlstm/recurrence.py", "steps < lengths", "steps <= lengths", "test_recurrence.py"),
+    Fault("segments end one step late in reverse", "jaxlstm/recurrence.py", "[changes, start] if reverse else [start, changes]",
+          "[start, changes]", "test_recurrence.py"),
+    Fault("the carry's two leaves share a buffer", "jaxlstm/lstm.py",
+          "return LSTMState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))",
+          "return LSTMState(*[jnp.zeros(shape, dtype)] * 2)", "test_train.py"),
+    # The gradient by hand.
+    Fault("tanh not differentiated", "jaxlstm/bptt.py", "d_s * (1 - s**2)", "d_s", "test_bptt.py"),
+    Fault("sign in the derivative of tanh", "jaxlstm/bptt.py", "d_g * (1 - g**2)", "d_g * (1 + g**2)", "test_bptt.py"),
+    Fault("wrong gate on the carousel", "jaxlstm/bptt.py", "d_c_prev = d_c * f", "d_c_prev = d_c * i", "test_bptt.py"),
+    Fault("gates joined in the wrong order", "jaxlstm/bptt.py", "[d_z_i, d_z_f, d_z_g, d_z_o]", "[d_z_i, d_z_g, d_z_f, d_z_o]",
+          "test_bptt.py"),
+    Fault("masked steps lose d_h", "jaxlstm/bptt.py", "d_z @ w_hh.T + jnp.where(m, 0, d_h_t)", "d_z @ w_hh.T", "test_bptt.py"),
+    Fault("time not reversed", "jaxlstm/bptt.py", "mask), reverse=True)", "mask))", "test_bptt.py"),
+    Fault("a NaN gradient counted as none", "jaxlstm/bptt.py", "jnp.abs(g).max(initial=0)", "jnp.nan_to_num(jnp.abs(g)).max(initial=0)",
+          "test_bptt.py"),
+    # Training.
+    Fault("carry not handed on", "jaxlstm/train.py", "state.step + 1, state.key, carry)", "state.step + 1, state.key, state.carry)",
+          "test_train.py"),
+    Fault("one key for every step", "jaxlstm/train.py", "jax.random.fold_in(state.key, state.step)", "state.key", "test_train.py"),
+    Fault("step not counted", "jaxlstm/train.py", "state.step + 1, state.key", "state.step, state.key", "test_train.py"),
+    Fault("gradient norm after the update", "jaxlstm/train.py", "optax.tree.norm(grads)", "optax.tree.norm(updates)",
+          "test_train.py"),
+    # The main job.
+    Fault("dropout key reused between layers", "experiments/char_lm.py", "jax.random.fold_in(key, depth)", "key",
+          "test_char_lm.py"),
+    Fault("dropout without its scale", "experiments/char_lm.py", "jnp.where(keep, xs / (1 - dropout), 0)",
+          "jnp.where(keep, xs, 0)", "test_char_lm.py"),
+    Fault("a target is its own input", "experiments/char_lm.py", "cross_entropy(logits, batch[1:])",
+          "cross_entropy(logits, batch[:-1])", "test_char_lm.py"),
+    Fault("nats called bits", "experiments/char_lm.py", "mean(where=scored) / math.log(2)", "mean(where=scored)",
+          "test_char_lm.py"),
+    Fault("held-out text trained on", "experiments/text.py", "Corpus(name, text[:cut], text[cut:],", "Corpus(name, text, text[cut:],",
+          "test_char_lm.py"),
+    Fault("a character lost between two batches", "experiments/text.py", "reads + step * seq_len)", "reads + step * (seq_len + 1))",
+          "test_char_lm.py"),
+    # Runs.
+    Fault("a renamed checkpoint believed", "experiments/checkpoints.py", 'if about["step"] != _step(path):', "if False:",
+          "test_checkpoints.py"),
+    Fault("the best checkpoint deleted", "experiments/checkpoints.py", "if old != best or", "if True or", "test_checkpoints.py"),
+    Fault("a failed save leaves its ruin", "experiments/checkpoints.py", "        with contextlib.suppress(OSError):\n            _delete(beside)\n",
+          "", "test_checkpoints.py"),
+    Fault("half a checkpoint under its final name", "experiments/checkpoints.py", 'beside = path.with_suffix(".part")', "beside = path",
+          "test_checkpoints.py"),
+    Fault("rows written twice after a kill", "experiments/runs.py", "if step > after or", "if", "test_runs.py"),
+    Fault("other flags let through", "experiments/runs.py", "    if changed:\n", "    if not changed:\n", "test_runs.py"),
+    Fault("two processes in one run", "experiments/runs.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH", "test_runs.py"),
+    Fault("a resumed run begins again", "experiments/trainer.py", "for start in range(first, steps, block):",
+          "for start in range(0, steps, block):", "test_runs.py"),
+    Fault("NaN saved over the last good state", "experiments/trainer.py", "    if bad:\n", "    if bad and done < 0:\n", "test_runs.py"),
+    Fault("the request to stop not heard", "experiments/trainer.py", "            if stop:\n", "            if not stop and done < 0:\n", "test_runs.py"),
+    Fault("the wish to stop not saved", "experiments/trainer.py", "if row or stop or done", "if row or done", "test_runs.py"),
+]  # fmt: skip
+
+
+def copy_of_the_project(folder: Path, fault: Fault | None = None) -> Path:
+    """Copy what the tests need; put the fault in."""
+    copy = Path(shutil.copytree(ROOT, folder / "copy", ignore=NOT_COPIED))
+    if fault:
+        path = copy / fault.file
+        content = path.read_text(encoding="utf-8")
+        assert content.count(fault.right) == 1, (
+            f"{fault.name}: {fault.right!r} is in {fault.file} {content.count(fault.right)} times"
+        )
+        path.write_text(content.replace(fault.right, fault.wrong), encoding="utf-8")
+    return copy
+
+
+def first_failure(copy: Path, *tests: str, **environment: str) -> str | None:
+    """Run tests in a copy, by default all; return the first one that fails."""
+    left_out = [f"--ignore=tests/{name}" for name in LEFT_OUT]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-rfE", "-m", "not slow", "-p", "no:cacheprovider", "--tb=no", "--no-header",
+         *left_out, *tests],
+        cwd=copy, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment},
+    )  # fmt: skip
+    if done.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (\S+(?: [^-]\S*)*)", done.stdout, re.M)
+    assert done.returncode in (1, 2) and found, done.stdout + done.stderr
+    return found[1]
+
+
+def caught_by(fault: Fault, folder: Path, **environment: str) -> str | None:
+    """Return the first test that fails with a fault, or None if the whole suite passes."""
+    copy = copy_of_the_project(folder, fault)
+    return first_failure(copy, f"tests/{fault.tests}", **environment) or first_failure(copy, **environment)
+
+
+if __name__ == "__main__":
+    words = " ".join(sys.argv[1:])
+    chosen = [fault for fault in FAULTS if words in fault.name]
+    missed = 0
+    for fault in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            test = caught_by(fault, Path(folder))
+        missed += test is None
+        print(f"{fault.name}: {test or 'NOT CAUGHT'}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} faults caught")
+    sys.exit(missed > 0)

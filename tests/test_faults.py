@@ -1,0 +1,22 @@
+"""Every fault that is put into a copy of the project is caught, by a test that passes without it."""
+
+import pytest
+
+from faults import FAULTS, caught_by, copy_of_the_project, first_failure
+from sweeps import sweep
+
+caught = {}  # fault -> test
+
+
+@sweep("faults caught", len(FAULTS))
+def test_a_fault_is_caught(trial, tmp_path, compiled, record_property):
+    fault = FAULTS[trial]
+    caught[fault.name] = caught_by(fault, tmp_path, **compiled)
+    record_property("caught", f"{fault.name}: {caught[fault.name]}")
+    assert caught[fault.name], f"no test fails with: {fault.name}"
+
+
+def test_what_caught_them_passes_without_them(tmp_path, compiled):
+    if not caught:
+        pytest.skip("no fault was put in")
+    assert first_failure(copy_of_the_project(tmp_path), *sorted(set(caught.values())), **compiled) is None
