@@ -59,7 +59,7 @@ FAULTS = [
     Fault("update gate upside down", "jaxlstm/baselines.py", "(1 - u) * n + u * state.h", "u * n + (1 - u) * state.h",
           "test_torch.py"),
     # The recurrence.
-    Fault("gradient cut at h", "jaxlstm/cell.py", "carry.h @ params.w_hh", "jax.lax.stop_gradient(carry.h) @ params.w_hh",
+    Fault("gradient cut at h", "jaxlstm/cell.py", "return carry.h @ params.w_hh", "return jax.lax.stop_gradient(carry.h) @ params.w_hh",
           "test_recurrence.py"),
     Fault("forgotten reset", "jaxlstm/recurrence.py", "if reset_t is not None:", "if reset_t is None:", "test_recurrence.py"),
     Fault("no reset at masked steps", "jaxlstm/recurrence.py", "carry = _select(reset_t, ",
@@ -132,9 +132,7 @@ def copy_of_the_project(folder: Path, fault: Fault | None = None) -> Path:
     if fault:
         path = copy / fault.file
         content = path.read_text(encoding="utf-8")
-        assert content.count(fault.right) == 1, (
-            f"{fault.name}: {fault.right!r} is in {fault.file} {content.count(fault.right)} times"
-        )
+        assert content.count(fault.right) == 1, f"{fault.name}: which {fault.right!r} of {fault.file} is meant?"
         path.write_text(content.replace(fault.right, fault.wrong), encoding="utf-8")
     return copy
 

@@ -2,8 +2,16 @@
 
 import pytest
 
-from faults import FAULTS, caught_by, copy_of_the_project, first_failure
+from faults import FAULTS, ROOT, caught_by, copy_of_the_project, first_failure
 from sweeps import sweep
+
+
+def test_every_fault_has_one_place():
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 20
+    for fault in FAULTS:
+        assert (ROOT / fault.file).read_text(encoding="utf-8").count(fault.right) == 1, fault.name
+        assert (ROOT / "tests" / fault.tests).exists(), fault.name
+
 
 caught = {}  # fault -> test
 
