@@ -47,11 +47,11 @@ train: $(STAMP)  ## five minutes: a character language model on real text
 	$(GPU_HINT)
 	@$(BIN)/python -m experiments.char_lm $(ARGS)
 
-test: $(STAMP)
+test: $(STAMP)  ## a few minutes
 	@$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
-test-full: $(STAMP)
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+test-full: $(STAMP)  ## every seed of every sweep; leaves tests/results/
+	@$(BIN)/python -m pytest -n 2 --results tests/results $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

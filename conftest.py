@@ -1,4 +1,17 @@
-"""Tests run in float64 unless they say otherwise, with strict promotion, on two (pretended) CPU devices."""
+"""Tests run in float64 unless they say otherwise, on two (pretended) CPU devices, and JAX watches over them.
+
+Strict promotion, leaked tracers, NaN where none was asked for, and keys used twice are errors, as is any warning. A
+test that makes a NaN on purpose says so: `@jax.debug_nans(False)`.
+
+`make test-full` leaves its evidence in tests/results/: what was run, of which commit, with which seed, and what failed.
+"""
+
+import json
+import subprocess
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
 
 import jax
 import pytest
@@ -6,6 +19,9 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_check_tracer_leaks", True)
+jax.config.update("jax_debug_nans", True)
+jax.config.update("jax_debug_key_reuse", True)
 
 
 @pytest.fixture(autouse=True)
@@ -20,15 +36,51 @@ def documented_code_runs_as_users_run_it(request):
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """The environment of a process that compiles nothing that another one of these tests has compiled."""
+    """The environment of a process that need not compile what another one of these tests has compiled."""
     shared = tmp_path_factory.getbasetemp().parent / "compiled"
     return {"JAX_COMPILATION_CACHE_DIR": str(shared), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="of the sweeps")
+    parser.addoption("--results", type=Path, metavar="FOLDER", help="where to leave a file of what was run")
 
 
 @pytest.fixture(scope="session")
 def seed(request):
     return request.config.getoption("seed")
+
+
+@pytest.fixture(autouse=True)
+def sweeps_are_counted(request, record_property):
+    if marker := request.node.get_closest_marker("sweep"):
+        record_property("sweep", marker.args[0])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    folder = config.getoption("results")
+    if folder is None or hasattr(config, "workerinput"):
+        return
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    properties = [(report, *pair) for report in reports for pair in report.user_properties]
+    tried = Counter(value for _, name, value in properties if name == "sweep")
+    passed = Counter(value for report, name, value in properties if name == "sweep" and report.passed)
+    git = lambda *words: subprocess.run(["git", *words], cwd=config.rootpath, capture_output=True, text=True).stdout
+    result = {
+        "commit": git("rev-parse", "HEAD").strip(),
+        "uncommitted": git("status", "--porcelain", "--untracked-files=no").splitlines(),
+        "command": " ".join(["pytest", *config.invocation_params.args]),
+        "seed": config.getoption("seed"),
+        "versions": {
+            "python": python_version(),
+            **{name: version(name) for name in ("jax", "jaxlib", "optax", "flax")},
+        },
+        "tests": {kind: len(terminalreporter.stats.get(kind, [])) for kind in ("passed", "failed", "error", "skipped")},
+        "failed": sorted(report.nodeid for report in reports if report.failed),
+        "sweeps": {name: f"{passed[name]}/{tried[name]}" for name in sorted(tried)},
+        "caught": sorted(value for _, name, value in properties if name == "caught"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"jax-{jax.__version__}.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    terminalreporter.write_line(f"results: {path}")

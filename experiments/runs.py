@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import tyro
@@ -36,12 +36,12 @@ log = logging.getLogger("runs")
 # The command line.
 
 
-def cli(experiment: str, main: Callable[..., Any]) -> None:
+def cli(experiment: str, main: Callable[..., Any], log_to: TextIO = sys.stdout) -> None:
     """Run an experiment's `main` with flags from the command line; with --resume, those of the run it goes on with.
 
     Ctrl-C, and whatever the system refuses, end it in one line.
     """
-    logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
+    logging.basicConfig(format="%(message)s", stream=log_to, force=True)
     for name in (experiment, "runs", "trainer"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax prints what it raises
@@ -80,8 +80,8 @@ def stop_signals() -> Iterator[list[int]]:
     def note(number: int, _: Any) -> None:
         received.append(number)
         restore()
-        log.warning("%s: the run saves and stops at the end of this block; once more stops it at once.",
-                    signal.Signals(number).name)  # fmt: skip
+        # Not by print or logging: the signal may have come in the middle of one.
+        os.write(2, b"\nThe run saves and stops at the end of this block; once more stops it at once.\n")
 
     def restore() -> None:
         for number, handler in before.items():
@@ -110,6 +110,7 @@ def open_folder(experiment: str, workdir: str | None, config: Row, *, resume: bo
             sys.exit(f"{experiment}: --resume goes on with the run in --workdir; {workdir} holds none.")
         if (folder / "config.json").exists():
             _compare(experiment, folder, read_config(folder), config)
+            (folder / "checkpoints").mkdir(exist_ok=True)
             return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,8 +119,8 @@ def open_folder(experiment: str, workdir: str | None, config: Row, *, resume: bo
                 f"{experiment}: --workdir {folder} is not empty (it has {foreign[0]}); "
                 "name a new folder, so that no run is lost, or go on with the run in it by --resume."
             )
+        write_json(folder / "config.json", config)
         (folder / "checkpoints").mkdir()
-        write_json(folder / "config.json", config)  # last: where it is, the rest is
     except OSError as error:
         sys.exit(f"{experiment}: --workdir {folder} cannot be written: {error.strerror}; name another folder.")
     return folder

@@ -83,4 +83,4 @@ def main(
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it quietly
-    runs.cli("sample", main)
+    runs.cli("sample", main, log_to=sys.stderr)  # stdout is for the text

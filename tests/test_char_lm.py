@@ -5,18 +5,21 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import time
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import char_lm, text
+from experiments import char_lm, checkpoints, runs, sample, text
 
+from cells import worst_error
 from jobs import ROOT, SMALL, arguments, command, outcome, said, write_corpus
 
 
@@ -102,9 +105,7 @@ def test_sample_writes_one_step_per_character_with_the_carry_kept(run):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the ") and len(done.stdout) == 4 + 50 + 1
     # At a temperature near 0 the text is the arg max of the whole sequence's logits.
-    from experiments.sample import load
-
-    model, symbols = load(run[0])
+    model, symbols = sample.load(run[0])
     tokens = text.encode(done.stdout[:-1], symbols)
     _, logits = char_lm.predict(model, char_lm.initial_carries(model), jnp.asarray(tokens))
     assert "".join(symbols[k] for k in np.argmax(logits, -1)[3:-1]) == done.stdout[4:-1]
@@ -118,6 +119,30 @@ def test_sample_names_what_is_wrong(run, tmp_path):
     ):
         done = command("sample", *args)
         assert re.search(message, said(done))
+
+
+def test_sample_passes_over_a_damaged_checkpoint_and_says_when_none_is_left(run, tmp_path):
+    folder = Path(shutil.copytree(run[0], tmp_path / "copy"))
+    args = (folder, "--num-characters", 20)
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        "step-00000050", "step-00000100", "step-00000110",
+    ]  # fmt: skip
+    for step, passed_over in ((110, 1), (100, 2)):
+        next((folder / "checkpoints" / f"step-{step:08d}" / "arrays" / "d").iterdir()).write_bytes(b"")
+        done = command("sample", *args)
+        assert done.returncode == 0 and done.stderr.count("is damaged and passed over: 'arrays/d/") == passed_over
+        assert len(done.stdout) >= 20
+    (folder / "checkpoints" / "step-00000050" / "SHA256SUMS").unlink()
+    assert "has no intact checkpoint" in said(command("sample", *args))
+
+
+def test_sample_writes_with_the_best_weights_if_asked(run):
+    scores = {row["step"]: row["held_out_bits"] for row in runs.read_metrics(run[0]) if "held_out_bits" in row}
+    best = sample.load(run[0], best=True)[0]
+    (checkpoint,) = (
+        c for c in checkpoints.intact(run[0] / "checkpoints") if c.step == min(scores, key=lambda k: scores[k])
+    )
+    assert worst_error(best, checkpoints.restore(checkpoint, {"params": best}, partial=True)["params"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -255,6 +280,27 @@ def test_dropout_keeps_the_mean_and_needs_its_key(model):
     assert abs(kept.mean() - 1) < 4 * np.sqrt(0.25 / 0.75 / kept.size)
     _, without = char_lm.predict(ones, [], tokens, dropout=0.25)
     assert (without[..., :6] == 1).all()
+
+
+def test_dropout_draws_another_mask_for_each_layer(model):
+    ones = model._replace(embedding=jnp.ones_like(model.embedding), w=jnp.eye(6, 7, dtype="float32"))
+    nothing = lambda params, xs, carry: (carry, xs)
+    _, logits = char_lm.predict(
+        ones, [None, None], jnp.zeros((400, 50), int), dropout=0.25, key=jax.random.key(0), layer=nothing
+    )
+    kept = np.asarray(logits[..., :6]) > 0
+    assert abs(kept.mean() - 0.75**3) < 4 * np.sqrt(0.25 / kept.size)  # three masks, none of them another
+
+
+def test_the_loss_is_that_of_the_next_character(model):
+    batch = np.random.default_rng(0).integers(0, 7, (9, 3)).astype(np.int32)
+    carries = char_lm.initial_carries(model, 3)
+    loss, _ = char_lm.loss_fn(model, batch, carries, jax.random.key(0), dropout=0.0)
+    _, logits = char_lm.predict(model, carries, batch[:-1])
+    p = np.exp(np.asarray(logits, np.float64))
+    p /= p.sum(-1, keepdims=True)
+    steps, rows = np.indices((8, 3))
+    np.testing.assert_allclose(loss, -np.log(p[steps, rows, batch[1:]]).mean(), rtol=1e-6)
 
 
 def test_evaluate_scores_every_held_out_character_once_with_its_context(model):

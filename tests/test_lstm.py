@@ -23,7 +23,6 @@ from jaxlstm import (
 
 from cells import H, I, draw, worst_error
 
-KEY = jax.random.key(3)
 IN, HID = 150, 100  # large enough for statistics
 
 
@@ -61,18 +60,18 @@ def test_a_nearly_shut_gate_is_not_shut_in_float32():
 
 def test_the_default_initialiser_is_glorot_and_orthogonal_gate_by_gate_with_forget_bias_1():
     assert LSTM.init is init_glorot_orthogonal
-    params = LSTM.init(KEY, IN, HID)
+    params = LSTM.init(jax.random.key(3), IN, HID)
     for gate in split_gates(params):
         np.testing.assert_allclose(gate.w_hh @ gate.w_hh.T, np.eye(HID), atol=1e-5)
         limit = np.sqrt(6 / (IN + HID))
         assert limit * 0.99 < np.abs(gate.w_ih).max() <= limit
         np.testing.assert_allclose(np.std(gate.w_ih), limit / np.sqrt(3), rtol=0.03)
     assert {name: set(b.tolist()) for name, b in biases(params).items()} == {"i": {0}, "f": {1}, "g": {0}, "o": {0}}
-    assert set(biases(LSTM.init(KEY, I, H, forget_bias=2.5))["f"].tolist()) == {2.5}
+    assert set(biases(LSTM.init(jax.random.key(3), I, H, forget_bias=2.5))["f"].tolist()) == {2.5}
 
 
 def test_init_torch_draws_everything_uniform_and_two_biases():
-    params, limit = init_torch(KEY, IN, HID), HID**-0.5
+    params, limit = init_torch(jax.random.key(3), IN, HID), HID**-0.5
     for leaf in params[:2]:
         assert 0.99 * limit < np.abs(leaf).max() <= limit
         np.testing.assert_allclose(np.std(leaf), limit / np.sqrt(3), rtol=0.03)
@@ -81,14 +80,14 @@ def test_init_torch_draws_everything_uniform_and_two_biases():
 
 
 def test_init_keras_draws_over_the_four_gates_at_once():
-    params, limit = init_keras(KEY, IN, HID), np.sqrt(6 / (IN + 4 * HID))
+    params, limit = init_keras(jax.random.key(3), IN, HID), np.sqrt(6 / (IN + 4 * HID))
     assert limit * 0.99 < np.abs(params.w_ih).max() <= limit
     np.testing.assert_allclose(params.w_hh @ params.w_hh.T, np.eye(HID), atol=1e-5)
     assert {name: set(b.tolist()) for name, b in biases(params).items()} == {"i": {0}, "f": {1}, "g": {0}, "o": {0}}
 
 
 def test_init_flax_is_lecun_normal_and_orthogonal_without_biases():
-    params = init_flax(KEY, IN, HID)
+    params = init_flax(jax.random.key(3), IN, HID)
     np.testing.assert_allclose(np.std(params.w_ih), IN**-0.5, rtol=0.03)
     for gate in split_gates(params):
         np.testing.assert_allclose(gate.w_hh @ gate.w_hh.T, np.eye(HID), atol=1e-5)
@@ -96,7 +95,7 @@ def test_init_flax_is_lecun_normal_and_orthogonal_without_biases():
 
 
 def test_init_chrono_spreads_the_forget_biases_over_the_lags():
-    b = biases(init_chrono(KEY, I, 500, max_lag=100))
+    b = biases(init_chrono(jax.random.key(3), I, 500, max_lag=100))
     np.testing.assert_array_equal(b["i"], -b["f"])
     lags = np.exp(b["f"])  # uniform between 1 and 99
     assert 1 <= lags.min() < 3 and 97 < lags.max() <= 99.001
@@ -104,7 +103,7 @@ def test_init_chrono_spreads_the_forget_biases_over_the_lags():
     np.testing.assert_allclose(lags.std(), 98 / np.sqrt(12), rtol=0.1)
     assert not np.any(b["g"]) and not np.any(b["o"])
     with pytest.raises(ValueError, match="max_lag must be more than 2 steps, got 2"):
-        init_chrono(KEY, I, H, max_lag=2)
+        init_chrono(jax.random.key(3), I, H, max_lag=2)
 
 
 @pytest.mark.parametrize("init", [init_glorot_orthogonal, init_torch, init_keras, init_flax, init_chrono])

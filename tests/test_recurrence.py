@@ -251,9 +251,10 @@ def test_checkpoint_hessian_and_jvp_agree_with_plain_gradients():
 def test_a_carry_may_hold_keys_counters_and_flags():
     def gates(params, carry, z, a):
         h, keys, count, odd = carry
-        noise = jax.vmap(lambda key: jax.random.normal(key, z.shape[-1:], z.dtype))(keys)
+        keys, now = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        noise = jax.vmap(lambda key: jax.random.normal(key, z.shape[-1:], z.dtype))(now)
         h = jnp.tanh(z + a + noise)
-        return (h, jax.vmap(lambda key: jax.random.split(key)[1])(keys), count + 1, ~odd), h
+        return (h, keys, count + 1, ~odd), h
 
     noisy = Cell(
         init=RNN.init,

@@ -32,8 +32,9 @@ def lstm_loss(params, batch, carry, key):
 
 
 def new_state_from(key, optimizer):
-    params = LSTM.init(key, I, H, dtype=jnp.float64)
-    return init_train_state(params, optimizer, key, carry=LSTM.initial_carry(params, (BATCH,)))
+    model_key, train_key = jax.random.split(key)
+    params = LSTM.init(model_key, I, H, dtype=jnp.float64)
+    return init_train_state(params, optimizer, train_key, carry=LSTM.initial_carry(params, (BATCH,)))
 
 
 def new_state(optimizer, seed=0):
@@ -76,6 +77,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@jax.debug_key_reuse(False)  # a line search asks for the same loss again, so with the same key
 def test_any_optax_optimiser_runs_and_fit_is_the_loop(name):
     optimizer = OPTIMIZERS[name]
     step = make_train_step(lstm_loss, optimizer)
@@ -97,6 +99,7 @@ def test_the_learning_rate_of_a_schedule_is_the_one_used():
     np.testing.assert_allclose(metrics["learning_rate"], [schedule(n) for n in range(N)], rtol=1e-6)
 
 
+@jax.debug_key_reuse(False)  # the loss function is asked for the same loss again
 def test_optimisers_that_ask_get_the_loss_its_gradient_and_the_loss_function():
     def update(updates, state, params, *, value, grad, value_fn, **_):
         shifted = jax.tree.map(lambda p: p + 1, params)
