@@ -85,7 +85,7 @@ FAULTS = [
           "test_bptt.py"),
     Fault("masked steps lose d_h", "jaxlstm/bptt.py", "d_z @ w_hh.T + jnp.where(m, 0, d_h_t)", "d_z @ w_hh.T", "test_bptt.py"),
     Fault("time not reversed", "jaxlstm/bptt.py", "mask), reverse=True)", "mask))", "test_bptt.py"),
-    Fault("a NaN gradient counted as none", "jaxlstm/bptt.py", "norm(g - r) / norm(r)", "norm(jnp.nan_to_num(g - r)) / norm(r)",
+    Fault("an error relative to itself", "jaxlstm/bptt.py", "norm(g - r) / norm(r)", "norm(g - r) / norm(g)",
           "test_bptt.py"),
     # Training.
     Fault("carry not handed on", "jaxlstm/train.py", "state.step + 1, state.key, carry)", "state.step + 1, state.key, state.carry)",

@@ -24,6 +24,7 @@ class Extra(NamedTuple):
     keys: jax.Array
 
 
+@jax.debug_nans(False)
 def make_state(seed):
     """A state with every kind of leaf a run may hold."""
     rng = np.random.default_rng(seed)

@@ -31,14 +31,10 @@ def lstm_loss(params, batch, carry, key):
     return ((ys[-1] - targets) ** 2).mean(), (carry, {"last": ys[-1].mean()})
 
 
-def new_state_from(key, optimizer):
-    model_key, train_key = jax.random.split(key)
+def new_state(optimizer, seed=0):
+    model_key, train_key = jax.random.split(jax.random.key(seed))
     params = LSTM.init(model_key, I, H, dtype=jnp.float64)
     return init_train_state(params, optimizer, train_key, carry=LSTM.initial_carry(params, (BATCH,)))
-
-
-def new_state(optimizer, seed=0):
-    return new_state_from(jax.random.key(seed), optimizer)
 
 
 def test_the_update_is_the_optimisers_on_the_gradient_of_the_loss():
@@ -141,7 +137,7 @@ def test_vmap_over_seeds_equals_separate_runs():
     optimizer = optax.adam(1e-2)
     run = functools.partial(fit, make_train_step(lstm_loss, optimizer))
     alone = [jax.jit(run)(new_state(optimizer, seed), BATCHES) for seed in range(3)]
-    stacked = jax.vmap(lambda key: new_state_from(key, optimizer))(jnp.stack([jax.random.key(s) for s in range(3)]))
+    stacked = jax.vmap(functools.partial(new_state, optimizer))(jnp.arange(3))
     states, metrics = jax.vmap(run, in_axes=(0, None))(stacked, BATCHES)
     for n, (state, own) in enumerate(alone):
         assert worst_error(jax.tree.map(lambda v, n=n: v[n], states.params), state.params) < 1e-9
