@@ -51,7 +51,7 @@ test: $(STAMP)  ## a few minutes
 	@$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
 test-full: $(STAMP)  ## every seed of every sweep; leaves tests/results/
-	@$(BIN)/python -m pytest -n 2 --results tests/results $(ARGS)
+	@JAX_CHECK_TRACER_LEAKS=1 $(BIN)/python -m pytest -n 2 --results tests/results $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

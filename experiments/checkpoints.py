@@ -67,7 +67,7 @@ def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | No
         leaves = _leaves(state)
         # Orbax refuses arrays without elements; their shape says all.
         arrays = {name: _data(leaf) for name, leaf in leaves.items() if leaf.size}
-        _try_room(beside, sum(array.nbytes for array in arrays.values()) + (64 << 10))
+        _try_room(beside, sum(array.nbytes + 4096 for array in arrays.values()) + 32 * 4096)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(beside.absolute() / "arrays", arrays)
         about = {"step": step, "score": score, "leaves": {name: _describe(leaf) for name, leaf in leaves.items()}}

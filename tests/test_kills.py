@@ -15,8 +15,8 @@ from jobs import ROOT, arguments, command, outcome, write_corpus
 from sweeps import sweep
 
 FLAGS = [
-    "--hidden-size=16", "--batch-size=8", "--seq-len=12", "--steps=300", "--dropout=0.2", "--learning-rate=0.02",
-    "--block=10", "--save-every=20",
+    "--hidden-size=16", "--num-layers=1", "--batch-size=8", "--seq-len=12", "--steps=300", "--dropout=0.2",
+    "--learning-rate=0.02", "--block=10", "--save-every=20",
 ]  # fmt: skip
 
 
