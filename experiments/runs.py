@@ -21,7 +21,6 @@ from typing import Any, TextIO
 
 import jax
 import tyro
-from tensorboardX import SummaryWriter
 
 from experiments import checkpoints
 
@@ -191,6 +190,8 @@ def metrics_writer(folder: Path, *, after: int, tensorboard: bool) -> Iterator[C
         _cut(folder / "metrics.jsonl", after)
         events = None
         if tensorboard:
+            from tensorboardX import SummaryWriter  # imports torch, where there is one: a second that few ask for
+
             events = stack.enter_context(SummaryWriter(str(folder.resolve()), purge_step=after + 1))
 
         def write(rows: list[Row]) -> None:
