@@ -9,6 +9,7 @@ It is written beside (`.part`), put on the disk, and renamed, so a process kille
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -211,8 +212,12 @@ def _score(path: Path) -> float:
 def _sums(path: Path) -> bytes:
     files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
     files.pop(SUMS, None)
-    digest = lambda file: hashlib.sha256(file.read_bytes()).hexdigest()
-    return "".join(f"{digest(files[name])}  {name}\n" for name in sorted(files)).encode()
+    return "".join(f"{_sha256(files[name])}  {name}\n" for name in sorted(files)).encode()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _difference(noted: bytes, found: bytes) -> str:
@@ -229,8 +234,14 @@ def _difference(noted: bytes, found: bytes) -> str:
 
 def _try_room(folder: Path, size: int) -> None:
     """Raise an OSError if the disk will not take so many bytes: Orbax's threads print tracebacks when they find out."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
     with tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise  # anything else: this file system cannot say
 
 
 def _sync(path: Path) -> None:

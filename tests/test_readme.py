@@ -105,6 +105,18 @@ def test_the_figures_are_those_of_the_committed_result():
         assert (ROOT / picture).exists()
 
 
+def test_the_figures_of_the_full_suite_are_those_it_left():
+    rows = dict(re.findall(r"^\| ([^|]+) \| (\d+/\d+) \|$", README, re.M))
+    assert len(rows) == 3
+    left = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "tests" / "results").glob("jax-*.json")]
+    assert {tuple(result["versions"]["jax"].split(".")[:2]) for result in left} >= {("0", "10"), ("0", "12")}
+    for result in left:
+        assert result["failed"] == [] and result["tests"]["error"] == 0
+        sweeps = result["sweeps"]
+        assert sweeps.pop("of these, killed inside a save") == "15/15"
+        assert sorted(rows.values()) == sorted(sweeps.values())
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
