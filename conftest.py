@@ -38,7 +38,11 @@ def documented_code_runs_as_users_run_it(request):
 def compiled(tmp_path_factory):
     """The environment of a process that need not compile what another one of these tests has compiled."""
     shared = tmp_path_factory.getbasetemp().parent / "compiled"
-    return {"JAX_COMPILATION_CACHE_DIR": str(shared), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(shared),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_CHECK_TRACER_LEAKS": "0",  # would trace everything anew
+    }
 
 
 def pytest_addoption(parser):

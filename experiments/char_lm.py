@@ -13,6 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -178,8 +179,8 @@ def gradient_errors(model: Model, batch: Array, carries: Carries, key: Key[Array
     return gradient_error(by_gate(by_hand), by_gate(autodiff))
 
 
-def check_gradients(state: TrainState, batch: Array, dropout: float) -> dict[str, Any]:
-    """Compare the gradient by hand with autodiff's on one batch; return the worst weight and gate, per dtype."""
+def check_gradients(when: str, state: TrainState, batch: Array, dropout: float) -> dict[str, Any]:
+    """Compare the gradient by hand with autodiff's on a batch; return, and log, the worst weight and gate per dtype."""
     worst = {}
     for dtype, tolerance in TOLERANCE.items():
         with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
@@ -195,6 +196,12 @@ def check_gradients(state: TrainState, batch: Array, dropout: float) -> dict[str
         ]
         error, name = max(named, key=lambda pair: (math.isnan(pair[0]), pair[0]))
         worst[dtype] = {"error": error, "weight": name, "agrees": error <= tolerance}
+    log.info(
+        "gradient check %s: %s; by hand against autodiff, worst weight and gate: %s",
+        when,
+        "AGREE" if all(row["agrees"] for row in worst.values()) else "DISAGREE",
+        "; ".join(f"{row['error']:.0e} in {row['weight']} ({dtype})" for dtype, row in worst.items()),
+    )
     return worst
 
 
@@ -260,20 +267,15 @@ def main(
     model_key, train_key, sample_key = jax.random.split(jax.random.key(seed), 3)
     model = init_model(model_key, len(data.symbols), hidden_size, num_layers)
     log.info("model:\n%s", summary(model))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(200, steps // 10), steps, learning_rate / 100)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(clip), optax.inject_hyperparams(optax.adamw)(learning_rate=schedule)
-    )
+    optimizer = make_optimizer(learning_rate, steps, clip)
     state = init_train_state(model, optimizer, train_key, carry=initial_carries(model, batch_size))
     train_step = make_train_step(functools.partial(loss_fn, dropout=dropout), optimizer)
     batches = functools.partial(text.batches, tokens[: len(data.train)], batch_size=batch_size, seq_len=seq_len)
+    held_out = text.streams(tokens, len(data.train), STREAMS, WARM_UP)
 
-    check = {"at the first batch": check_gradients(state, batches(range(1))[0], dropout)}
-    report_check("at the first batch", check["at the first batch"])
+    check = {"at the first batch": check_gradients("at the first batch", state, batches(range(1))[0], dropout)}
     baselines = text.baselines(data)
     log.info("bits per held-out character: %s", ", ".join(f"{name} {bits:.3f}" for name, bits in baselines.items()))
-
-    held_out = text.streams(tokens, len(data.train), STREAMS, WARM_UP)
 
     def examine(state: TrainState, metrics: trainer.Metrics, steps_per_second: float) -> runs.Row:
         first = jnp.asarray(text.encode(text.first_symbol(data.symbols), data.symbols)[0])
@@ -297,33 +299,44 @@ def main(
         evaluate_every=max(block, steps // EVALUATIONS // block * block),
     )  # fmt: skip
 
-    check["at the trained weights"] = check_gradients(state, batches(range(steps, steps + 1))[0], dropout)
-    report_check("at the trained weights", check["at the trained weights"])
+    last_batch = batches(range(steps, steps + 1))[0]
+    check["at the trained weights"] = check_gradients("at the trained weights", state, last_batch, dropout)
     bits = float(evaluate(state.params, *held_out))
-    metrics = runs.read_metrics(folder)
     result = {
         "held_out_bits": bits,
         "learned": bits < baselines["5-gram"] and bits < baselines["xz"],
         "baselines": baselines,
         "gradient_check": check,
-        "evaluations": [row for row in metrics if "held_out_bits" in row],
+        "evaluations": [row for row in runs.read_metrics(folder) if "held_out_bits" in row],
         "config": config,
         "corpus": {"characters": len(tokens), "held_out": len(data.held_out), "sha256": data.sha256},
         "versions": runs.versions(),
     }
+    report(folder, result, *read_sentence(state.params, data))
+    return result
+
+
+def make_optimizer(learning_rate: float, steps: int, clip: float) -> optax.GradientTransformation:
+    """Make AdamW with a linear warm-up, a cosine, and gradients clipped by their norm."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(200, steps // 10), steps, learning_rate / 100)
+    return optax.chain(optax.clip_by_global_norm(clip), optax.inject_hyperparams(optax.adamw)(learning_rate=schedule))
+
+
+def report(folder: Path, result: dict[str, Any], sentence: str, trace: dict[str, Array]) -> None:
+    """Write result.json and the pictures; say what came out, and where it is."""
     runs.write_json(folder / "result.json", result)
     pictures = [
-        plots.learning_curve(folder / "learning_curve.png", metrics, baselines),
-        plots.gate_maps(folder / "gates.png", *read_sentence(state.params, data)),
+        plots.learning_curve(folder / "learning_curve.png", runs.read_metrics(folder), result["baselines"]),
+        plots.gate_maps(folder / "gates.png", sentence, trace),
     ]
     log.info(
         "%s: %.3f bits per held-out character; the 5-gram needs %.3f, xz %.3f",
-        "LEARNED" if result["learned"] else "NOT LEARNED", bits, baselines["5-gram"], baselines["xz"],
+        "LEARNED" if result["learned"] else "NOT LEARNED",
+        result["held_out_bits"], result["baselines"]["5-gram"], result["baselines"]["xz"],
     )  # fmt: skip
     log.info("pictures: %s", ", ".join(map(str, pictures)))
     log.info("result: %s", folder / "result.json")
     log.info("go on: %s", runs.command("experiments.sample", folder))
-    return result
 
 
 def check_flags(config: dict[str, Any]) -> None:
@@ -355,16 +368,6 @@ def load(corpus: str, batch: int) -> text.Corpus:
             f"one batch takes {batch} (--batch-size times --seq-len), the evaluation {STREAMS}."
         )
     return data
-
-
-def report_check(when: str, worst: dict[str, Any]) -> None:
-    """Say how the gradient by hand compares with autodiff's."""
-    log.info(
-        "gradient check %s: %s; by hand against autodiff, worst weight and gate: %s",
-        when,
-        "AGREE" if all(row["agrees"] for row in worst.values()) else "DISAGREE",
-        "; ".join(f"{row['error']:.0e} in {row['weight']} ({dtype})" for dtype, row in worst.items()),
-    )
 
 
 def read_sentence(model: Model, data: text.Corpus, width: int = 80) -> tuple[str, dict[str, Array]]:

@@ -22,6 +22,129 @@ from experiments import char_lm, checkpoints, runs, sample, text
 from cells import worst_error
 from jobs import ROOT, SMALL, arguments, command, outcome, said, write_corpus
 
+# The parts.
+
+
+@pytest.fixture(scope="module")
+def model():
+    return char_lm.init_model(jax.random.key(0), 7, 6, 2)
+
+
+def test_predict_without_a_batch_is_predict_next_step_by_step(model):
+    tokens = jnp.array([3, 1, 6, 0, 2])
+    _, logits = char_lm.predict(model, char_lm.initial_carries(model), tokens)
+    carries = char_lm.initial_carries(model)
+    for token, want in zip(tokens, logits, strict=True):
+        carries, got = char_lm.predict_next(model, carries, token)
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_dropout_keeps_the_mean_and_needs_its_key(model):
+    tokens = jnp.zeros((400, 50), int)
+    ones = model._replace(embedding=jnp.ones_like(model.embedding), layers=[], w=jnp.eye(6, 7, dtype="float32"))
+    _, logits = char_lm.predict(ones, [], tokens, dropout=0.25, key=jax.random.key(0))
+    kept = np.asarray(logits[..., :6])
+    np.testing.assert_allclose(np.unique(kept), [0, 4 / 3], rtol=1e-6)
+    assert abs(kept.mean() - 1) < 4 * np.sqrt(0.25 / 0.75 / kept.size)
+    _, without = char_lm.predict(ones, [], tokens, dropout=0.25)
+    assert (without[..., :6] == 1).all()
+
+
+def test_dropout_draws_another_mask_for_each_layer(model):
+    ones = model._replace(embedding=jnp.ones_like(model.embedding), w=jnp.eye(6, 7, dtype="float32"))
+    nothing = lambda params, xs, carry: (carry, xs)
+    _, logits = char_lm.predict(
+        ones, [None, None], jnp.zeros((400, 50), int), dropout=0.25, key=jax.random.key(0), layer=nothing
+    )
+    kept = np.asarray(logits[..., :6]) > 0
+    assert abs(kept.mean() - 0.75**3) < 4 * np.sqrt(0.25 / kept.size)  # three masks, none of them another
+
+
+def test_the_loss_is_that_of_the_next_character(model):
+    batch = np.random.default_rng(0).integers(0, 7, (9, 3)).astype(np.int32)
+    carries = char_lm.initial_carries(model, 3)
+    loss, _ = char_lm.loss_fn(model, batch, carries, jax.random.key(0), dropout=0.0)
+    _, logits = char_lm.predict(model, carries, batch[:-1])
+    p = np.exp(np.asarray(logits, np.float64))
+    p /= p.sum(-1, keepdims=True)
+    steps, rows = np.indices((8, 3))
+    np.testing.assert_allclose(loss, -np.log(p[steps, rows, batch[1:]]).mean(), rtol=1e-6)
+
+
+def test_evaluate_scores_every_held_out_character_once_with_its_context(model):
+    tokens = np.random.default_rng(0).integers(0, 7, 47).astype(np.int32)
+    inputs, targets, scored = text.streams(tokens, 10, num_streams=4, warm_up=5)
+    assert scored.sum(0).tolist() == [10, 9, 9, 9] and not scored[:5].any()
+    nats, at = 0.0, 10
+    for n, length in enumerate(scored.sum(0)):
+        np.testing.assert_array_equal(targets[scored[:, n], n], tokens[at : at + length])
+        np.testing.assert_array_equal(inputs[: 5 + length, n], tokens[at - 6 : at + length - 1])
+        read = jnp.asarray(tokens[at - 6 : at + length - 1])
+        _, logits = char_lm.predict(model, char_lm.initial_carries(model), read)
+        logits = np.asarray(logits, np.float64)[5:]
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats -= log_p[np.arange(length), tokens[at : at + length]].sum()
+        at += length
+    np.testing.assert_allclose(char_lm.evaluate(model, inputs, targets, scored), nats / 37 / math.log(2), rtol=1e-6)
+
+
+def test_batches_read_on_from_step_to_step_and_round_at_the_end():
+    tokens = np.arange(100, dtype=np.int32)
+    first, second = text.batches(tokens, range(2), batch_size=3, seq_len=10)
+    assert first.shape == (11, 3)
+    np.testing.assert_array_equal(first[:, 1], np.arange(33, 44))
+    np.testing.assert_array_equal(second[0], first[-1])
+    np.testing.assert_array_equal(text.batches(tokens, range(7, 8), 3, 10)[0][:, 1], np.arange(103, 114) % 100)
+
+
+def test_ngrams_are_the_interpolation_they_say():
+    corpus = text.Corpus("x", "abab", "ac", "abc")
+    p_a = (2 + 2 / 3) / (4 + 2)  # seen 2 of 4 times, 2 distinct symbols, a third each below that
+    p_c = (0 + 2 / 3) / (4 + 2)
+    np.testing.assert_allclose(text.ngram_bits(corpus, 1), -(math.log2(p_a) + math.log2(p_c)) / 2)
+    # After b came one a; after a came b twice, of one kind.
+    bigram = ((1 + 1 * p_a) / (1 + 1), (0 + 1 * p_c) / (2 + 1))
+    np.testing.assert_allclose(text.ngram_bits(corpus, 2), -sum(map(math.log2, bigram)) / 2)
+
+
+def test_xz_counts_bits_of_the_held_out_part_alone():
+    rng = np.random.default_rng(0)
+    noise = "".join(rng.choice(list("abcdefghijklmnop"), 40_000))  # four bits each, and nothing to learn
+    assert 4 < text.xz_bits(text.Corpus("x", noise[:20_000], noise[20_000:], "")) < 4.6
+    assert text.xz_bits(text.Corpus("x", noise[:20_000], noise[:20_000], "")) < 0.1  # a copy
+
+
+def test_the_manual_is_cleared_of_repeated_paragraphs_before_the_split():
+    corpus = text.load_corpus("python-docs")
+    paragraphs = [p for p in corpus.text.split("\n\n") if p]
+    assert len(paragraphs) == len(set(paragraphs))
+    assert 350_000 < len(corpus.text) < 420_000
+    assert len(corpus.held_out) == pytest.approx(0.05 * len(corpus.text), abs=1)
+    assert "".join(corpus.symbols[k] for k in text.encode(corpus.held_out, corpus.symbols)) == corpus.held_out
+
+
+def test_a_wrong_gradient_by_hand_is_noticed_and_named(model, monkeypatch):
+    state = char_lm.init_train_state(
+        model, char_lm.optax.sgd(0.1), jax.random.key(0), carry=char_lm.initial_carries(model, 3)
+    )
+    batch = np.random.default_rng(0).integers(0, 7, (5, 3)).astype(np.int32)
+    assert all(row["agrees"] for row in char_lm.check_gradients("here", state, batch, 0.1).values())
+    right = char_lm.lstm_bptt
+    monkeypatch.setattr(
+        char_lm, "lstm_bptt",
+        lambda params, *rest: right(params._replace(w_hh=jax.lax.stop_gradient(params.w_hh)), *rest),
+    )  # fmt: skip
+    jax.clear_caches()
+    found = char_lm.check_gradients("here", state, batch, 0.1)
+    assert not any(row["agrees"] for row in found.values())
+    assert found["float64"]["error"] == pytest.approx(1) and re.fullmatch(
+        r"layers\.\d\.[ifgo]\.w_hh", found["float64"]["weight"]
+    )
+    jax.clear_caches()
+
+
+# The job, as its user runs it.
+
 
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory):
@@ -256,124 +379,3 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run, cor
         r"the last good checkpoint is \S*step-00000050; go on: .* --resume$", done.stderr, re.M,
     ), done.stderr  # fmt: skip
     assert outcome(copy) == outcome(run[0])
-
-
-# The parts.
-
-
-@pytest.fixture(scope="module")
-def model():
-    return char_lm.init_model(jax.random.key(0), 7, 6, 2)
-
-
-def test_predict_without_a_batch_is_predict_next_step_by_step(model):
-    tokens = jnp.array([3, 1, 6, 0, 2])
-    _, logits = char_lm.predict(model, char_lm.initial_carries(model), tokens)
-    carries = char_lm.initial_carries(model)
-    for token, want in zip(tokens, logits, strict=True):
-        carries, got = char_lm.predict_next(model, carries, token)
-        np.testing.assert_allclose(got, want, atol=1e-6)
-
-
-def test_dropout_keeps_the_mean_and_needs_its_key(model):
-    tokens = jnp.zeros((400, 50), int)
-    ones = model._replace(embedding=jnp.ones_like(model.embedding), layers=[], w=jnp.eye(6, 7, dtype="float32"))
-    _, logits = char_lm.predict(ones, [], tokens, dropout=0.25, key=jax.random.key(0))
-    kept = np.asarray(logits[..., :6])
-    np.testing.assert_allclose(np.unique(kept), [0, 4 / 3], rtol=1e-6)
-    assert abs(kept.mean() - 1) < 4 * np.sqrt(0.25 / 0.75 / kept.size)
-    _, without = char_lm.predict(ones, [], tokens, dropout=0.25)
-    assert (without[..., :6] == 1).all()
-
-
-def test_dropout_draws_another_mask_for_each_layer(model):
-    ones = model._replace(embedding=jnp.ones_like(model.embedding), w=jnp.eye(6, 7, dtype="float32"))
-    nothing = lambda params, xs, carry: (carry, xs)
-    _, logits = char_lm.predict(
-        ones, [None, None], jnp.zeros((400, 50), int), dropout=0.25, key=jax.random.key(0), layer=nothing
-    )
-    kept = np.asarray(logits[..., :6]) > 0
-    assert abs(kept.mean() - 0.75**3) < 4 * np.sqrt(0.25 / kept.size)  # three masks, none of them another
-
-
-def test_the_loss_is_that_of_the_next_character(model):
-    batch = np.random.default_rng(0).integers(0, 7, (9, 3)).astype(np.int32)
-    carries = char_lm.initial_carries(model, 3)
-    loss, _ = char_lm.loss_fn(model, batch, carries, jax.random.key(0), dropout=0.0)
-    _, logits = char_lm.predict(model, carries, batch[:-1])
-    p = np.exp(np.asarray(logits, np.float64))
-    p /= p.sum(-1, keepdims=True)
-    steps, rows = np.indices((8, 3))
-    np.testing.assert_allclose(loss, -np.log(p[steps, rows, batch[1:]]).mean(), rtol=1e-6)
-
-
-def test_evaluate_scores_every_held_out_character_once_with_its_context(model):
-    tokens = np.random.default_rng(0).integers(0, 7, 47).astype(np.int32)
-    inputs, targets, scored = text.streams(tokens, 10, num_streams=4, warm_up=5)
-    assert scored.sum(0).tolist() == [10, 9, 9, 9] and not scored[:5].any()
-    nats, at = 0.0, 10
-    for n, length in enumerate(scored.sum(0)):
-        np.testing.assert_array_equal(targets[scored[:, n], n], tokens[at : at + length])
-        np.testing.assert_array_equal(inputs[: 5 + length, n], tokens[at - 6 : at + length - 1])
-        read = jnp.asarray(tokens[at - 6 : at + length - 1])
-        _, logits = char_lm.predict(model, char_lm.initial_carries(model), read)
-        logits = np.asarray(logits, np.float64)[5:]
-        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        nats -= log_p[np.arange(length), tokens[at : at + length]].sum()
-        at += length
-    np.testing.assert_allclose(char_lm.evaluate(model, inputs, targets, scored), nats / 37 / math.log(2), rtol=1e-6)
-
-
-def test_batches_read_on_from_step_to_step_and_round_at_the_end():
-    tokens = np.arange(100, dtype=np.int32)
-    first, second = text.batches(tokens, range(2), batch_size=3, seq_len=10)
-    assert first.shape == (11, 3)
-    np.testing.assert_array_equal(first[:, 1], np.arange(33, 44))
-    np.testing.assert_array_equal(second[0], first[-1])
-    np.testing.assert_array_equal(text.batches(tokens, range(7, 8), 3, 10)[0][:, 1], np.arange(103, 114) % 100)
-
-
-def test_ngrams_are_the_interpolation_they_say():
-    corpus = text.Corpus("x", "abab", "ac", "abc")
-    p_a = (2 + 2 / 3) / (4 + 2)  # seen 2 of 4 times, 2 distinct symbols, a third each below that
-    p_c = (0 + 2 / 3) / (4 + 2)
-    np.testing.assert_allclose(text.ngram_bits(corpus, 1), -(math.log2(p_a) + math.log2(p_c)) / 2)
-    # After b came one a; after a came b twice, of one kind.
-    bigram = ((1 + 1 * p_a) / (1 + 1), (0 + 1 * p_c) / (2 + 1))
-    np.testing.assert_allclose(text.ngram_bits(corpus, 2), -sum(map(math.log2, bigram)) / 2)
-
-
-def test_xz_counts_bits_of_the_held_out_part_alone():
-    rng = np.random.default_rng(0)
-    noise = "".join(rng.choice(list("abcdefghijklmnop"), 40_000))  # four bits each, and nothing to learn
-    assert 4 < text.xz_bits(text.Corpus("x", noise[:20_000], noise[20_000:], "")) < 4.6
-    assert text.xz_bits(text.Corpus("x", noise[:20_000], noise[:20_000], "")) < 0.1  # a copy
-
-
-def test_the_manual_is_cleared_of_repeated_paragraphs_before_the_split():
-    corpus = text.load_corpus("python-docs")
-    paragraphs = [p for p in corpus.text.split("\n\n") if p]
-    assert len(paragraphs) == len(set(paragraphs))
-    assert 350_000 < len(corpus.text) < 420_000
-    assert len(corpus.held_out) == pytest.approx(0.05 * len(corpus.text), abs=1)
-    assert "".join(corpus.symbols[k] for k in text.encode(corpus.held_out, corpus.symbols)) == corpus.held_out
-
-
-def test_a_wrong_gradient_by_hand_is_noticed_and_named(model, monkeypatch):
-    state = char_lm.init_train_state(
-        model, char_lm.optax.sgd(0.1), jax.random.key(0), carry=char_lm.initial_carries(model, 3)
-    )
-    batch = np.random.default_rng(0).integers(0, 7, (5, 3)).astype(np.int32)
-    assert all(row["agrees"] for row in char_lm.check_gradients(state, batch, 0.1).values())
-    right = char_lm.lstm_bptt
-    monkeypatch.setattr(
-        char_lm, "lstm_bptt",
-        lambda params, *rest: right(params._replace(w_hh=jax.lax.stop_gradient(params.w_hh)), *rest),
-    )  # fmt: skip
-    jax.clear_caches()
-    found = char_lm.check_gradients(state, batch, 0.1)
-    assert not any(row["agrees"] for row in found.values())
-    assert found["float64"]["error"] == pytest.approx(1) and re.fullmatch(
-        r"layers\.\d\.[ifgo]\.w_hh", found["float64"]["weight"]
-    )
-    jax.clear_caches()
