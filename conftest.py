@@ -1,13 +1,14 @@
 """Tests run in float64 unless they say otherwise, on two (pretended) CPU devices, and JAX watches over them.
 
 Strict promotion, NaN where none was asked for, and keys used twice are errors, as is any warning. A test that makes a
-NaN on purpose says so: `@jax.debug_nans(False)`. Leaked tracers are errors too in `make test-full` and in CI on one of
-the two generations of JAX: looking for them traces everything anew.
+NaN on purpose says so: `@jax.debug_nans(False)`. In CI and in `make test-full` leaked tracers are errors as well: to
+look for them is to trace everything anew.
 
 `make test-full` leaves its evidence in tests/results/: what was run, of which commit, with which seed, and what failed.
 """
 
 import json
+import os
 import subprocess
 from collections import Counter
 from importlib.metadata import version
@@ -37,9 +38,10 @@ def documented_code_runs_as_users_run_it(request):
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
     """The environment of a process that need not compile what another one of these tests has compiled."""
-    shared = tmp_path_factory.getbasetemp().parent / "compiled"
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
     return {
-        "JAX_COMPILATION_CACHE_DIR": str(shared),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(shared)),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_CHECK_TRACER_LEAKS": "0",  # would trace everything anew
     }
@@ -72,7 +74,7 @@ def pytest_terminal_summary(terminalreporter, config):
     git = lambda *words: subprocess.run(["git", *words], cwd=config.rootpath, capture_output=True, text=True).stdout
     result = {
         "commit": git("rev-parse", "HEAD").strip(),
-        "uncommitted": git("status", "--porcelain", "--untracked-files=no").splitlines(),
+        "uncommitted": git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!tests/results").splitlines(),
         "command": " ".join(["pytest", *config.invocation_params.args]),
         "seed": config.getoption("seed"),
         "versions": {
@@ -83,6 +85,7 @@ def pytest_terminal_summary(terminalreporter, config):
         "failed": sorted(report.nodeid for report in reports if report.failed),
         "sweeps": {name: f"{passed[name]}/{tried[name]}" for name in sorted(tried)},
         "caught": sorted(value for _, name, value in properties if name == "caught"),
+        "killed": sorted(value for _, name, value in properties if name == "killed"),
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"jax-{jax.__version__}.json"

@@ -62,7 +62,8 @@ def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | No
     """
     path = folder / f"step-{step:08d}"
     beside = path.with_suffix(".part")
-    _delete(beside)
+    for leftover in folder.glob("step-*.part"):
+        _delete(leftover)
     beside.mkdir()  # and not its parents: a run whose folder has vanished must hear of it
     try:
         leaves = _leaves(state)
@@ -76,23 +77,23 @@ def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | No
         (beside / SUMS).write_bytes(_sums(beside))
         for item in (beside, *beside.rglob("*")):
             _sync(item)
+        if path.exists():  # damaged, since the run came by here again
+            path.rename(path.with_suffix(".old.part"))
+        beside.rename(path)
+        _sync(folder)
     except Exception as error:  # whatever Orbax raises
         with contextlib.suppress(OSError):
             _delete(beside)
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise OSError(f"{path} could not be saved: {reason}") from error
-    if path.exists():  # damaged, since the run came by here again
-        path.rename(path.with_suffix(".old.part"))
-    beside.rename(path)
-    _sync(folder)
 
-    for leftover in folder.glob("*.part"):
-        _delete(leftover)
-    *older, _ = upto = [old for old in _paths(folder) if _step(old) <= step]
-    best = min(upto, key=_score)
-    for old in older[: max(0, len(upto) - keep)]:
-        if old != best or _score(old) == math.inf:
+    upto = [old for old in _paths(folder) if _step(old) <= step]
+    best = next((old for old in sorted(upto, key=_score) if _score(old) < math.inf and _is_intact(old)), None)
+    for old in upto[:-keep]:
+        if old != best:
             _delete(old)
+    for replaced in folder.glob("step-*.old.part"):
+        _delete(replaced)
     return path
 
 
@@ -119,7 +120,7 @@ def verify(path: Path) -> Checkpoint:
         raise Damaged(f"{Path(error.filename or path).name}: {error.strerror}") from error
     if about["step"] != _step(path):
         raise Damaged(f"it is the one of step {about['step']} under another name")
-    return Checkpoint(path, about["step"], math.inf if about["score"] is None else about["score"], about["leaves"])
+    return Checkpoint(path, about["step"], _finite(about["score"]), about["leaves"])
 
 
 def restore(checkpoint: Checkpoint, like: PyTree, *, partial: bool = False) -> PyTree:
@@ -149,7 +150,9 @@ def restore(checkpoint: Checkpoint, like: PyTree, *, partial: bool = False) -> P
             checkpoint.path.absolute() / "arrays",
             args=ocp.args.PyTreeRestore(targets, restore_args=restore_args, partial_restore=partial),
         )
-    restored = [_undata(arrays[name], leaf) if leaf.size else leaf for name, leaf in wanted.items()]
+    restored = [
+        _undata(arrays[name], leaf) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items()
+    ]
     return jax.tree.unflatten(jax.tree.structure(like), restored)
 
 
@@ -194,7 +197,7 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _paths(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)), key=_step)
 
 
 def _step(path: Path) -> int:
@@ -203,16 +206,26 @@ def _step(path: Path) -> int:
 
 def _score(path: Path) -> float:
     try:
-        score = json.loads((path / "about.json").read_bytes())["score"]
+        return _finite(json.loads((path / "about.json").read_bytes())["score"])
     except (OSError, ValueError, KeyError, TypeError):
         return math.inf
-    return math.inf if score is None else float(score)
+
+
+def _finite(score: float | None) -> float:
+    return math.inf if score is None or math.isnan(score) else float(score)
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        return verify(path) is not None
+    except Damaged:
+        return False
 
 
 def _sums(path: Path) -> bytes:
     files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
     files.pop(SUMS, None)
-    return "".join(f"{_sha256(files[name])}  {name}\n" for name in sorted(files)).encode()
+    return "".join(f"{_sha256(files[name])}  {name}\n" for name in sorted(files)).encode(errors="surrogateescape")
 
 
 def _sha256(path: Path) -> str:

@@ -27,7 +27,7 @@ from experiments import checkpoints
 Row = dict[str, Any]
 PyTree = Any
 # Flags that say how a run is kept and shown, not what is computed: a resumed run may change them.
-FREE = {"workdir", "resume", "save_every", "keep", "tensorboard"}
+FREE = {"workdir", "resume", "save_every", "keep", "tensorboard", "corpus"}  # a corpus is compared by its hash
 
 log = logging.getLogger("runs")
 
@@ -44,6 +44,7 @@ def cli(experiment: str, main: Callable[..., Any], log_to: TextIO = sys.stdout) 
     for name in (experiment, "runs", "trainer"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax prints what it raises
+    logging.raiseExceptions = False  # a reader that has gone, as `tee` after Ctrl-C, is no reason to stop
     try:
         tyro.cli(functools.partial(main, **_flags_of_the_run(main)))
     except KeyboardInterrupt:
@@ -51,6 +52,11 @@ def cli(experiment: str, main: Callable[..., Any], log_to: TextIO = sys.stdout) 
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
         sys.exit(f"{experiment}: {error}")
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # nobody reads it any more, and Python must not find that out at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _flags_of_the_run(main: Callable[..., Any]) -> Row:
@@ -79,15 +85,17 @@ def stop_signals() -> Iterator[list[int]]:
     def note(number: int, _: Any) -> None:
         received.append(number)
         restore()
-        # Not by print or logging: the signal may have come in the middle of one.
-        os.write(2, b"\nThe run saves and stops at the end of this block; once more stops it at once.\n")
+        with contextlib.suppress(OSError):  # and not by print or logging: the signal may have come in the middle of one
+            os.write(2, b"\nThe run saves and stops at the end of this block; once more stops it at once.\n")
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in before:
+            signal.signal(number, note)
         yield received
     finally:
         restore()
@@ -102,26 +110,34 @@ def open_folder(experiment: str, workdir: str | None, config: Row, *, resume: bo
     Raises:
       SystemExit: in one line, if a new run would be written into another, or an old one asked for with other flags.
     """
-    folder = Path(workdir or Path("runs", experiment, time.strftime("%Y%m%d-%H%M%S")))
+    folder = Path(workdir or Path("runs", experiment, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"))
     config = json.loads(json.dumps({**config, "versions": versions(), "devices": devices()}))
     if resume:
-        if workdir is None or not folder.is_dir():
-            sys.exit(f"{experiment}: --resume goes on with the run in --workdir; {workdir} holds none.")
-        if (folder / "config.json").exists():
-            _compare(experiment, folder, read_config(folder), config)
-            (folder / "checkpoints").mkdir(exist_ok=True)
-            return folder
+        if workdir is None or not (folder / "config.json").exists():
+            sys.exit(f"{experiment}: --resume goes on with the run in --workdir; {workdir} has no config.json of one.")
+        _compare(experiment, folder, read_config(folder), config)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if foreign := sorted(path.name for path in folder.iterdir() if path.suffix != ".part"):
-            sys.exit(
-                f"{experiment}: --workdir {folder} is not empty (it has {foreign[0]}); "
-                "name a new folder, so that no run is lost, or go on with the run in it by --resume."
-            )
-        write_json(folder / "config.json", config)
-        (folder / "checkpoints").mkdir()
+        foreign = [path.name for path in folder.iterdir() if path.suffix != ".part" and path.name != "checkpoints"]
+        foreign += [path.name for path in (folder / "checkpoints").glob("*")]
+        beside = folder / f"config.json.{os.getpid()}.part"
+        if not foreign:
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            write_json(beside, config)
+            try:
+                os.link(beside, folder / "config.json")  # unlike a rename it never replaces that of another run
+            except FileExistsError:
+                foreign = ["config.json"]
+            beside.unlink()
     except OSError as error:
         sys.exit(f"{experiment}: --workdir {folder} cannot be written: {error.strerror}; name another folder.")
+    if foreign:
+        sys.exit(
+            f"{experiment}: --workdir {folder} is not empty (it has {min(foreign)}); "
+            "name a new folder, so that no run is lost, or go on with the run in it by --resume."
+        )
     return folder
 
 
@@ -181,13 +197,16 @@ def metrics_writer(folder: Path, *, after: int, tensorboard: bool) -> Iterator[C
     Raises:
       SystemExit: another process is writing there.
     """
+    path = folder / "metrics.jsonl"
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context((folder / "metrics.jsonl").open("a+", encoding="utf-8"))
+        file = stack.enter_context(path.open("ab", buffering=0))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
         except BlockingIOError:
             sys.exit(f"another process is running the run in {folder}; wait for its end, or stop it.")
-        _cut(folder / "metrics.jsonl", after)
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): see to it that no other process writes there.", path, error.strerror)
+        _cut(path, after)
         events = None
         if tensorboard:
             from tensorboardX import SummaryWriter  # imports torch, where there is one: a second that few ask for
@@ -195,8 +214,9 @@ def metrics_writer(folder: Path, *, after: int, tensorboard: bool) -> Iterator[C
             events = stack.enter_context(SummaryWriter(str(folder.resolve()), purge_step=after + 1))
 
         def write(rows: list[Row]) -> None:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            file.flush()
+            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+            while content:
+                content = content[file.write(content) :]  # on a full disk, half of it first
             os.fsync(file.fileno())  # a checkpoint that follows must not be there without its rows
             for row in rows:
                 for name, value in row.items():
@@ -212,9 +232,9 @@ def _cut(path: Path, after: int) -> None:
         for line in file:
             try:
                 step = json.loads(line)["step"]
+                if step > after or step - last not in (0, 1) or not line.endswith(b"\n"):
+                    break
             except (ValueError, TypeError, KeyError):
-                break
-            if step > after or not line.endswith(b"\n"):
                 break
             kept, last = kept + len(line), step
     if last < after:

@@ -2,7 +2,7 @@
 
 The end of a run of char_lm prints the command:
 
-    python -m experiments.sample runs/char_lm/20260102-030405 --prompt "The "
+    python -m experiments.sample runs/char_lm/20260102-030405-678 --prompt "The "
 """
 
 import signal
@@ -23,15 +23,14 @@ def load(run: Path, best: bool = False) -> tuple[Model, str]:
     config = runs.read_config(run)
     if not {"symbols", "hidden_size", "num_layers"} <= config.keys():
         sys.exit(f"sample: the run in {run} is none of experiments.char_lm.")
-    found = list(checkpoints.intact(run / "checkpoints"))
-    if best:
-        found = sorted(found, key=lambda checkpoint: checkpoint.score)
-    if not found:
+    found = checkpoints.intact(run / "checkpoints")
+    checkpoint = min(found, key=lambda c: c.score, default=None) if best else next(found, None)
+    if checkpoint is None:
         sys.exit(f"sample: the run in {run} has no intact checkpoint.")
     sizes = (len(config["symbols"]), config["hidden_size"], config["num_layers"])
     model = jax.eval_shape(lambda: init_model(jax.random.key(0), *sizes))
     try:
-        return checkpoints.restore(found[0], {"params": model}, partial=True)["params"], config["symbols"]
+        return checkpoints.restore(checkpoint, {"params": model}, partial=True)["params"], config["symbols"]
     except checkpoints.Mismatch as error:
         sys.exit(f"sample: {error}")
 

@@ -60,36 +60,38 @@ def train(
         the disk took no more. The newest checkpoint is named.
     """
     train_block = jax.jit(functools.partial(fit, train_step), donate_argnums=0)
-    first, seconds = int(state.step), 0.0
-    with (
-        runs.metrics_writer(folder, after=first, tensorboard=tensorboard) as write,
-        runs.stop_signals() as stop,
-        tqdm(total=steps, initial=first, unit="step", disable=None, dynamic_ncols=True) as bar,
-        logging_redirect_tqdm(),
-    ):
-        for start in range(first, steps, block):
-            now = range(start, min(start + block, steps))
-            done = now[-1] + 1
-            read, since = batches(now), time.perf_counter()
-            state, metrics = jax.block_until_ready(train_block(state, read))
-            seconds += time.perf_counter() - since
-            metrics = jax.device_get(metrics)
-            bar.update(len(now))
-            bar.set_postfix_str(f"loss {metrics['loss'].mean():.3f}")
-            try:
+    done = first = int(state.step)
+    seconds = 0.0
+    try:
+        with (
+            runs.metrics_writer(folder, after=first, tensorboard=tensorboard) as write,
+            runs.stop_signals() as stop,
+            tqdm(total=steps, initial=first, unit="step", disable=None, dynamic_ncols=True) as bar,
+            logging_redirect_tqdm(),
+        ):
+            for start in range(first, steps, block):
+                now = range(start, min(start + block, steps))
+                done = now[-1] + 1
+                read, since = batches(now), time.perf_counter()
+                state, metrics = jax.block_until_ready(train_block(state, read))
+                seconds += time.perf_counter() - since
+                stopping = stop[:1]  # looked at once: a signal from here on is for the next block
+                metrics = jax.device_get(metrics)
+                bar.update(len(now))
+                bar.set_postfix_str(f"loss {metrics['loss'].mean():.3f}")
                 write([{"step": step + 1, **{k: float(v[step - start]) for k, v in metrics.items()}} for step in now])
                 _check_finite(experiment, folder, state, metrics, done)
                 row: runs.Row = {}
                 if done % evaluate_every == 0 or done == steps:
                     row = {"step": done, **examine(state, metrics, (done - first) / seconds)}
                     write([row])
-                if row or stop or done // save_every > start // save_every:
+                if row or stopping or done // save_every > start // save_every:
                     checkpoints.save(folder / "checkpoints", state, step=done, keep=keep, score=row.get(score))
-            except OSError as error:
-                sys.exit(f"{experiment}: at step {done}: {error}; {runs.go_on(experiment, folder)}")
-            if stop:
-                log.info("stopped after step %d; %s", done, runs.go_on(experiment, folder))
-                sys.exit(128 + stop[0])
+                if stopping:
+                    log.info("stopped after step %d; %s", done, runs.go_on(experiment, folder))
+                    sys.exit(128 + stopping[0])
+    except OSError as error:
+        sys.exit(f"{experiment}: at step {done}: {error}; {runs.go_on(experiment, folder)}")
     return state
 
 
@@ -104,4 +106,4 @@ def _check_finite(experiment: str, folder: Path, state: TrainState, metrics: Met
         bad = [(done, "a parameter is no longer finite")]
     if bad:
         step, what = min(bad)
-        sys.exit(f"{experiment}: at step {step} {what}; {runs.last_good(folder)}. A smaller learning rate may help.")
+        sys.exit(f"{experiment}: at step {step} {what}; {runs.last_good(folder)}. Try smaller steps in a new run.")

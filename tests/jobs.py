@@ -42,8 +42,8 @@ def command(module, *args, prefix=(), environment=(), **options):
 
 def said(done):
     """Return the one line with which a command refused."""
-    assert done.returncode not in (0, None) and "Traceback" not in done.stdout + done.stderr, done.stderr[-3000:]
-    *_, line = done.stderr.splitlines()
+    assert done.returncode == 1 and "Traceback" not in done.stdout, done.stderr[-3000:]
+    (line,) = done.stderr.splitlines()
     return line
 
 

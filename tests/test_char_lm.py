@@ -256,7 +256,10 @@ def test_sample_passes_over_a_damaged_checkpoint_and_says_when_none_is_left(run,
         assert done.returncode == 0 and done.stderr.count("is damaged and passed over: 'arrays/d/") == passed_over
         assert len(done.stdout) >= 20
     (folder / "checkpoints" / "step-00000050" / "SHA256SUMS").unlink()
-    assert "has no intact checkpoint" in said(command("sample", *args))
+    done = command("sample", *args)
+    *warnings, last = done.stderr.splitlines()
+    assert done.returncode == 1 and "has no intact checkpoint" in last
+    assert len(warnings) == 3 and all("is damaged and passed over" in line for line in warnings)
 
 
 def test_sample_writes_with_the_best_weights_if_asked(run):
@@ -343,10 +346,38 @@ def test_a_run_stopped_by_sigterm_goes_on_by_the_command_it_printed_and_ends_in_
     assert outcome(folder) == outcome(run[0])
 
 
+def test_ctrl_c_before_the_training_is_one_line(corpus_file, tmp_path, compiled):
+    started = subprocess.Popen(
+        arguments("char_lm", "--corpus", corpus_file, "--workdir", tmp_path / "run", *SMALL),
+        cwd=ROOT, env={**os.environ, **compiled}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "run" / "config.json").exists():
+        time.sleep(0.01)
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate()
+    assert started.returncode == 128 + signal.SIGINT and err == "char_lm: interrupted.\n"
+
+
+def test_ctrl_c_saves_the_run_although_whoever_read_its_output_is_gone(corpus_file, tmp_path, compiled):
+    # As `2>&1 | tee log`: the terminal sends the signal to both, and tee dies first.
+    folder = tmp_path / "run"
+    started = subprocess.Popen(
+        arguments("char_lm", "--corpus", corpus_file, "--workdir", folder, *SMALL),
+        cwd=ROOT, env={**os.environ, **compiled}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    while not (folder / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    started.stdout.close()
+    started.send_signal(signal.SIGINT)
+    assert started.wait() == 128 + signal.SIGINT
+    assert next(checkpoints.intact(folder / "checkpoints")).step == 50
+
+
 # A file system of a size of its own, and one that may only be read.
 TMPFS = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o "$0" tmpfs "$1" && shift && exec "$@"']
 needs_tmpfs = pytest.mark.skipif(
-    subprocess.run([*TMPFS, "size=1m", "/mnt", "true"], capture_output=True, check=False).returncode != 0,
+    shutil.which("unshare") is None
+    or subprocess.run([*TMPFS, "size=1m", "/mnt", "true"], capture_output=True, check=False).returncode != 0,
     reason="no file system can be mounted here",
 )
 

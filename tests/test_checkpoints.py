@@ -1,6 +1,7 @@
 """Checkpoints: what comes back is what was saved, bit for bit, or it is not used and one is told why."""
 
 import logging
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -84,6 +85,7 @@ def test_a_state_comes_back_where_it_is_wanted(tmp_path):
         np.testing.assert_array_equal(restored, np.arange(6.0))
 
 
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum here")
 def test_anyone_can_check_a_checkpoint(run):
     done = subprocess.run(
         ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"],
@@ -101,6 +103,32 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {f"step-{step:08d}" for step in (20, 50, 60)}
 
 
+def test_the_best_is_one_that_is_intact_and_has_a_score(tmp_path):
+    scores = {10: 1.0, 20: 2.0, 30: np.nan, 40: 3.0, 50: None}
+    for step, score in scores.items():
+        checkpoints.save(tmp_path, {"x": jnp.float32(step)}, step=step, keep=1 if step > 10 else 9, score=score)
+        if step == 10:
+            (tmp_path / "step-00000010" / "SHA256SUMS").unlink()
+    assert [c.step for c in checkpoints.intact(tmp_path)] == [50, 20]
+
+
+def test_steps_of_more_digits_come_after_those_of_fewer(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        checkpoints.save(tmp_path, {"x": jnp.float32(0)}, step=step, keep=1)
+    assert [c.step for c in checkpoints.intact(tmp_path)] == [100_000_000]
+
+
+def test_a_checkpoint_is_renamed_before_it_is_deleted(run, monkeypatch):
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(run / "checkpoints", make_state(40), step=40, keep=1)
+    assert [c.step for c in checkpoints.intact(run / "checkpoints")] == [40, 30, 20]
+    assert not (run / "checkpoints" / "step-00000010").exists()
+
+
 def test_later_ones_left_by_an_older_life_of_the_run_are_neither_counted_nor_deleted_before_they_are_replaced(run):
     folder = run / "checkpoints"
     (folder / "step-00000030" / "SHA256SUMS").unlink()
@@ -113,10 +141,15 @@ def test_later_ones_left_by_an_older_life_of_the_run_are_neither_counted_nor_del
 def test_what_a_killed_save_left_is_swept(run):
     folder = run / "checkpoints"
     shutil.copytree(folder / "step-00000030", folder / "step-00000040.part")
-    (folder / "step-00000017.old.part").mkdir()
+    for leftover in ("step-00000017.old.part", "step-00000040.old.part"):
+        (folder / leftover).mkdir()
+        (folder / leftover / "about.json").write_text("{}")
+    (folder / "thesis.part").write_text("mine")
     assert bits(runs.restore(run, LIKE)) == bits(make_state(30))
     checkpoints.save(folder, make_state(40), step=40, keep=9)
-    assert sorted(path.name for path in folder.iterdir()) == [f"step-000000{step}" for step in (10, 20, 30, 40)]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *(f"step-000000{step}" for step in (10, 20, 30, 40)), "thesis.part",
+    ]  # fmt: skip
 
 
 def test_a_plain_file_in_the_place_of_a_checkpoint_is_passed_over_and_replaced(run, caplog):
@@ -152,6 +185,9 @@ def test_some_of_the_leaves_can_be_asked_for(run):
     like = {"params": jax.eval_shape(lambda: LSTM.init(jax.random.key(0), 5, 3))}
     restored = checkpoints.restore(newest, like, partial=True)
     assert bits(restored["params"]) == bits(make_state(30).params)
+    like["carry"] = {"a/b": {"none": jax.ShapeDtypeStruct((0, 4), "float32")}}
+    none = checkpoints.restore(newest, like, partial=True)
+    assert none["carry"]["a/b"]["none"].tolist() == []
     with pytest.raises(checkpoints.Mismatch, match=r"params.w_ih: saved float32\[5, 12\], expected float32\[6, 12\]"):
         checkpoints.restore(
             newest, {"params": jax.eval_shape(lambda: LSTM.init(jax.random.key(0), 6, 3))}, partial=True
@@ -222,7 +258,9 @@ def lose_a_file(rng, folder):
 
 
 def add_a_file(rng, folder):
-    rng.choice([folder, folder / "arrays"]).joinpath("notes.txt").write_text("mine")
+    (rng.choice([folder, folder / "arrays"]) / os.fsdecode(rng.choice([b"notes.txt", b"caf\xe9.txt"]))).write_text(
+        "mine"
+    )
 
 
 DAMAGES = [

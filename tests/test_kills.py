@@ -36,15 +36,17 @@ def job(tmp_path_factory, compiled):
 
 @pytest.fixture(scope="module")
 def uninterrupted(job, tmp_path_factory):
-    """What the job ends with if left alone, and how many seconds that takes from its first file on."""
+    """What the job ends with if left alone, and how many seconds it trains."""
     folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
     for time_is_taken in (False, True):  # the second time compiles nothing, as those that are killed
         folder = folder.with_name(f"uninterrupted-{time_is_taken}")
         running = job(folder)
-        wait(running, (folder / "config.json").exists)
+        wait(running, (folder / "metrics.jsonl").exists)
         began = time.monotonic()
+        wait(running, (folder / "checkpoints" / "step-00000300").exists)
+        seconds = time.monotonic() - began
         assert running.wait() == 0
-    return outcome(folder), time.monotonic() - began
+    return outcome(folder), seconds
 
 
 def wait(running, until):
@@ -53,18 +55,22 @@ def wait(running, until):
         time.sleep(0.0005)
 
 
-def killed(job, folder, rng, seconds, inside_a_save):
-    """Start a run and kill it; return whether it was alive, and where it should be."""
+def killed(job, folder, rng, trial, seconds):
+    """Start a run and kill it; say where, or return None if it was not where it should have been."""
     running = job(folder)
-    wait(running, (folder / "config.json").exists)
-    if inside_a_save:
-        part = folder / "checkpoints" / f"step-{rng.integers(1, 15) * 20:08d}.part"
-        wait(running, part.exists)
-        time.sleep(rng.uniform(0, 0.05))
-    else:
-        time.sleep(rng.uniform(0, seconds))
+    inside_a_save, at_any_time = trial % 8 in (1, 4, 7), trial % 8 == 0  # 15 and 5 of 40; the rest while it trains
+    part = folder / "checkpoints" / f"step-{rng.integers(1, 15) * 20:08d}.part"
+    wait(
+        running, part.exists if inside_a_save else (folder / ("config.json" if at_any_time else "metrics.jsonl")).exists
+    )
+    time.sleep(rng.uniform(0, 0.05 if inside_a_save else seconds))
     running.send_signal(signal.SIGKILL)
-    return running.wait() == -signal.SIGKILL and (not inside_a_save or part.exists())
+    if running.wait() != -signal.SIGKILL or (inside_a_save and not part.exists()):
+        return None
+    if inside_a_save:
+        return f"inside a save, {part.stem}"
+    metrics = folder / "metrics.jsonl"
+    return f"at row {len(metrics.read_bytes().splitlines())}" if metrics.exists() else "before the first row"
 
 
 @sweep("runs killed at a random moment that ended in the same bits", 40, tenth=6)
@@ -73,12 +79,13 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bits(
 ):
     expected, seconds = uninterrupted
     rng = np.random.default_rng([seed, trial])
-    inside_a_save = trial % 8 in (1, 4, 7)  # 15 of 40
-    if inside_a_save:
+    for n in range(50):  # until one is killed where it should be
+        folder = tmp_path / str(n)
+        if where := killed(job, folder, rng, trial, seconds):
+            break
+    record_property("killed", f"{trial:2d} {where}")
+    if "save" in where:
         record_property("sweep", "of these, killed inside a save")
-    folder = next(
-        folder for n in range(50) if killed(job, folder := tmp_path / str(n), rng, seconds, inside_a_save)
-    )  # until one is killed where it should be
     resumed = command("char_lm", "--workdir", folder, "--resume", environment=compiled)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert outcome(folder) == expected

@@ -105,16 +105,25 @@ def test_the_figures_are_those_of_the_committed_result():
         assert (ROOT / picture).exists()
 
 
-def test_the_figures_of_the_full_suite_are_those_it_left():
+def test_the_figures_of_the_full_suite_are_those_it_left(request):
+    if request.config.getoption("results"):
+        pytest.skip("they are being found out")
     rows = dict(re.findall(r"^\| ([^|]+) \| (\d+/\d+) \|$", README, re.M))
-    assert len(rows) == 3
+    (kills,), (damages,), (faults,) = (
+        [figure for said, figure in rows.items() if words in said]
+        for words in ("killed by SIGKILL", "damaged checkpoints", "faults put into a copy")
+    )
     left = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "tests" / "results").glob("jax-*.json")]
     assert {tuple(result["versions"]["jax"].split(".")[:2]) for result in left} >= {("0", "10"), ("0", "12")}
     for result in left:
-        assert result["failed"] == [] and result["tests"]["error"] == 0
-        sweeps = result["sweeps"]
-        assert sweeps.pop("of these, killed inside a save") == "15/15"
-        assert sorted(rows.values()) == sorted(sweeps.values())
+        assert result["failed"] == result["uncommitted"] == [] and result["tests"]["error"] == 0
+        assert result["command"] == "pytest -n 2 --results tests/results"
+        assert result["sweeps"] == {
+            "runs killed at a random moment that ended in the same bits": kills,
+            "of these, killed inside a save": "15/15",
+            "damaged checkpoints noticed": damages,
+            "faults caught": faults,
+        }
 
 
 def test_links_lead_somewhere():

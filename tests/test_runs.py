@@ -1,9 +1,11 @@
 """A run that is stopped, or whose folder or disk is not what it should be: nothing is lost, and one line says why."""
 
+import contextlib
 import json
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -18,6 +20,7 @@ from experiments import checkpoints, runs, trainer
 from jaxlstm import init_train_state, make_train_step
 
 STEPS, BLOCK = 42, 5
+log = logging.getLogger(__name__)
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +99,11 @@ def test_a_row_for_every_step_and_every_evaluation(uninterrupted):
     assert [c.step for c in checkpoints.intact(folder / "checkpoints")][:2] == [42, 40]
 
 
+def test_there_is_a_checkpoint_every_so_many_steps_and_at_each_evaluation(tmp_path):
+    go(tmp_path, keep=99)
+    assert [c.step for c in checkpoints.intact(tmp_path / "checkpoints")] == [42, 40, 30, 20, 15, 10]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [7, 22, 41], ids="at {}".format)
 def test_a_stopped_run_saves_at_the_end_of_its_block_and_goes_on_to_the_same_bits(
@@ -111,6 +119,26 @@ def test_a_stopped_run_saves_at_the_end_of_its_block_and_goes_on_to_the_same_bit
     state = go(tmp_path, resume=True)
     assert bits(state) == bits(uninterrupted[1])
     assert rows(tmp_path) == rows(uninterrupted[0])
+
+
+@pytest.mark.parametrize("where", ["examine", "save"])
+def test_a_signal_after_the_block_is_for_the_next_one(where, uninterrupted, tmp_path, monkeypatch, caplog):
+    module, name = {"examine": (__import__(__name__), "examine"), "save": (checkpoints, "save")}[where]
+    right = getattr(module, name)
+
+    def interrupted(*args, **options):
+        if not caplog.records:
+            os.kill(os.getpid(), signal.SIGTERM)
+            log.info("once")
+        return right(*args, **options)
+
+    monkeypatch.setattr(module, name, interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        go(tmp_path)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert next(checkpoints.intact(tmp_path / "checkpoints")).step == 15
+    monkeypatch.setattr(module, name, right)
+    assert bits(go(tmp_path, resume=True)) == bits(uninterrupted[1])
 
 
 def test_a_second_interrupt_is_not_held_back_and_the_run_goes_on_from_the_last_checkpoint(uninterrupted, tmp_path):
@@ -150,8 +178,14 @@ def test_a_run_goes_on_from_an_older_checkpoint_if_the_newest_are_damaged(broken
 
 @pytest.mark.parametrize(
     "tail, kept",
-    [('{"step": 43, "lo', True), ('{"step": 43, "loss": 1.0}\n', True), ("\0\0\0", True), ("", False)],
-    ids=["half a row", "a later row", "zeros", "lost"],
+    [
+        ('{"step": 43, "lo', True),
+        ('{"step": 43, "loss": 1.0}\n', True),
+        ("\0\0\0", True),
+        ('{"step": null}\n', True),
+        ("", False),
+    ],
+    ids=["half a row", "a later row", "zeros", "no step", "lost"],
 )
 def test_rows_after_the_checkpoint_are_cut_and_lost_ones_are_missed_aloud(tail, kept, uninterrupted, tmp_path, caplog):
     folder = Path(shutil.copytree(uninterrupted[0], tmp_path / "copy"))
@@ -168,12 +202,25 @@ def test_rows_after_the_checkpoint_are_cut_and_lost_ones_are_missed_aloud(tail, 
         assert "can be read up to step 6, the checkpoint is of step 42: what was found is kept as" in caplog.text
 
 
-def test_two_processes_never_write_into_one_run(uninterrupted):
-    folder, _ = uninterrupted
-    before = rows(folder)
+def test_two_processes_never_write_into_one_run(uninterrupted, tmp_path):
+    folder = Path(shutil.copytree(uninterrupted[0], tmp_path / "copy"))
     with runs.metrics_writer(folder, after=STEPS, tensorboard=False):
+        (folder / "checkpoints" / f"step-{STEPS:08d}" / "about.json").write_text("{}")  # the other would cut rows
         assert "another process is running the run in" in refusal(go, folder, resume=True)
-    assert rows(folder) == before
+    assert rows(folder) == rows(uninterrupted[0])
+
+
+def test_two_new_runs_never_share_a_folder(tmp_path, monkeypatch):
+    right = runs.write_json
+
+    def late(path, content):
+        monkeypatch.setattr(runs, "write_json", right)
+        runs.open_folder("toy", str(tmp_path / "run"), {"seed": 2})  # another process, between two looks of this one
+        right(path, content)
+
+    monkeypatch.setattr(runs, "write_json", late)
+    assert "is not empty (it has config.json)" in refusal(runs.open_folder, "toy", str(tmp_path / "run"), {"seed": 1})
+    assert runs.read_config(tmp_path / "run")["seed"] == 2
 
 
 # Numbers that are lost.
@@ -205,6 +252,44 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     assert not list(checkpoints.intact(tmp_path / "checkpoints"))
 
 
+# Disks.
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size):
+    """A disk that takes no more, as far as this process is concerned."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size, where", [(1500, "File too large"), (60_000, "could not be saved: File too large")])
+def test_a_disk_that_takes_no_more_is_one_line_and_the_run_goes_on_when_it_does(size, where, uninterrupted, tmp_path):
+    with files_no_larger_than(10**9):
+        folder = runs.open_folder("toy", str(tmp_path), {"steps": STEPS})
+
+    def full(steps):
+        if 17 in steps:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return batches(steps)
+
+    with files_no_larger_than(10**9):
+        said = refusal(go, folder, batches=full, resume=True)
+    assert re.match(rf"toy: at step 20: .*{where}.*; the last good checkpoint is \S+step-00000015; go on: ", said)
+    assert bits(go(folder, resume=True)) == bits(uninterrupted[1])
+    assert rows(folder) == rows(uninterrupted[0])
+
+
+def test_json_is_whole_or_not_there(tmp_path):
+    runs.write_json(tmp_path / "result.json", {"x": 1})
+    with files_no_larger_than(1000), pytest.raises(OSError, match="File too large"):
+        runs.write_json(tmp_path / "result.json", {"x": "y" * 9999})
+    assert json.loads((tmp_path / "result.json").read_text()) == {"x": 1}
+
+
 # Folders.
 
 
@@ -219,7 +304,7 @@ def test_a_new_run_is_never_written_into_something_else(uninterrupted, tmp_path)
     (tmp_path / "thesis.tex").write_text("...")
     assert "is not empty (it has thesis.tex); name a new folder" in refusal(go, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    assert "is not empty (it has checkpoints)" in refusal(go, uninterrupted[0])
+    assert "is not empty (it has config.json)" in refusal(go, uninterrupted[0])
     (tmp_path / "file").write_text("")
     assert "--workdir" in (said := refusal(go, tmp_path / "file")) and "cannot be written" in said
     assert "cannot be written" in refusal(go, "/proc/run")
@@ -229,16 +314,18 @@ def test_what_cannot_be_resumed_is_said(uninterrupted, tmp_path):
     assert "--resume goes on with the run in --workdir" in refusal(go, tmp_path / "nowhere", resume=True)
     assert not (tmp_path / "nowhere").exists()
     (tmp_path / "thesis.tex").write_text("...")
-    assert "thesis.tex" in refusal(go, tmp_path, resume=True)
+    assert "has no config.json" in refusal(go, tmp_path, resume=True)
     folder = Path(shutil.copytree(uninterrupted[0], tmp_path / "copy"))
     for content in ("", "{", "[1]", '"x"'):
         (folder / "config.json").write_text(content)
         assert "holds no run that can be read: config.json" in refusal(go, folder, resume=True)
 
 
-def test_a_run_killed_before_its_config_was_written_is_begun(uninterrupted, tmp_path):
-    (tmp_path / "config.json.part").write_text("{")
-    assert bits(go(tmp_path, resume=True)) == bits(uninterrupted[1])
+def test_a_run_killed_before_its_config_was_written_can_be_begun_in_the_same_folder(uninterrupted, tmp_path):
+    (tmp_path / "config.json.17.part").write_text("{")
+    (tmp_path / "checkpoints").mkdir()
+    assert "has no config.json" in refusal(go, tmp_path, resume=True)
+    assert bits(go(tmp_path)) == bits(uninterrupted[1])
 
 
 def test_a_resumed_run_must_be_the_same_run(uninterrupted, tmp_path, caplog):
