@@ -60,9 +60,8 @@ def killed(job, folder, rng, trial, seconds):
     running = job(folder)
     inside_a_save, at_any_time = trial % 8 in (1, 4, 7), trial % 8 == 0  # 15 and 5 of 40; the rest while it trains
     part = folder / "checkpoints" / f"step-{rng.integers(1, 15) * 20:08d}.part"
-    wait(
-        running, part.exists if inside_a_save else (folder / ("config.json" if at_any_time else "metrics.jsonl")).exists
-    )
+    since = part if inside_a_save else folder / ("config.json" if at_any_time else "metrics.jsonl")
+    wait(running, since.exists)
     time.sleep(rng.uniform(0, 0.05 if inside_a_save else seconds))
     running.send_signal(signal.SIGKILL)
     if running.wait() != -signal.SIGKILL or (inside_a_save and not part.exists()):
