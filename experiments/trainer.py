@@ -88,8 +88,10 @@ def train(
                 if row or stopping or done // save_every > start // save_every:
                     checkpoints.save(folder / "checkpoints", state, step=done, keep=keep, score=row.get(score))
                 if stopping:
-                    log.info("stopped after step %d; %s", done, runs.go_on(experiment, folder))
-                    sys.exit(128 + stopping[0])
+                    break
+            if stop:  # in the last block too: what follows the training waits for --resume
+                log.info("stopped after step %d; %s", done, runs.go_on(experiment, folder))
+                sys.exit(128 + stop[0])
     except OSError as error:
         sys.exit(f"{experiment}: at step {done}: {error}; {runs.go_on(experiment, folder)}")
     return state

@@ -121,7 +121,7 @@ FAULTS = [
     Fault("a resumed run begins again", "experiments/trainer.py", "for start in range(first, steps, block):",
           "for start in range(0, steps, block):", "test_runs.py"),
     Fault("NaN saved over the last good state", "experiments/trainer.py", "    if bad:\n", "    if False:\n", "test_runs.py"),
-    Fault("the request to stop not heard", "experiments/trainer.py", "                if stopping:\n", "                if False:\n", "test_runs.py"),
+    Fault("the request to stop not heard", "experiments/trainer.py", "            if stop:  # in", "            if False:  # in", "test_runs.py"),
     Fault("the wish to stop not saved", "experiments/trainer.py", "if row or stopping or done", "if row or done", "test_runs.py"),
     Fault("save_every ignored", "experiments/trainer.py", "if row or stopping or done // save_every > start // save_every:",
           "if row or stopping:", "test_runs.py"),

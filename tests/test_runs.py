@@ -20,7 +20,6 @@ from experiments import checkpoints, runs, trainer
 from jaxlstm import init_train_state, make_train_step
 
 STEPS, BLOCK = 42, 5
-log = logging.getLogger(__name__)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +43,7 @@ def examine(state, metrics, steps_per_second):
     return {"distance": float(jnp.abs(state.params["w"]).sum())}
 
 
-def go(folder, *, batches=batches, optimizer=None, resume=False, loss_fn=loss_fn, **options):
+def go(folder, *, batches=batches, optimizer=None, resume=False, examine=examine, **options):
     """Train a toy in a run's folder, as an experiment does."""
     optimizer = optimizer or optax.adam(0.1)
     folder = runs.open_folder("toy", str(folder), {"steps": STEPS}, resume=resume)
@@ -121,24 +120,34 @@ def test_a_stopped_run_saves_at_the_end_of_its_block_and_goes_on_to_the_same_bit
     assert rows(tmp_path) == rows(uninterrupted[0])
 
 
-@pytest.mark.parametrize("where", ["examine", "save"])
-def test_a_signal_after_the_block_is_for_the_next_one(where, uninterrupted, tmp_path, monkeypatch, caplog):
-    module, name = {"examine": (__import__(__name__), "examine"), "save": (checkpoints, "save")}[where]
-    right = getattr(module, name)
+def after_a_signal(call, when=lambda *_: True):
+    """Give a function to which SIGTERM comes first, once."""
+    sent = []
 
     def interrupted(*args, **options):
-        if not caplog.records:
-            os.kill(os.getpid(), signal.SIGTERM)
-            log.info("once")
-        return right(*args, **options)
+        if not sent and when(*args):
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return call(*args, **options)
 
-    monkeypatch.setattr(module, name, interrupted)
-    with pytest.raises(SystemExit) as stopped:
-        go(tmp_path)
+    return interrupted
+
+
+@pytest.mark.parametrize("where", ["examine", "save"])
+def test_a_signal_after_the_block_is_for_the_next_one(where, uninterrupted, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
+        if where == "save":
+            patched.setattr(checkpoints, "save", after_a_signal(checkpoints.save))
+        go(tmp_path, examine=after_a_signal(examine) if where == "examine" else examine)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert next(checkpoints.intact(tmp_path / "checkpoints")).step == 15
-    monkeypatch.setattr(module, name, right)
     assert bits(go(tmp_path, resume=True)) == bits(uninterrupted[1])
+
+
+def test_a_signal_in_the_last_evaluation_is_heard(uninterrupted, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        go(tmp_path, examine=after_a_signal(examine, lambda state, *_: state.step == STEPS))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert bits(go(tmp_path, resume=True, batches=None)) == bits(uninterrupted[1])
 
 
 def test_a_second_interrupt_is_not_held_back_and_the_run_goes_on_from_the_last_checkpoint(uninterrupted, tmp_path):
