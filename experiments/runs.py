@@ -79,7 +79,10 @@ def command(module: str, *args: str | Path) -> str:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Note Ctrl-C and SIGTERM in the list instead of dying of them; a second one is no longer held back."""
+    """Note Ctrl-C and SIGTERM in the list instead of dying of them; a second one is no longer held back.
+
+    A job in the background of a script, or under `nohup`, was told to ignore Ctrl-C and goes on doing so.
+    """
     received: list[int] = []
 
     def note(number: int, _: Any) -> None:
@@ -94,8 +97,9 @@ def stop_signals() -> Iterator[list[int]]:
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for number in before:
-            signal.signal(number, note)
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, note)
         yield received
     finally:
         restore()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,15 @@ def write_corpus(path):
 
 def arguments(module, *args):
     return [sys.executable, "-m", f"experiments.{module}", *map(str, args)]
+
+
+def start(module, *args, **options):
+    """Start a job that hears Ctrl-C, as in a terminal: one in the background of a script was told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # inherited
+    try:
+        return subprocess.Popen(arguments(module, *args), cwd=ROOT, text=True, **options)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def command(module, *args, prefix=(), environment=(), **options):

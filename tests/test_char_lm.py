@@ -20,7 +20,7 @@ import pytest
 from experiments import char_lm, checkpoints, runs, sample, text
 
 from cells import worst_error
-from jobs import ROOT, SMALL, arguments, command, outcome, said, write_corpus
+from jobs import ROOT, SMALL, arguments, command, outcome, said, start, write_corpus
 
 # The parts.
 
@@ -331,9 +331,9 @@ def test_a_run_stopped_by_sigterm_goes_on_by_the_command_it_printed_and_ends_in_
 ):
     folder = tmp_path / "run"
     environment = {**os.environ, **compiled}
-    started = subprocess.Popen(
-        arguments("char_lm", "--corpus", corpus_file, "--workdir", folder, *SMALL),
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    started = start(
+        "char_lm", "--corpus", corpus_file, "--workdir", folder, *SMALL,
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     while not (folder / "metrics.jsonl").exists():  # from here on it is trained
         time.sleep(0.01)
@@ -347,9 +347,9 @@ def test_a_run_stopped_by_sigterm_goes_on_by_the_command_it_printed_and_ends_in_
 
 
 def test_ctrl_c_before_the_training_is_one_line(corpus_file, tmp_path, compiled):
-    started = subprocess.Popen(
-        arguments("char_lm", "--corpus", corpus_file, "--workdir", tmp_path / "run", *SMALL),
-        cwd=ROOT, env={**os.environ, **compiled}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    started = start(
+        "char_lm", "--corpus", corpus_file, "--workdir", tmp_path / "run", *SMALL,
+        env={**os.environ, **compiled}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     while not (tmp_path / "run" / "config.json").exists():
         time.sleep(0.01)
@@ -361,9 +361,9 @@ def test_ctrl_c_before_the_training_is_one_line(corpus_file, tmp_path, compiled)
 def test_ctrl_c_saves_the_run_although_whoever_read_its_output_is_gone(corpus_file, tmp_path, compiled):
     # As `2>&1 | tee log`: the terminal sends the signal to both, and tee dies first.
     folder = tmp_path / "run"
-    started = subprocess.Popen(
-        arguments("char_lm", "--corpus", corpus_file, "--workdir", folder, *SMALL),
-        cwd=ROOT, env={**os.environ, **compiled}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    started = start(
+        "char_lm", "--corpus", corpus_file, "--workdir", folder, *SMALL,
+        env={**os.environ, **compiled}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     while not (folder / "metrics.jsonl").exists():
         time.sleep(0.01)

@@ -3,6 +3,7 @@
 SIGKILL cannot be caught: what is on the disk at that moment is all there is.
 """
 
+import functools
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from jobs import ROOT, arguments, command, outcome, write_corpus
+from jobs import command, outcome, start, write_corpus
 from sweeps import sweep
 
 FLAGS = [
@@ -25,13 +26,10 @@ def job(tmp_path_factory, compiled):
     """Start the job in a folder; the environment and the flags are the same for all."""
     corpus = write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
 
-    def start(folder):
-        return subprocess.Popen(
-            arguments("char_lm", "--corpus", corpus, "--workdir", folder, *FLAGS),
-            cwd=ROOT, env={**os.environ, **compiled}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-
-    return start
+    return functools.partial(
+        start, "char_lm", "--corpus", corpus, *FLAGS, "--workdir",
+        env={**os.environ, **compiled}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

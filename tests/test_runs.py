@@ -23,6 +23,14 @@ STEPS, BLOCK = 42, 5
 
 
 @pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    # In the background of a script Ctrl-C is ignored, and that is inherited.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
 def as_on_the_command_line(caplog):
     # Optax's Adam and JAX's own defaults go together; what is tested here is no arithmetic.
     with jax.numpy_dtype_promotion("standard"), caplog.at_level(logging.INFO):
@@ -159,6 +167,12 @@ def test_a_second_interrupt_is_not_held_back_and_the_run_goes_on_from_the_last_c
         go(tmp_path, batches=during(22, twice))
     assert bits(go(tmp_path, resume=True)) == bits(uninterrupted[1])
     assert rows(tmp_path) == rows(uninterrupted[0])
+
+
+def test_a_background_job_that_was_told_to_ignore_ctrl_c_does(tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    state = go(tmp_path, batches=during(7, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    assert state.step == STEPS and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_signals_are_as_before_after_a_run(uninterrupted, tmp_path):
