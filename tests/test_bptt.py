@@ -155,25 +155,22 @@ def test_a_missing_term_is_noticed(line, monkeypatch):
     params, xs, carry = draw(LSTM)
     cut = jax.lax.stop_gradient
 
-    def step(state, inputs):
-        x, m = inputs
-        h, c = state
-        z = x @ params_.w_ih + (cut(h) if line == "d_h through w_hh" else h) @ params_.w_hh + params_.b
-        i, f, g, o = jnp.split(z, 4, -1)
-        kept = jax.nn.sigmoid(f) * (cut(c) if line == "d_c through f" else c)
-        c_new = kept + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h_new = jax.nn.sigmoid(o) * jnp.tanh(cut(c_new) if line == "tanh' of c" else c_new)
-        hold = cut if line == "held carry" else lambda v: v
-        m = m[:, None]
-        return (jnp.where(m, h_new, hold(h)), jnp.where(m, c_new, hold(c))), jnp.where(m, h_new, 0)
-
     def faulty(params, xs, carry, mask):
-        nonlocal params_
-        params_ = params
+        def step(state, inputs):
+            x, m = inputs
+            h, c = state
+            z = x @ params.w_ih + (cut(h) if line == "d_h through w_hh" else h) @ params.w_hh + params.b
+            i, f, g, o = jnp.split(z, 4, -1)
+            kept = jax.nn.sigmoid(f) * (cut(c) if line == "d_c through f" else c)
+            c_new = kept + jax.nn.sigmoid(i) * jnp.tanh(g)
+            h_new = jax.nn.sigmoid(o) * jnp.tanh(cut(c_new) if line == "tanh' of c" else c_new)
+            hold = cut if line == "held carry" else lambda v: v
+            m = m[:, None]
+            return (jnp.where(m, h_new, hold(h)), jnp.where(m, c_new, hold(c))), jnp.where(m, h_new, 0)
+
         final, ys = jax.lax.scan(step, tuple(carry), (xs, mask))
         return LSTMState(*final), ys
 
-    params_ = params
     gradients = [jax.grad(lambda p, f=f: loss(f, (p, xs, carry), HOLES))(params) for f in (lstm_bptt, faulty)]
     assert min(gradient_error(*gradients)) > 1e-3
 
