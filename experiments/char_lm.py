@@ -302,17 +302,18 @@ def main(
     last_batch = batches(range(steps, steps + 1))[0]
     check["at the trained weights"] = check_gradients("at the trained weights", state, last_batch, dropout)
     bits = float(evaluate(state.params, *held_out))
+    metrics = runs.read_metrics(folder)
     result = {
         "held_out_bits": bits,
         "learned": bits < baselines["5-gram"] and bits < baselines["xz"],
         "baselines": baselines,
         "gradient_check": check,
-        "evaluations": [row for row in runs.read_metrics(folder) if "held_out_bits" in row],
+        "evaluations": [row for row in metrics if "held_out_bits" in row],
         "config": config,
         "corpus": {"characters": len(tokens), "held_out": len(data.held_out), "sha256": data.sha256},
         "versions": runs.versions(),
     }
-    report(folder, result, *read_sentence(state.params, data))
+    report(folder, result, metrics, *read_sentence(state.params, data))
     return result
 
 
@@ -322,11 +323,13 @@ def make_optimizer(learning_rate: float, steps: int, clip: float) -> optax.Gradi
     return optax.chain(optax.clip_by_global_norm(clip), optax.inject_hyperparams(optax.adamw)(learning_rate=schedule))
 
 
-def report(folder: Path, result: dict[str, Any], sentence: str, trace: dict[str, Array]) -> None:
+def report(
+    folder: Path, result: dict[str, Any], metrics: list[runs.Row], sentence: str, trace: dict[str, Array]
+) -> None:
     """Write result.json and the pictures; say what came out, and where it is."""
     runs.write_json(folder / "result.json", result)
     pictures = [
-        plots.learning_curve(folder / "learning_curve.png", runs.read_metrics(folder), result["baselines"]),
+        plots.learning_curve(folder / "learning_curve.png", metrics, result["baselines"]),
         plots.gate_maps(folder / "gates.png", sentence, trace),
     ]
     log.info(

@@ -88,7 +88,8 @@ def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | No
         raise OSError(f"{path} could not be saved: {reason}") from error
 
     upto = [old for old in _paths(folder) if _step(old) <= step]
-    best = next((old for old in sorted(upto, key=_score) if _score(old) < math.inf and _is_intact(old)), None)
+    scores = sorted((_score(old), old) for old in upto)
+    best = next((old for score, old in scores if score < math.inf and _is_intact(old)), None)
     for old in upto[:-keep]:
         if old != best:
             _delete(old)

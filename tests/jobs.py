@@ -69,12 +69,18 @@ def outcome(folder):
 
 
 def bits_of(checkpoint):
-    """Return the bytes of every leaf of a checkpoint, by its path."""
+    """Return the bits of a checkpoint, whatever state it holds."""
     like = {}
     for name, described in checkpoint.leaves.items():
         dtype, _, shape = described.partition("[")
         is_key = dtype.startswith("key")
         like[name] = jax.random.key(0) if is_key else jax.ShapeDtypeStruct(json.loads("[" + shape), dtype)
-    restored = checkpoints.restore(checkpoint, like)
+    return bits(checkpoints.restore(checkpoint, like))
+
+
+def bits(tree):
+    """Return every leaf's dtype, shape and bytes, by its path; a typed key's are those of its data."""
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
     data = lambda leaf: jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-    return {name: np.asarray(data(leaf)).tobytes() for name, leaf in restored.items()}
+    leaves = jax.tree.leaves_with_path(tree)
+    return {name(path): (str(leaf.dtype), leaf.shape, np.asarray(data(leaf)).tobytes()) for path, leaf in leaves}

@@ -16,6 +16,7 @@ import pytest
 from experiments import checkpoints, runs
 from jaxlstm import LSTM, init_train_state
 
+from jobs import bits
 from sweeps import sweep
 
 
@@ -37,13 +38,6 @@ def make_state(seed):
     )
     carry = {"a/b": extra, "NaN": jnp.asarray([np.nan, -0.0, np.inf]), "flag": jnp.asarray(True)}
     return init_train_state(params, optax.adamw(1e-3), jax.random.key(seed), carry=carry)
-
-
-def bits(tree):
-    """Return every leaf's type, shape and bytes."""
-    leaves = jax.tree.leaves_with_path(tree)
-    data = lambda leaf: jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-    return {jax.tree_util.keystr(path): (str(v.dtype), v.shape, np.asarray(data(v)).tobytes()) for path, v in leaves}
 
 
 LIKE = make_state(99)

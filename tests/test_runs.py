@@ -19,6 +19,8 @@ import pytest
 from experiments import checkpoints, runs, trainer
 from jaxlstm import init_train_state, make_train_step
 
+from jobs import bits
+
 STEPS, BLOCK = 42, 5
 
 
@@ -61,11 +63,6 @@ def go(folder, *, batches=batches, optimizer=None, resume=False, examine=examine
         **{"score": "distance", "steps": STEPS, "block": BLOCK, "evaluate_every": 10, "save_every": 15, "keep": 2}
         | options,
     )  # fmt: skip
-
-
-def bits(state):
-    state = state._replace(key=jax.random.key_data(state.key))
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
 def rows(folder):
