@@ -27,7 +27,7 @@ from jaxlstm.lstm import (
     join_gates,
     split_gates,
 )
-from jaxlstm.recurrence import length_mask, segment_resets, unroll
+from jaxlstm.recurrence import length_mask, segment_resets, unroll, unroll_chunked
 from jaxlstm.train import TrainState, TrainStep, fit, init_train_state, make_train_step
 
 __version__ = "0.1.0"
@@ -70,4 +70,5 @@ __all__ = [
     "split_gates",
     "summary",
     "unroll",
+    "unroll_chunked",
 ]

@@ -24,12 +24,17 @@ PyTree = Any
 
 def project(params: Any, xs: Float[Array, "*time_batch input"]) -> Float[Array, "*time_batch gates"]:
     """Return z = x W_ih + b, for one step or for all steps at once."""
-    return xs @ params.w_ih + params.b
+    return matmul(xs, params.w_ih, params.b.dtype) + params.b
 
 
 def recur(params: Any, carry: Any) -> Float[Array, "*batch gates"]:
     """Return a = h W_hh: linear in the carry and in the weights."""
-    return carry.h @ params.w_hh
+    return matmul(carry.h, params.w_hh, params.b.dtype)
+
+
+def matmul(x: Float[Array, "*lead m"], w: Float[Array, "m n"], dtype: DTypeLike) -> Float[Array, "*lead n"]:
+    """Return x w summed in the dtype named: with `compute_dtype`, x and w have fewer digits than their sum."""
+    return jnp.matmul(x, w, preferred_element_type=dtype)
 
 
 @jax.tree_util.register_static
@@ -48,7 +53,10 @@ class Cell(Generic[Params, Carry]):
         Default `xs @ params.w_ih + params.b`.
       recur: `(params, carry) -> a`, linear in the carry and in the weights. Default `carry.h @ params.w_hh`;
         `None` for a cell whose gates do not see h through a matmul.
-      activations: `(params, carry, z, a) -> NamedTuple` of the gates' values, for diagnosis; optional.
+      activations: `(params, carry, z, a) -> NamedTuple` of the gates' values; `gates` calls it; optional.
+      gates_jvp: `(params, carry, activations) -> linear`, the linearisation of `gates` in closed form, with
+        `linear(d_carry, d_z, d_a) -> (d_carry, d_y)` a `jax.tree_util.Partial` whose leaves have the batch axes in
+        front; for `gradient="bulk"`, which finds it by itself where there is none; optional.
       name: what errors and tables call the cell.
     """
 
@@ -58,6 +66,7 @@ class Cell(Generic[Params, Carry]):
     project: Callable[[Params, Any], Any] = project
     recur: Callable[[Params, Carry], Any] | None = recur
     activations: Callable[[Params, Carry, Any, Any], Any] | None = None
+    gates_jvp: Callable[[Params, Carry, Any], Any] | None = None
     name: str = dataclasses.field(default="cell", kw_only=True)
 
     def __repr__(self) -> str:

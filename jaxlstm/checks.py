@@ -119,6 +119,30 @@ def check_steps(function: str, name: str, flags: Any, num_steps: int, batch_shap
         )
 
 
+def check_size(function: str, name: str, size: Any) -> None:
+    """Check a number of steps that may be None.
+
+    Raises:
+      ValueError: it is no positive integer.
+    """
+    if size is not None and (isinstance(size, bool) or not hasattr(size, "__index__") or operator.index(size) < 1):
+        raise ValueError(f"{function}: {name} must be a positive int or None, got {size!r}.")
+
+
+def check_compute_dtype(function: str, dtype: Any) -> None:
+    """Check a dtype for matmuls.
+
+    Raises:
+      TypeError: it is not floating.
+    """
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise TypeError(f'{function}: compute_dtype must be a floating type such as "bfloat16", got {dtype!r}.')
+
+
 def describe(tree: PyTree) -> str:
     """Return dtype and shape of every leaf, as `h float32[3,7], c float32[3,7]`."""
     return ", ".join(

@@ -12,6 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
@@ -65,6 +66,23 @@ def gates(
     c = f * state.c + i * g
     h = o * jnp.tanh(c)
     return LSTMState(h, c), h
+
+
+def gates_jvp(params: LSTMParams, state: LSTMState, gates: LSTMGates[Float[Array, "*batch hidden"]]) -> Partial:
+    """Return the linearisation of `gates`: what multiplies d_z and d_c, at the gates given."""
+    i, f, g, o = gates
+    tanh_c = jnp.tanh(f * state.c + i * g)
+    by_z = LSTMGates(i=g * i * (1 - i), f=state.c * f * (1 - f), g=i * (1 - g**2), o=tanh_c * o * (1 - o))
+    return Partial(_push, by_z, f, o * (1 - tanh_c**2))
+
+
+def _push(
+    by_z: LSTMGates[Array], f: Array, by_c: Array, d_state: LSTMState, d_z: Array, d_a: Array
+) -> tuple[LSTMState, Array]:
+    d_i, d_f, d_g, d_o = jnp.split(d_z + d_a, 4, axis=-1)
+    d_c = f * d_state.c + by_z.f * d_f + by_z.i * d_i + by_z.g * d_g
+    d_h = by_z.o * d_o + by_c * d_c
+    return LSTMState(d_h, d_c), d_h
 
 
 def initial_carry(params: LSTMParams, batch_shape: tuple[int, ...] = ()) -> LSTMState:
@@ -199,5 +217,10 @@ def join_gates(gates: LSTMGates[LSTMParams]) -> LSTMParams:
 
 
 LSTM: Cell[LSTMParams, LSTMState] = Cell(
-    name="LSTM", init=init_glorot_orthogonal, initial_carry=initial_carry, gates=gates, activations=activations
+    name="LSTM",
+    init=init_glorot_orthogonal,
+    initial_carry=initial_carry,
+    gates=gates,
+    activations=activations,
+    gates_jvp=gates_jvp,
 )

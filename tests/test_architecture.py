@@ -17,7 +17,9 @@ MAY_IMPORT = {
     "checks": {"cell"},
     "lstm": {"cell", "checks"},
     "baselines": {"cell", "checks"},
-    "recurrence": {"cell", "checks"},
+    "derivative": {"cell"},
+    "precision": {"cell", "derivative"},
+    "recurrence": {"cell", "checks", "derivative", "precision"},
     "bptt": {"cell", "checks", "lstm"},
     "train": set(),
 }

@@ -27,6 +27,7 @@ from jaxlstm import (
     segment_resets,
     split_gates,
     unroll,
+    unroll_chunked,
 )
 
 import oracles
@@ -349,7 +350,7 @@ def test_the_program_does_not_grow_with_the_number_of_steps():
 
 def test_all_the_work_is_inside_the_one_loop():
     params, xs, carry = draw(LSTM)
-    jaxpr = jax.make_jaxpr(lambda *v: unroll(LSTM, *v))(params, xs, carry)
+    jaxpr = jax.make_jaxpr(lambda *v: unroll(LSTM, *v, gradient="scan"))(params, xs, carry)
     closed = jax.jit(lambda *v: unroll(LSTM, *v)).lower(params, xs, carry).compile().as_text()
     (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
     assert sum(eqn.primitive.name == "dot_general" for eqn in scan.params["jaxpr"].jaxpr.eqns) == 2
@@ -564,7 +565,12 @@ WRONG = {
     "mixed dtypes within params": (
         lambda v: unroll(LSTM, v.params._replace(b=v.half.b), v.xs), TypeError, r"params .* must share one dtype; .*params\)",
     ),
-    "unknown gradient": (lambda v: unroll(LSTM, v.params, v.xs, gradient="fast"), ValueError, 'gradient must be "scan", got .fast'),
+    "unknown gradient": (lambda v: unroll(LSTM, v.params, v.xs, gradient="fast"), ValueError, 'gradient must be "bulk" or "scan", got .fast'),
+    "block of no steps": (lambda v: unroll(LSTM, v.params, v.xs, block_size=0), ValueError, "unroll: block_size must be a positive int or None, got 0"),
+    "half a chunk": (lambda v: unroll_chunked(LSTM, v.params, v.xs, chunk_size=2.5), ValueError, "unroll_chunked: chunk_size must be a positive int or None, got 2.5"),
+    "chunked rank": (lambda v: unroll_chunked(LSTM, v.params, v.xs[:, 0, 0]), ValueError, r"unroll_chunked: xs must be"),
+    "integers to compute in": (lambda v: unroll(LSTM, v.params, v.xs, compute_dtype="int8"), TypeError, r'unroll: compute_dtype must be a floating type such as "bfloat16", got .int8'),
+    "no dtype to compute in": (lambda v: unroll(LSTM, v.params, v.xs, compute_dtype="half16"), TypeError, "compute_dtype must be a floating type"),
     "old-style integer seed": (
         lambda v: LSTM.init(0, I, H), TypeError, r"init_glorot_orthogonal: key must be a typed key, got int; .*jax.random.key\(seed\)",
     ),

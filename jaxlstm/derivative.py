@@ -1,0 +1,346 @@
+"""The derivative of a recurrence, written once for every cell and had in blocks of time.
+
+The recurrence, with s the carry and r the carry a reset puts in its place:
+
+    s'_t       = where(reset_t, r_t, s_{t-1})
+    z_t        = project(params, x_t)
+    a_t        = recur(params, s'_t)
+    (s_t, y_t) = gates(params, s'_t, z_t, a_t)                          held where masked
+
+Its derivative, with R_t the linearisation of `gates` at (params, s'_t, z_t, a_t):
+
+    F_t            = R_t(d_params, 0, d_z_t, recur(d_params, s'_t))     what the parameters and the input add
+    d_s'_t         = where(reset_t, d_r_t, d_s_{t-1})
+    (d_s_t, d_y_t) = F_t + R_t(0, d_s'_t, 0, recur(params, d_s'_t))     held where masked
+
+Only the last two lines wait for the step before: the rest is had for all steps of a block at once. JAX transposes this
+rule, so reverse mode is backpropagation through time whose weight gradient is one matmul a block, and not one a step.
+The rule is itself ordinary JAX: it can be differentiated again, mapped and sharded.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool
+
+from jaxlstm.cell import Cell, PyTree, leaf_path
+
+
+class Steps(NamedTuple):
+    """What the steps are given: every leaf [time, *batch, ...], or [*batch, ...] for one step. None: absent."""
+
+    x: PyTree
+    mask: Bool[Array, "..."] | None = None
+    reset: Bool[Array, "..."] | None = None
+    reset_carry: PyTree | None = None  # one per step; one for all of them is an argument of its own
+
+
+class Kept(NamedTuple):
+    """What the forward pass keeps of every step for the derivative."""
+
+    carry: PyTree  # s'_t
+    gates: PyTree | None  # the cell's `activations`; None: they are computed again
+
+
+class Plan(NamedTuple):
+    """How a recurrence is run and differentiated. It decides what is fast and what is kept, never what comes out."""
+
+    cell: Cell[Any, Any]
+    reverse: bool
+    block_size: int
+    merged_axes: int = 0  # so many leading axes, time and batch, are one in the matmuls of a block
+    project_first: bool = False  # z of all steps in one matmul, before the loop
+    keep_gates: bool = False
+    returns_kept: Literal["", "carry", "gates"] = ""
+
+
+BLOCK_BYTES = 2 << 20
+KEEP_BYTES = 8 << 20
+KEEP_HIDDEN = 512
+
+
+def make_plan(
+    cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree, *, block_size: int | None, reverse: bool
+) -> Plan:
+    """Decide how to run a recurrence.
+
+    On a CPU, z of a block takes some `BLOCK_BYTES`, so that what is computed of it stays in cache; a sequence of twice
+    that is one block. Elsewhere all steps are one block, and so they are where a mesh is in use: then the gradient of
+    the weights is summed over devices once. The gates are kept for the backward pass where they take no more than
+    `KEEP_BYTES`, or where the layer has `KEEP_HIDDEN` units: there computing them again would cost more than memory.
+    """
+    zs = jax.tree.leaves(jax.eval_shape(cell.project, params, steps.x))
+    num_steps, num_bytes = zs[0].shape[0], sum(z.size * z.dtype.itemsize for z in zs)
+    on_cpu = jax.default_backend() == "cpu"
+    in_blocks = on_cpu and block_size is None and not _is_sharded()
+    if block_size is None:
+        block_size = num_steps
+        if in_blocks and num_bytes > 2 * BLOCK_BYTES:
+            block_size = size_without_remainder(num_steps, max(4, BLOCK_BYTES * num_steps // num_bytes))
+    hidden_size = max((leaf.shape[-1] for leaf in jax.tree.leaves(carry) if leaf.ndim), default=0)
+    return Plan(
+        cell=cell,
+        reverse=reverse,
+        block_size=block_size,
+        merged_axes=zs[0].ndim - 1 if in_blocks else 0,
+        project_first=not on_cpu,
+        keep_gates=cell.gates_jvp is not None and (num_bytes <= KEEP_BYTES or hidden_size >= KEEP_HIDDEN),
+    )
+
+
+def size_without_remainder(num_steps: int, most: int) -> int:
+    """Return the largest divisor of a number of steps that is at most `most`, or `most` if that is below half of it.
+
+    A remainder is right, and slow: it has what all other blocks take and make copied.
+    """
+    return next((size for size in range(most, most // 2, -1) if num_steps % size == 0), most)
+
+
+def _is_sharded() -> bool:
+    """Say whether a mesh is in use whose axes are not all manual (inside `shard_map` each device sees its own part)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(kind != jax.sharding.AxisType.Manual for kind in mesh.axis_types) if not mesh.empty else False
+
+
+def run(plan: Plan, params: PyTree, steps: Steps, carry: PyTree, reset_carry: PyTree) -> tuple[PyTree, PyTree, Any]:
+    """Run a recurrence; return the last carry, the outputs, and what `plan` says is to be kept."""
+    cell, recur = plan.cell, plan.cell.recur or _no_recur
+    zs = cell.project(params, steps.x) if plan.project_first else None
+
+    def step(carry: PyTree, inputs: tuple[Steps, Any]) -> tuple[PyTree, Any]:
+        now, z = inputs
+        start = _start(now, carry, reset_carry)
+        z = cell.project(params, now.x) if z is None else z
+        a = recur(params, start)
+        carry, y = _hold(now, start, *cell.gates(params, start, z, a))
+        if not plan.returns_kept:
+            return carry, (y, None)
+        gates = _activations(cell, params, start, z, a) if plan.returns_kept == "gates" else None
+        return carry, (y, Kept(start, gates))
+
+    carry, (ys, kept) = lax.scan(step, carry, (steps, zs), reverse=plan.reverse)
+    return carry, ys, kept
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def run_in_bulk(
+    plan: Plan, params: PyTree, steps: Steps, carry: PyTree, reset_carry: PyTree
+) -> tuple[PyTree, PyTree, Any]:
+    """Do what `run` does, with the derivative that this module is about."""
+    return run(plan, params, steps, carry, reset_carry)
+
+
+@functools.partial(run_in_bulk.defjvp, symbolic_zeros=True)
+def _derivative(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    params, steps, carry, _ = primals
+    d_params, d_steps, d_carry, d_reset_carry = jax.tree.map(present, primals, tangents)
+    recur = plan.cell.recur or _no_recur
+    # Not `run`: a second derivative would differentiate a plain scan.
+    keep: Any = "gates" if plan.keep_gates else "carry"
+    last, ys, kept = run_in_bulk(plan._replace(returns_kept=keep), *primals)
+    ys, kept = jax.tree.map(lambda y: checkpoint_name(y, "y"), ys), Kept(*map(_named, kept))
+
+    def block(d_carry: PyTree, inputs: tuple[Steps, Steps, Kept]) -> tuple[PyTree, Any]:
+        now, d_now, kept = inputs
+        linear, zero_z, forcing = _linearize(plan, params, d_params, now.x, d_now.x, kept)
+
+        def step(d_carry: PyTree, inputs: Any) -> tuple[PyTree, Any]:
+            now, start, linear, forcing = inputs
+            d_start = _start(now, d_carry, d_reset_carry)
+            _, d_a = jvp(recur, (params, start), (None, d_start))
+            d_carry, d_y = _hold(now, d_start, *_add(linear(d_start, zero_z, d_a), forcing))
+            return d_carry, (d_y, d_start if plan.returns_kept else None)
+
+        each = (now._replace(x=None, reset_carry=d_now.reset_carry), kept.carry, linear, forcing)
+        d_carry, (d_ys, d_starts) = lax.scan(step, d_carry, each, reverse=plan.reverse)
+        d_kept = _kept_tangent(plan, params, d_params, now.x, d_now.x, kept.carry, d_starts)
+        return d_carry, (d_ys, d_kept)
+
+    # The backward pass finds `steps` and `kept`, and makes the rest of a block again. Blocks in a loop need no barrier
+    # against being merged with the forward pass.
+    block = jax.checkpoint(block, prevent_cse=plan.project_first)
+    blocks = (steps, d_steps, kept)
+    d_last, (d_ys, d_kept) = scan_blocks(block, _filled(carry, d_carry), blocks, plan.block_size, plan.reverse)
+    out = (last, ys, kept if plan.returns_kept else None)
+    return out, jax.tree.map(_tangent, out, (d_last, d_ys, d_kept))
+
+
+def _linearize(
+    plan: Plan, params: PyTree, d_params: PyTree, x: PyTree, d_x: PyTree, kept: Kept
+) -> tuple[Any, PyTree, PyTree]:
+    """Linearise all steps of a block: return R, a d_z of zeros for one step, and F."""
+    cell, start = plan.cell, kept.carry
+    z, d_z = jvp(_at_once(cell.project, plan), (params, x), (d_params, d_x))
+    a, d_a = jvp(_at_once(cell.recur or _no_recur, plan), (params, start), (d_params, None))
+    if cell.gates_jvp is None:
+        linear = Partial(functools.partial(_gates_tangent, cell, params), start, z, a)
+    else:
+        gates = _activations(cell, params, start, z, a) if kept.gates is None else kept.gates
+        linear = cell.gates_jvp(params, start, gates)
+
+    one = lambda tree: jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), tree)
+    zero = lambda tree: _filled(one(tree), None)
+    d_z, d_a = _filled(z, d_z), _filled(a, d_a)
+    forcing = jax.vmap(lambda linear, d_z, d_a: linear(zero(start), d_z, d_a))(linear, d_z, d_a)
+
+    # What `gates` reads of the parameters itself, such as peepholes.
+    jaxpr = jax.make_jaxpr(cell.gates)(params, one(start), one(z), one(a)).jaxpr
+    read = {id(v) for equation in jaxpr.eqns for v in equation.invars} | {id(v) for v in jaxpr.outvars}
+    own = [d if id(v) in read else None for d, v in zip(_leaves_like(params, d_params), jaxpr.invars, strict=False)]
+    gates = lambda params: jax.vmap(functools.partial(cell.gates, params))(start, z, a)
+    _, from_params = jvp(gates, (params,), (jax.tree.unflatten(jax.tree.structure(params), own),))
+    return linear, zero(z), _add(forcing, from_params)
+
+
+def _gates_tangent(cell: Cell[Any, Any], params: PyTree, carry: PyTree, z: PyTree, a: PyTree, *d: PyTree) -> PyTree:
+    """Return R(*d), for a cell without a closed form."""
+    return jvp(functools.partial(cell.gates, params), (carry, z, a), d)[1]
+
+
+def _kept_tangent(
+    plan: Plan, params: PyTree, d_params: PyTree, x: PyTree, d_x: PyTree, start: PyTree, d_start: PyTree
+) -> Kept | None:
+    """Return the tangent of what is kept, which second derivatives need."""
+    if not plan.returns_kept:
+        return None
+    if plan.returns_kept == "carry":
+        return Kept(d_start, None)
+    project, recur = _at_once(plan.cell.project, plan), _at_once(plan.cell.recur or _no_recur, plan)
+    gates = lambda params, x, start: _activations(plan.cell, params, start, project(params, x), recur(params, start))
+    return Kept(d_start, jvp(gates, (params, x, start), (d_params, d_x, d_start))[1])
+
+
+def _activations(cell: Cell[Any, Any], *args: PyTree) -> PyTree:
+    if cell.activations is None:
+        raise ValueError(f"unroll: {cell.name} has gates_jvp, which needs activations as well.")
+    return cell.activations(*args)
+
+
+def _no_recur(params: PyTree, carry: PyTree) -> None:
+    """Stand in for the `recur` of a cell without it."""
+
+
+def _named(kept: PyTree) -> PyTree:
+    """Name every leaf after its field, `h`, `c`, `i`, ..., for the policy of a user's own `jax.checkpoint`."""
+    return jax.tree.map_with_path(lambda path, leaf: checkpoint_name(leaf, leaf_path(path)), kept)
+
+
+def scan_blocks(
+    block: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    carry: PyTree,
+    steps: PyTree,
+    block_size: int,
+    reverse: bool,
+) -> tuple[PyTree, PyTree]:
+    """Scan over blocks of time; where they do not divide it, the last to be done is shorter."""
+    num_steps = jax.tree.leaves(steps)[0].shape[0]
+    if block_size >= num_steps:
+        return block(carry, steps)
+    num_blocks, rest = divmod(num_steps, block_size)
+    whole = slice(rest, None) if reverse else slice(0, num_steps - rest)
+    cut = lambda v: v[whole].reshape(num_blocks, block_size, *v.shape[1:])
+    carry, outs = lax.scan(block, carry, jax.tree.map(cut, steps), reverse=reverse)
+    outs = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), outs)
+    if not rest:
+        return carry, outs
+    left = slice(0, rest) if reverse else slice(num_steps - rest, None)
+    carry, last = block(carry, jax.tree.map(lambda v: v[left], steps))
+    join = lambda v, w: jnp.concatenate([w, v] if reverse else [v, w])
+    return carry, jax.tree.map(join, outs, last)
+
+
+def _at_once(function: Callable[[PyTree, PyTree], PyTree], plan: Plan) -> Callable[[PyTree, PyTree], PyTree]:
+    """Apply a function of (params, [..., features]) with time and batch as one axis: on a CPU a faster matmul."""
+    axes = plan.merged_axes
+
+    def merged(params: PyTree, tree: PyTree) -> PyTree:
+        lead = jax.tree.leaves(tree)[0].shape[:axes]
+        flat = jax.tree.map(lambda v: v.reshape(-1, *v.shape[axes:]), tree)
+        return jax.tree.map(lambda v: v.reshape(*lead, *v.shape[1:]), function(params, flat))
+
+    return merged if axes > 1 else function
+
+
+# Masks and resets, of values and of tangents alike; None where a tangent is zero.
+
+
+def _start(now: Steps, carry: PyTree, reset_carry: PyTree) -> PyTree:
+    """Return the carry that a step starts from."""
+    if now.reset is None:
+        return carry
+    return select(now.reset, reset_carry if now.reset_carry is None else now.reset_carry, carry)
+
+
+def _hold(now: Steps, carry: PyTree, new_carry: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+    """Return the carry after a step and its output; where masked, the carry before it and 0."""
+    if now.mask is None:
+        return new_carry, y
+    return select(now.mask, new_carry, carry), select(~now.mask, None, y)
+
+
+def select(flags: Bool[Array, "*lead"], new: PyTree, old: PyTree) -> PyTree:
+    """Select every leaf by flags that cover the leading axes; None is 0."""
+    new = _leaves_like(old, new)
+    selected = [
+        where(flags, jnp.zeros_like(o) if n is None else n, o) for o, n in zip(jax.tree.leaves(old), new, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(old), selected)
+
+
+def where(flags: Bool[Array, "*lead"], new: Array, old: Array) -> Array:
+    """Select by flags that cover the leading axes."""
+    return jnp.where(flags.reshape(*flags.shape, *[1] * (new.ndim - flags.ndim)), new, old)
+
+
+# Tangents: trees like their primals, with None where there is none: integers, keys, and what is not differentiated.
+
+
+def jvp(function: Callable[..., PyTree], primals: tuple[Any, ...], tangents: Any) -> tuple[PyTree, PyTree]:
+    """Do what `jax.jvp` does, and differentiate nothing that has no tangent."""
+    leaves = jax.tree.leaves(primals)
+    treedef: Any = jax.tree.structure(primals)
+    d_leaves = [d for p, t in zip(primals, tangents, strict=True) for d in _leaves_like(p, t)]
+    active = [n for n, d in enumerate(d_leaves) if d is not None]
+
+    def of_active(*values: Array) -> PyTree:
+        new = dict(zip(active, values, strict=True))
+        return function(*treedef.unflatten([new.get(n, leaf) for n, leaf in enumerate(leaves)]))
+
+    if not active:
+        out = of_active()
+        return out, jax.tree.map(lambda _: None, out)
+    out, d_out = jax.jvp(of_active, [leaves[n] for n in active], [d_leaves[n] for n in active])
+    return out, jax.tree.map(present, out, d_out)
+
+
+def _leaves_like(tree: PyTree, tangents: PyTree) -> list[Any]:
+    treedef: Any = jax.tree.structure(tree)
+    return [None] * treedef.num_leaves if tangents is None else list(treedef.flatten_up_to(tangents))
+
+
+def present(value: Any, tangent: Any) -> Any:
+    """Return a tangent, or None for a symbolic zero and for what is not real."""
+    is_real = jnp.issubdtype(value.dtype, jnp.inexact)
+    return tangent if is_real and not isinstance(tangent, jax.custom_derivatives.SymbolicZero) else None
+
+
+def _tangent(value: Any, tangent: Any) -> Any:
+    return np.zeros(value.shape, jax.dtypes.float0) if tangent is None else tangent
+
+
+def _filled(tree: PyTree, tangents: PyTree) -> PyTree:
+    zeros = lambda v, d: jnp.zeros_like(v) if d is None and jnp.issubdtype(v.dtype, jnp.inexact) else d
+    filled = map(zeros, jax.tree.leaves(tree), _leaves_like(tree, tangents))
+    return jax.tree.unflatten(jax.tree.structure(tree), filled)
+
+
+def _add(tangents: PyTree, others: PyTree) -> PyTree:
+    plus = lambda d, e: e if d is None else d if e is None else d + e
+    return jax.tree.map(plus, tangents, others, is_leaf=lambda d: d is None)

@@ -1,0 +1,310 @@
+"""The derivative rule against plain autodiff of the scan: every cell, every transformation, and what it costs.
+
+That the scan itself is right is shown elsewhere, by NumPy loops, complex steps and torch.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlstm import LSTM, derivative, unroll, unroll_chunked
+
+from cells import CELLS, B, H, I, T, draw, normal, worst_error
+from sweeps import sweep
+
+RESET = np.zeros((T, B), bool)
+RESET[0, 0] = RESET[2, 0] = RESET[3] = RESET[6, 2] = True
+MASK = normal(5, T, B) > -0.3
+OPEN = dataclasses.replace(LSTM, gates_jvp=None, name="open LSTM")  # the general rule on the LSTM's equations
+ALL = {name: cell for name, (cell, _) in CELLS.items()} | {"open LSTM": OPEN}
+
+
+@pytest.fixture(params=[0, 1 << 30], ids=["gates again", "gates kept"])
+def kept(request, monkeypatch):
+    monkeypatch.setattr(derivative, "KEEP_BYTES", request.param)
+
+
+def make_loss(cell, gradient, weight=None, **options):
+    """Return a loss of (params, xs, carry), its gradients by all of them."""
+    weight = normal(50, T, B, H) if weight is None else weight
+
+    def loss(params, xs, carry):
+        last, ys = unroll(cell, params, xs, carry, gradient=gradient, **options)
+        return (ys * weight).sum() + sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(last))
+
+    return loss
+
+
+def stacked(tree):
+    return jax.tree.map(lambda v: jnp.stack([v, 0.7 * v]), tree)
+
+
+def gradient(loss):
+    return jax.grad(loss, (0, 1, 2))
+
+
+def grad_of_grad(loss, params, xs, carry):
+    """Reverse over reverse, along the gradient itself."""
+    squares = lambda v: sum((leaf**2).sum() for leaf in jax.tree.leaves(gradient(loss)(*v)))
+    return jax.grad(squares)((params, xs, carry))
+
+
+def in_outer_scan(loss, params, xs, carry):
+    def total(params):
+        return lax.scan(lambda s, x: (s + loss(params, x, carry), None), 0.0, stacked(xs))[0]
+
+    return jax.grad(total)(params)
+
+
+def flat(loss, params, xs, carry):
+    """Return the loss as a function of one vector, and the vector."""
+    vector, unravel = jax.flatten_util.ravel_pytree((params, xs[:, :1], jax.tree.map(lambda c: c[:1], carry)))
+    return lambda v: loss(*unravel(v)), vector
+
+
+# Every one of (loss, params, xs, carry) -> a tree of numbers.
+TRANSFORMS = {
+    "value": lambda f, *v: f(*v),
+    "grad": lambda f, *v: gradient(f)(*v),
+    "grad, params alone": lambda f, *v: jax.grad(f)(*v),
+    "grad, xs alone": lambda f, *v: jax.grad(f, 1)(*v),
+    "grad, carry alone": lambda f, *v: jax.grad(f, 2)(*v),
+    "jvp": lambda f, *v: jax.jvp(f, v, v)[1],
+    "jvp of xs": lambda f, p, x, c: jax.jvp(lambda x: f(p, x, c), (x,), (x,))[1],
+    "forward over reverse": lambda f, *v: jax.jvp(gradient(f), v, v)[1],
+    "reverse over forward": lambda f, *v: gradient(lambda *u: jax.jvp(f, u, v)[1])(*v),
+    "forward over forward": lambda f, *v: jax.jvp(lambda *u: jax.jvp(f, u, v)[1], v, v)[1],
+    "reverse over reverse": grad_of_grad,
+    "vmap over params": lambda f, p, x, c: jax.vmap(lambda p: gradient(f)(p, x, c))(stacked(p)),
+    "vmap over data": lambda f, p, x, c: jax.vmap(lambda x: gradient(f)(p, x, c))(stacked(x)),
+    "vmap over both": lambda f, *v: jax.vmap(gradient(f))(*stacked(v)),
+    "checkpoint": lambda f, *v: gradient(jax.checkpoint(f))(*v),
+    "outer scan": in_outer_scan,
+    "closed-over params": lambda f, p, x, c: jax.grad(lambda s: f(jax.tree.map(lambda v: s * v, p), x, c))(0.9),
+    "eager grad": lambda f, *v: gradient(f)(*v),
+}
+
+
+CASES = {"gates kept": (LSTM, 1 << 30), "gates again": (LSTM, 0), "a cell without a closed form": (ALL["leaky"], 0)}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_every_transformation_gives_what_it_gives_of_the_scan(transform, monkeypatch):
+    options = {"mask": MASK, "reset": RESET}
+    jitted = (lambda f: f) if transform == "eager grad" else jax.jit
+    for case, (cell, keep_bytes) in CASES.items():
+        monkeypatch.setattr(derivative, "KEEP_BYTES", keep_bytes)
+        bulk, scan = (
+            jitted(functools.partial(TRANSFORMS[transform], make_loss(cell, how, **options)))(*draw(cell))
+            for how in ("bulk", "scan")
+        )
+        assert worst_error(bulk, scan) < 1e-12, case
+
+
+@pytest.mark.parametrize("by", [jax.hessian, jax.jacfwd, jax.jacrev], ids=["hessian", "jacfwd", "jacrev"])
+def test_jacobians_and_hessians_are_those_of_the_scan(by, kept):
+    params, xs, carry = draw(LSTM)
+    loss = lambda how: lambda b: make_loss(LSTM, how, reset=RESET)(params._replace(b=b), xs, carry)
+    outputs = lambda how: lambda b: unroll(LSTM, params._replace(b=b), xs, carry, gradient=how)[1]
+    of = loss if by is jax.hessian else outputs
+    assert worst_error(jax.jit(by(of("bulk")))(params.b), jax.jit(by(of("scan")))(params.b)) < 1e-12
+
+
+def test_per_example_gradients_add_up_to_the_gradient(kept):
+    params, xs, carry = draw(LSTM)
+    weight = normal(50, T, B, H)
+    one = lambda x, c, w: jax.grad(make_loss(LSTM, "bulk", w))(params, x, c)
+    each = jax.jit(jax.vmap(one, (1, 0, 1)))(xs, carry, weight)
+    whole = jax.jit(jax.grad(make_loss(LSTM, "scan", weight)))(params, xs, carry)
+    assert worst_error(jax.tree.map(lambda g: g.sum(0), each), whole) < 1e-13
+
+
+@sweep("bulk gradients equal to those of the scan", 200)
+def test_random_configurations_are_equal(trial, monkeypatch, request):
+    """Cell, mask, resets, direction, block, batch rank and transformation, drawn; the shapes are a fixed few."""
+    rng = np.random.default_rng([trial, request.config.getoption("--seed")])
+    choose = lambda options: options[rng.integers(len(options))]
+    name, transform = choose(list(ALL)), choose(list(TRANSFORMS))
+    monkeypatch.setattr(derivative, "KEEP_BYTES", choose([0, 1 << 30]))
+    monkeypatch.setattr(derivative, "BLOCK_BYTES", choose([1, 1 << 30]))
+    cell = ALL[name]
+    params, xs, carry = draw(cell, seed=trial)
+    options = {
+        "mask": choose([None, MASK]),
+        "reset": choose([None, RESET]),
+        "reverse": choose([False, True]),
+        "block_size": choose([None, None, 2, 3, T]),
+    }
+    if options["reset"] is not None:
+        options["reset_carry"] = choose([None, jax.tree.map(lambda c: c - 1, carry), stacked_in_time(carry)])
+    weight = normal(50, T, B, H)
+    rank = choose(["one batch axis", "two", "none"])
+    if rank != "one batch axis":
+        reshape = (lambda v, axis: np.expand_dims(v, axis + 1)) if rank == "two" else (lambda v, axis: v.take(0, axis))
+        xs, weight = (jnp.asarray(reshape(np.asarray(v), 1)) for v in (xs, weight))
+        carry = jax.tree.map(lambda c: jnp.asarray(reshape(np.asarray(c), 0)), carry)
+        options |= {k: reshape(options[k], 1) for k in ("mask", "reset") if options[k] is not None}
+        if options.get("reset_carry") is not None:
+            per_step = jax.tree.leaves(options["reset_carry"])[0].ndim > jax.tree.leaves(draw(cell)[2])[0].ndim
+            back = lambda c: jnp.asarray(reshape(np.asarray(c), 1 if per_step else 0))
+            options["reset_carry"] = jax.tree.map(back, options["reset_carry"])
+    bulk, scan = (
+        jax.jit(functools.partial(TRANSFORMS[transform], make_loss(cell, how, weight, **options)))(params, xs, carry)
+        for how in ("bulk", "scan")
+    )
+    assert worst_error(bulk, scan) < 1e-12, (name, transform, rank, options)
+
+
+def stacked_in_time(carry):
+    return jax.tree.map(lambda c: jnp.stack([jnp.cos(c + t) for t in range(T)]), carry)
+
+
+def test_the_comparison_notices_a_wrong_closed_form():
+    def wrong(params, state, gates):
+        return LSTM.gates_jvp(params, state, gates._replace(f=gates.f * (1 + 1e-9)))
+
+    params, xs, carry = draw(LSTM)
+    broken = dataclasses.replace(LSTM, gates_jvp=wrong)
+    got, want = (
+        gradient(make_loss(LSTM if how == "scan" else broken, how))(params, xs, carry) for how in ("bulk", "scan")
+    )
+    assert 1e-12 < worst_error(got, want) < 1e-8
+
+
+def test_a_closed_form_needs_the_activations_it_reads():
+    params, xs, carry = draw(LSTM)
+    cell = dataclasses.replace(LSTM, activations=None, name="half a cell")
+    with pytest.raises(ValueError, match="half a cell has gates_jvp, which needs activations"):
+        jax.grad(make_loss(cell, "bulk"))(params, xs, carry)
+
+
+# What is kept, and what is in the loops.
+
+
+def subjaxprs(jaxpr):
+    """Yield a jaxpr and all those inside it."""
+    yield jaxpr
+    for equation in jaxpr.eqns:
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from subjaxprs(inner)
+
+
+@pytest.mark.parametrize("cell", ALL.values(), ids=ALL)
+def test_no_residual_has_a_time_axis_and_a_weights_shape(cell, kept):
+    params, xs, carry = draw(cell)
+    _, pullback = jax.vjp(lambda p, x: unroll(cell, p, x, carry, mask=MASK)[1], params, xs)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(pullback)]
+    weights = {leaf.shape for leaf in jax.tree.leaves(params)}
+    assert any(shape[:2] == (T, B) for shape in shapes)
+    assert not [
+        s for s in shapes if any(s[-len(w) :] == w and s[: -len(w)] in ((T,), (T, B)) for w in weights if len(w) > 1)
+    ]
+    assert not [s for s in shapes if s[:1] == (T,) and s[1:] in weights]
+
+
+def test_blocks_keep_the_input_and_the_carry_alone(monkeypatch):
+    monkeypatch.setattr(derivative, "KEEP_BYTES", 0)
+    params, xs, carry = draw(LSTM)
+    _, pullback = jax.vjp(lambda p, x: unroll(LSTM, p, x, carry)[1], params, xs)
+    in_time = [leaf.shape for leaf in jax.tree.leaves(pullback) if leaf.ndim and T in leaf.shape[:1]]
+    assert sorted(in_time) == [(T, B, H), (T, B, H), (T, B, I)]  # h, c, x
+
+
+@pytest.mark.parametrize("keep, names", [(0, "hc"), (1 << 30, "hcifgo")], ids=["gates again", "gates kept"])
+def test_a_users_own_policy_may_save_what_is_kept_by_name(keep, names, monkeypatch):
+    """Under `jax.checkpoint` the forward loop is run again, unless the policy saves what the backward pass reads."""
+    monkeypatch.setattr(derivative, "KEEP_BYTES", keep)
+    params, xs, carry = draw(LSTM)
+
+    def loops(of_ys, *names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        loss = jax.checkpoint(lambda p: of_ys(unroll(LSTM, p, xs, carry)[1]).sum(), policy=policy)
+        return jax.jit(jax.value_and_grad(loss)).lower(params).compile().as_text().count(" while(")
+
+    for of_ys, read in ((lambda ys: 2 * ys, ""), (jnp.sin, "y")):
+        assert loops(of_ys) == 3  # forward, forward again, backward
+        assert loops(of_ys, *names, *read) == 2
+
+
+@pytest.fixture(scope="module")
+def sharded_program():
+    """The gradient of a batch sharded over two devices, compiled."""
+    params, _, _ = draw(LSTM, dtype=np.float32)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    shardings = (NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data")))
+    loss = lambda p, x: (unroll(LSTM, p, x, block_size=11)[1] ** 2).sum()
+    program = jax.jit(jax.grad(loss, (0, 1)), in_shardings=shardings)
+    return program.lower(params, jnp.zeros((11, 4, I), np.float32)).compile().as_text()
+
+
+def test_no_collective_is_inside_a_loop_when_the_batch_is_sharded(sharded_program):
+    collective = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)")
+    *loops, entry = re.split(r"\n(?=%|ENTRY)", sharded_program)
+    assert entry.startswith("ENTRY") and " while(" in entry
+    assert collective.search(entry)  # the sum over devices, once
+    assert not [text for text in loops if collective.search(text)]
+
+
+def test_a_mesh_in_use_makes_the_sequence_one_block():
+    params, _, carry = draw(LSTM)
+    steps = derivative.Steps(jnp.zeros((1000, 64, I)))
+    plan = lambda: derivative.make_plan(LSTM, params, steps, carry, block_size=None, reverse=False)
+    assert plan().block_size < 1000 and plan().merged_axes == 2
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        assert plan().block_size == 1000 and plan().merged_axes == 0
+
+
+@pytest.mark.parametrize("most, size", [(4, 4), (7, 5), (16, 10), (3, 2)])
+def test_blocks_divide_the_sequence_where_they_can(most, size):
+    assert derivative.size_without_remainder(20, most) == size
+    assert derivative.size_without_remainder(997, most) == most
+
+
+# Memory and compile time, as compiled programs state them.
+
+WIDE = (2000, 16, 256, 256)
+
+
+@functools.cache
+def temporaries(run, shape=WIDE):
+    num_steps, batch, input_size, hidden = shape
+    params = jax.eval_shape(lambda: LSTM.init(jax.random.key(0), input_size, hidden))
+    xs, weight = (jax.ShapeDtypeStruct((num_steps, batch, n), np.float32) for n in (input_size, hidden))
+    loss = lambda p, x, w: ((run(p, x) - w) ** 2).sum()
+    return jax.jit(jax.grad(loss, (0, 1))).lower(params, xs, weight).compile().memory_analysis().temp_size_in_bytes
+
+
+def plain_scan(params, xs):
+    """The fifteen lines everyone writes."""
+    carry = LSTM.initial_carry(params, xs.shape[1:2])
+    return lax.scan(lambda carry, x: LSTM.step(params, carry, x), carry, xs)[1]
+
+
+def bulk(params, xs):
+    return unroll(LSTM, params, xs)[1]
+
+
+def chunked(params, xs):
+    return unroll_chunked(LSTM, params, xs)[1]
+
+
+def test_temporaries_are_a_fraction_of_the_plain_scans():
+    plain = temporaries(plain_scan)
+    assert temporaries(bulk) <= 0.45 * plain
+    assert temporaries(chunked) <= 0.20 * plain
+
+
+def test_the_chunked_gradient_keeps_less_per_step_than_one_carry():
+    num_steps, batch, _, hidden = WIDE
+    growth = (temporaries(chunked) - temporaries(chunked, (500, *WIDE[1:]))) / (num_steps - 500)
+    assert growth < 4 * batch * hidden * 2.2  # the outputs and their cotangents, which this loss reads itself
