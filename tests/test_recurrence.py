@@ -594,3 +594,54 @@ def test_wrong_input_is_one_clear_error(name, jitted):
         jax.jit(call)(GIVEN) if jitted else call(GIVEN)
     assert re.search(message, str(raised.value)), str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+# Chunks.
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, T, T + 4])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_chunks_change_neither_values_nor_gradients(chunk_size, reverse):
+    params, xs, carry = draw(LSTM)
+    options = {"mask": HOLES, "reset": RESET, "reset_carry": draw_reset_carry(carry, "per step"), "reverse": reverse}
+
+    def loss(run):
+        def of(params, xs, carry):
+            last, ys = run(LSTM, params, xs, carry, **options)
+            return (ys**2).sum() + jnp.sin(last.c).sum(), (last, ys)
+
+        return jax.jit(jax.grad(of, (0, 1, 2), has_aux=True))(params, xs, carry)
+
+    chunked, whole = loss(functools.partial(unroll_chunked, chunk_size=chunk_size)), loss(unroll)
+    assert worst_error(chunked, whole) < 1e-14
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_truncated_gradient_is_that_of_pieces_with_the_carry_stopped_between(reverse):
+    params, xs, carry = draw(LSTM)
+    cuts = [slice(4, 7), slice(1, 4), slice(0, 1)] if reverse else [slice(0, 3), slice(3, 6), slice(6, 7)]
+    weight = normal(50, T, B, H)
+
+    def by_hand(params, xs, carry):
+        total = 0.0
+        for n, cut in enumerate(cuts):
+            carry = jax.tree.map(jax.lax.stop_gradient, carry) if n else carry
+            carry, ys = unroll(LSTM, params, xs[cut], carry, reverse=reverse, gradient="scan")
+            total += (ys * weight[cut]).sum()
+        return total + jnp.sin(carry.c).sum()
+
+    def chunked(params, xs, carry, truncate=True):
+        last, ys = unroll_chunked(LSTM, params, xs, carry, chunk_size=3, truncate=truncate, reverse=reverse)
+        return (ys * weight).sum() + jnp.sin(last.c).sum()
+
+    got, want = (jax.jit(jax.value_and_grad(f, (0, 1, 2)))(params, xs, carry) for f in (chunked, by_hand))
+    assert worst_error(got, want) < 1e-14
+    whole = jax.jit(jax.value_and_grad(functools.partial(chunked, truncate=False), (0, 1, 2)))(params, xs, carry)
+    assert got[0] == whole[0]  # the values are the same to the last bit
+    assert worst_error(got[1], whole[1]) > 1e-3
+
+
+def test_no_steps_in_chunks():
+    params, xs, carry = draw(LSTM)
+    last, ys = unroll_chunked(LSTM, params, xs[:0], carry)
+    assert ys.shape == (0, B, H) and worst_error(last, carry) == 0
