@@ -1,4 +1,4 @@
-# make, make train, make test, make lint: each sets up $(VENV) on first use, and again when pyproject.toml changes.
+# make, make train, make bench, make test, make lint: each sets up $(VENV) on first use, and again when pyproject.toml changes.
 #   PYTHON=python3.12                 chooses the interpreter
 #   ACCEL=cuda12 | cuda13 | tpu       adds JAX's accelerator packages
 #   ARGS="--hidden-size 256"          goes to the job
@@ -30,7 +30,7 @@ ifneq ($(VERSION),$(call version_of,$(BIN)/python))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: check train test test-full lint clean
+.PHONY: check train bench test test-full lint clean
 .DEFAULT_GOAL := check
 
 define GPU_HINT
@@ -46,6 +46,10 @@ check: $(STAMP)  ## ten seconds: is the gradient right on this machine?
 train: $(STAMP)  ## five minutes: a character language model on real text
 	$(GPU_HINT)
 	@$(BIN)/python -m experiments.char_lm $(ARGS)
+
+bench: $(STAMP)  ## ten minutes: side by side with other libraries, as far as they are installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
+	@$(BIN)/python -m experiments.benchmark $(ARGS)
 
 test: $(STAMP)  ## a few minutes
 	@$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)

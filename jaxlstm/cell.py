@@ -54,9 +54,9 @@ class Cell(Generic[Params, Carry]):
       recur: `(params, carry) -> a`, linear in the carry and in the weights. Default `carry.h @ params.w_hh`;
         `None` for a cell whose gates do not see h through a matmul.
       activations: `(params, carry, z, a) -> NamedTuple` of the gates' values; `gates` calls it; optional.
-      gates_jvp: `(params, carry, activations) -> linear`, the linearisation of `gates` in closed form, with
-        `linear(d_carry, d_z, d_a) -> (d_carry, d_y)` a `jax.tree_util.Partial` whose leaves have the batch axes in
-        front; for `gradient="bulk"`, which finds it by itself where there is none; optional.
+      gates_jvp: `(params, carry, activations) -> linear`, the linearisation of `gates` in closed form, for a cell whose
+        gates read z and a by their sum and no parameters: `linear(d_carry, d_z) -> (d_carry, d_y)`, with d_z for the
+        sum, is a `jax.tree_util.Partial` of arrays [*batch, ...]. `gradient="bulk"` finds its own where there is none.
       name: what errors and tables call the cell.
     """
 

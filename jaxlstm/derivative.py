@@ -149,16 +149,16 @@ def _derivative(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
     def block(d_carry: PyTree, inputs: tuple[Steps, Steps, Kept]) -> tuple[PyTree, Any]:
         now, d_now, kept = inputs
-        linear, zero_z, forcing = _linearize(plan, params, d_params, now.x, d_now.x, kept)
+        advance, forcing = _linearize(plan, params, d_params, now.x, d_now.x, kept)
 
         def step(d_carry: PyTree, inputs: Any) -> tuple[PyTree, Any]:
-            now, start, linear, forcing = inputs
+            now, start, advance, forcing = inputs
             d_start = _start(now, d_carry, d_reset_carry)
             _, d_a = jvp(recur, (params, start), (None, d_start))
-            d_carry, d_y = _hold(now, d_start, *_add(linear(d_start, zero_z, d_a), forcing))
+            d_carry, d_y = _hold(now, d_start, *advance(d_start, d_a, forcing))
             return d_carry, (d_y, d_start if plan.returns_kept else None)
 
-        each = (now._replace(x=None, reset_carry=d_now.reset_carry), kept.carry, linear, forcing)
+        each = (now._replace(x=None, reset_carry=d_now.reset_carry), kept.carry, advance, forcing)
         d_carry, (d_ys, d_starts) = lax.scan(step, d_carry, each, reverse=plan.reverse)
         d_kept = _kept_tangent(plan, params, d_params, now.x, d_now.x, kept.carry, d_starts)
         return d_carry, (d_ys, d_kept)
@@ -174,34 +174,49 @@ def _derivative(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 def _linearize(
     plan: Plan, params: PyTree, d_params: PyTree, x: PyTree, d_x: PyTree, kept: Kept
-) -> tuple[Any, PyTree, PyTree]:
-    """Linearise all steps of a block: return R, a d_z of zeros for one step, and F."""
+) -> tuple[Partial, PyTree]:
+    """Linearise all steps of a block: return (d_carry, d_a, forcing) -> (d_carry, d_y) of each, and its forcing."""
     cell, start = plan.cell, kept.carry
     z, d_z = jvp(_at_once(cell.project, plan), (params, x), (d_params, d_x))
     a, d_a = jvp(_at_once(cell.recur or _no_recur, plan), (params, start), (d_params, None))
-    if cell.gates_jvp is None:
-        linear = Partial(functools.partial(_gates_tangent, cell, params), start, z, a)
-    else:
-        gates = _activations(cell, params, start, z, a) if kept.gates is None else kept.gates
-        linear = cell.gates_jvp(params, start, gates)
-
-    one = lambda tree: jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), tree)
-    zero = lambda tree: _filled(one(tree), None)
     d_z, d_a = _filled(z, d_z), _filled(a, d_a)
-    forcing = jax.vmap(lambda linear, d_z, d_a: linear(zero(start), d_z, d_a))(linear, d_z, d_a)
+    from_params = _from_own_params(cell, params, d_params, start, z, a)
+    if cell.gates_jvp is not None and from_params is None:
+        gates = _activations(cell, params, start, z, a) if kept.gates is None else kept.gates
+        return Partial(_advance_closed, cell.gates_jvp(params, start, gates)), _add(d_z, d_a)
+    push = functools.partial(_gates_tangent, cell, params)
+    forcing = _add(jax.vmap(push)((start, z, a), (_filled(start, None), d_z, d_a)), from_params)
+    return Partial(functools.partial(_advance_open, push), (start, z, a)), forcing
 
-    # What `gates` reads of the parameters itself, such as peepholes.
+
+def _advance_closed(linear: Partial, d_carry: PyTree, d_a: PyTree, forcing: PyTree) -> tuple[PyTree, PyTree]:
+    """Take one step of the tangent where z and a are read by their sum, so that the forcing may go in with a."""
+    return linear(d_carry, _add(forcing, d_a))
+
+
+def _advance_open(push: Any, at: PyTree, d_carry: PyTree, d_a: PyTree, forcing: PyTree) -> tuple[PyTree, PyTree]:
+    """Take one step of the tangent of any cell."""
+    d_z = _filled(at[1], None)
+    return _add(push(at, (d_carry, d_z, d_a)), forcing)
+
+
+def _gates_tangent(cell: Cell[Any, Any], params: PyTree, at: PyTree, tangents: PyTree) -> tuple[PyTree, PyTree]:
+    """Return R: how `gates` changes with its carry, z and a."""
+    return jvp(functools.partial(cell.gates, params), at, tangents)[1]
+
+
+def _from_own_params(
+    cell: Cell[Any, Any], params: PyTree, d_params: PyTree, start: PyTree, z: PyTree, a: PyTree
+) -> PyTree | None:
+    """Return how `gates` changes with the parameters it reads itself, such as peepholes; None if it reads none."""
+    one = lambda tree: jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), tree)
     jaxpr = jax.make_jaxpr(cell.gates)(params, one(start), one(z), one(a)).jaxpr
     read = {id(v) for equation in jaxpr.eqns for v in equation.invars} | {id(v) for v in jaxpr.outvars}
     own = [d if id(v) in read else None for d, v in zip(_leaves_like(params, d_params), jaxpr.invars, strict=False)]
+    if all(d is None for d in own):
+        return None
     gates = lambda params: jax.vmap(functools.partial(cell.gates, params))(start, z, a)
-    _, from_params = jvp(gates, (params,), (jax.tree.unflatten(jax.tree.structure(params), own),))
-    return linear, zero(z), _add(forcing, from_params)
-
-
-def _gates_tangent(cell: Cell[Any, Any], params: PyTree, carry: PyTree, z: PyTree, a: PyTree, *d: PyTree) -> PyTree:
-    """Return R(*d), for a cell without a closed form."""
-    return jvp(functools.partial(cell.gates, params), (carry, z, a), d)[1]
+    return jvp(gates, (params,), (jax.tree.unflatten(jax.tree.structure(params), own),))[1]
 
 
 def _kept_tangent(
@@ -342,5 +357,7 @@ def _filled(tree: PyTree, tangents: PyTree) -> PyTree:
 
 
 def _add(tangents: PyTree, others: PyTree) -> PyTree:
+    if others is None:
+        return tangents
     plus = lambda d, e: e if d is None else d if e is None else d + e
     return jax.tree.map(plus, tangents, others, is_leaf=lambda d: d is None)

@@ -69,19 +69,17 @@ def gates(
 
 
 def gates_jvp(params: LSTMParams, state: LSTMState, gates: LSTMGates[Float[Array, "*batch hidden"]]) -> Partial:
-    """Return the linearisation of `gates`: what multiplies d_z and d_c, at the gates given."""
+    """Return the linearisation of `gates` where the gates have these values: (d_state, d_z) -> (d_state, d_h)."""
     i, f, g, o = gates
     tanh_c = jnp.tanh(f * state.c + i * g)
     by_z = LSTMGates(i=g * i * (1 - i), f=state.c * f * (1 - f), g=i * (1 - g**2), o=tanh_c * o * (1 - o))
-    return Partial(_push, by_z, f, o * (1 - tanh_c**2))
+    return Partial(_push, f, o * (1 - tanh_c**2), by_z)
 
 
-def _push(
-    by_z: LSTMGates[Array], f: Array, by_c: Array, d_state: LSTMState, d_z: Array, d_a: Array
-) -> tuple[LSTMState, Array]:
-    d_i, d_f, d_g, d_o = jnp.split(d_z + d_a, 4, axis=-1)
-    d_c = f * d_state.c + by_z.f * d_f + by_z.i * d_i + by_z.g * d_g
-    d_h = by_z.o * d_o + by_c * d_c
+def _push(f: Array, by_c: Array, by_z: LSTMGates[Array], d_state: LSTMState, d_z: Array) -> tuple[LSTMState, Array]:
+    d_z_i, d_z_f, d_z_g, d_z_o = jnp.split(d_z, 4, axis=-1)
+    d_c = f * d_state.c + by_z.f * d_z_f + by_z.i * d_z_i + by_z.g * d_z_g
+    d_h = by_c * d_c + by_z.o * d_z_o
     return LSTMState(d_h, d_c), d_h
 
 

@@ -1,0 +1,205 @@
+"""How fast is it, side by side with what people use?
+
+Forward, and gradient by parameters and inputs, of one LSTM layer against Flax, Equinox, Haiku, Keras, torch and ONNX
+Runtime, on the same weights, each in a process of its own; their results are compared before anything is timed. All
+take turns in every round, and what counts is the ratio of medians. Expect a gradient some 1.4 times as fast as the
+fastest other JAX library in the geometric mean, and twice on long sequences of small layers.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments import plots, runs
+from experiments.peers import OF_JAX, PEERS, Shape
+
+SHAPES: tuple[Shape, ...] = (
+    (100, 32, 64, 64),
+    (100, 64, 128, 256),
+    (100, 64, 512, 512),
+    (1000, 16, 32, 128),
+    (100, 1, 64, 64),
+    (64, 128, 64, 1024),
+)
+KINDS = ("forward", "gradient")
+TOLERANCE = 1e-4  # relative, float32, over a thousand steps
+
+log = logging.getLogger("benchmark")
+
+
+class Peer:
+    """A process that times one library."""
+
+    def __init__(self, name: str, env: dict[str, str] | None = None):
+        command = [sys.executable, "-m", "experiments.peers", name]
+        quiet = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+        self.name = name
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would fill up
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            env={**os.environ, **quiet, **(env or {})},
+        )  # fmt: skip
+        self.about = self._answer()
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            with contextlib.suppress(json.JSONDecodeError):  # some libraries print on their own
+                return dict(json.loads(line))
+        self.errors.seek(0)
+        last = self.errors.read().strip().rpartition("\n")[2]
+        raise OSError(f"the process of {self.name} has ended: {last}")
+
+
+@contextlib.contextmanager
+def processes(names: tuple[str, ...]) -> Iterator[dict[str, Peer]]:
+    """Start the libraries that are installed; the others are skipped with a line."""
+    peers: dict[str, Peer] = {}
+    try:
+        for name in tqdm(names, desc="starting", file=sys.stderr, leave=False):
+            peers[name] = Peer(name)
+        for name in [name for name, peer in peers.items() if "absent" in peer.about]:
+            log.info("%s is skipped: %s", name, peers[name].about["absent"])
+            peers.pop(name).process.kill()
+        yield peers
+    finally:
+        for peer in peers.values():
+            peer.process.kill()
+
+
+def side_by_side(peers: dict[str, Peer], shape: Shape, rounds: int, seconds: float) -> dict[str, Any]:
+    """Time one shape: every library takes its turn in every round.
+
+    Raises:
+      ValueError: a library's results are not those of the first.
+    """
+    temporaries, kinds = {}, {}
+    for name, peer in peers.items():
+        about = peer.ask(shape=shape)
+        temporaries[name] = about["temporaries"]
+        kinds[name] = KINDS if about["gradient"] else KINDS[:1]
+    compare(peers, shape)
+    turns = [(name, kind) for kind in KINDS for name in peers if kind in kinds[name]]
+    times: dict[str, dict[str, list[float]]] = {kind: {} for kind in KINDS}
+    for _ in tqdm(range(rounds), desc=str(shape), file=sys.stderr, leave=False):
+        for name, kind in turns:
+            times[kind].setdefault(name, []).append(peers[name].ask(kind=kind, seconds=seconds)["seconds"])
+    summary = {
+        kind: {
+            name: {"min": min(own), "median": statistics.median(own), "max": max(own)} for name, own in of_kind.items()
+        }
+        for kind, of_kind in times.items()
+    }
+    return {"shape": shape, "temporaries": temporaries, **summary}
+
+
+def compare(peers: dict[str, Peer], shape: Shape) -> None:
+    """Check that all compute the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        results: dict[str, dict[str, np.ndarray]] = {}
+        for name, peer in peers.items():
+            path = Path(folder) / "results.npz"
+            peer.ask(results=str(path))
+            results[name] = dict(np.load(path))
+        first = next(iter(results))
+        for name, own in results.items():
+            for what, value in own.items():
+                want = results[first][what]
+                error = np.linalg.norm(value - want) / np.linalg.norm(want)
+                if not error < TOLERANCE:
+                    raise ValueError(f"benchmark: {what} of {name} differs from {first}'s by {error:.1e} at {shape}.")
+
+
+def geometric_mean(ratios: list[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, ratios)))
+
+
+def ratios(row: dict[str, Any], kind: str) -> dict[str, float]:
+    """Return the times of others over jaxlstm's, medians: the fastest JAX library's, and torch's and ONNX Runtime's."""
+    medians = {name: own["median"] for name, own in row[kind].items()}
+    out = {}
+    if of_jax := [medians[name] for name in OF_JAX if name in medians]:
+        out["fastest JAX library"] = min(of_jax) / medians["jaxlstm"]
+    for name in ("torch", "ONNX Runtime", "jaxlstm, scan"):
+        if name in medians:
+            out[name] = medians[name] / medians["jaxlstm"]
+    return out
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the README's table of a result: how many times as long the others take."""
+    columns = [("gradient", "fastest JAX library"), ("gradient", "torch"), ("forward", "fastest JAX library"),
+               ("forward", "torch"), ("forward", "ONNX Runtime")]  # fmt: skip
+    lines = [
+        "| T, B, I, H | " + " | ".join(f"{kind}: {name}" for kind, name in columns) + " | jaxlstm's gradient |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    found: dict[Any, list[float]] = {column: [] for column in columns}
+    for row in result["shapes"]:
+        cells = []
+        for kind, name in columns:
+            ratio = ratios(row, kind).get(name)
+            found[kind, name] += [] if ratio is None else [ratio]
+            cells.append("" if ratio is None else f"{ratio:.2f}")
+        time = f"{1e3 * row['gradient']['jaxlstm']['median']:.3g} ms"
+        lines.append(f"| {', '.join(map(str, row['shape']))} | " + " | ".join([*cells, time]) + " |")
+    means = [f"**{geometric_mean(own):.2f}**" if own else "" for own in found.values()]
+    lines.append("| geometric mean | " + " | ".join([*means, ""]) + " |")
+    return "\n".join(lines)
+
+
+def main(
+    *,
+    workdir: str | None = None,
+    rounds: int = 7,
+    seconds: float = 0.3,
+    shapes: tuple[Shape, ...] = SHAPES,
+    peers: tuple[str, ...] = tuple(PEERS),
+) -> dict[str, Any]:
+    """Measure, draw, and print the table.
+
+    Args:
+      workdir: where the result goes; default a new folder in runs/.
+      rounds: turns of every library at every shape; at least five, for the medians to mean something.
+      seconds: of one turn.
+      shapes: T, B, I, H.
+      peers: the libraries, by name.
+    """
+    if unknown := [name for name in peers if name not in PEERS]:
+        raise SystemExit(f"benchmark: peers must be of {', '.join(PEERS)}; got {', '.join(unknown)}.")
+    config = {"rounds": rounds, "seconds": seconds, "shapes": shapes, "peers": peers}
+    folder = runs.open_folder("benchmark", workdir, config)
+    result: dict[str, Any] = {"config": config, "device": runs.devices(), "versions": runs.versions(), "shapes": []}
+    with processes(peers) as started:
+        result["versions"] |= {name: peer.about["version"] for name, peer in started.items()}
+        for shape in shapes:
+            result["shapes"].append(side_by_side(started, shape, rounds, seconds))
+            runs.write_json(folder / "result.json", result)  # what is measured stays, also if the rest is stopped
+            log.info(
+                "%s: gradient %s", shape, {k: round(v, 2) for k, v in ratios(result["shapes"][-1], "gradient").items()}
+            )
+    picture = plots.benchmark(folder / "benchmark.png", result)
+    log.info("%s\n\n%s\n%s", table(result), folder / "result.json", picture)
+    return result
+
+
+if __name__ == "__main__":
+    runs.cli("benchmark", main)
