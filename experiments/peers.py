@@ -68,10 +68,10 @@ def of_jax(
 def jaxlstm(given: Arrays, gradient: Literal["bulk", "scan"]) -> Layer:
     import jax
 
-    import jaxlstm as library
+    from jaxlstm import LSTM, LSTMParams, unroll
 
-    params = library.LSTMParams(*(jax.numpy.asarray(given[name]) for name in ("w_ih", "w_hh", "b")))
-    run = lambda params, xs: library.unroll(library.LSTM, params, xs, gradient=gradient)[1]
+    params = LSTMParams(*(jax.numpy.asarray(given[name]) for name in ("w_ih", "w_hh", "b")))
+    run = lambda params, xs: unroll(LSTM, params, xs, gradient=gradient)[1]
     return of_jax(run, params, given, tuple)
 
 

@@ -35,7 +35,7 @@ def x64_restored():
 @pytest.mark.parametrize(
     "fault, block",
     [
-        (lambda params: params._replace(b=params.b.at[8].multiply(1 + 1e-3)), None),
+        pytest.param(lambda params: params._replace(b=params.b.at[8].multiply(1 + 1e-3)), None, marks=pytest.mark.slow),
         (lambda params: params._replace(w_hh=jax.lax.stop_gradient(params.w_hh)), "w_hh  g"),
     ],
     ids=["another function", "stop_gradient"],
@@ -47,10 +47,23 @@ def test_a_wrong_gradient_is_convicted(fault, block, monkeypatch, capsys, x64_re
     assert check.main() == 1
     out = capsys.readouterr().out
     assert out.endswith("DISAGREE: do not trust gradients on this machine.\n")
-    assert "float64 w_hh  i: by hand" in out
+    assert "float64 w_hh  i: by hand" in out and "float64 w_hh  i: the rule" not in out
     if block:
         assert f"float64 {block}: by hand 1.0e+00, allowed 1e-12" in out
         assert "xs: by hand" not in out
+
+
+def test_a_wrong_rule_is_convicted(monkeypatch, capsys):
+    def unroll(cell, params, *args, gradient, mask):
+        scale = 1 + 1e-3 * (gradient == "bulk")
+        return check.jaxlstm.unroll(
+            cell, params._replace(w_ih=scale * params.w_ih), *args, gradient=gradient, mask=mask
+        )
+
+    monkeypatch.setattr(check, "unroll", unroll)
+    assert check.main() == 1
+    out = capsys.readouterr().out
+    assert "float64 w_ih  f: the rule" in out and "float32 w_ih  f: the rule" in out and ": by hand" not in out
 
 
 def test_wrong_differences_are_convicted_in_both_dtypes(monkeypatch, capsys):
@@ -62,8 +75,8 @@ def test_wrong_differences_are_convicted_in_both_dtypes(monkeypatch, capsys):
 
 
 def test_a_nan_is_a_disagreement():
-    row = check.Row(by_hand=float("nan"), differences=float("nan"), floor=1.0)
-    assert len(check.disagreements("float64", {"w_ih  i": row})) == 2
+    row = check.Row(rule=float("nan"), by_hand=float("nan"), differences=float("nan"), floor=1.0)
+    assert len(check.disagreements("float64", {"w_ih  i": row})) == 3
 
 
 def test_central_differences_are_of_fourth_order():

@@ -1,0 +1,86 @@
+"""The benchmark: all libraries compute the same, the arithmetic of its table, and what it does with what is missing."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import benchmark, peers
+
+from jobs import command
+
+SHAPE = (11, 3, 5, 7)
+TIMES = {"min": 1.0, "max": 9.0}
+
+
+def row(shape, **medians):
+    of_kind = {name.replace("_", " "): {**TIMES, "median": median} for name, median in medians.items()}
+    return {"shape": shape, "forward": of_kind, "gradient": of_kind}
+
+
+@jax.enable_x64(False)
+@pytest.mark.parametrize("name", list(peers.PEERS)[1:])
+def test_every_library_computes_the_same_from_the_same_weights(name):
+    given = peers.problem(SHAPE)
+    own, other = (peers.PEERS[peer][0] for peer in ("jaxlstm", name))
+    try:
+        layer = other(given)
+    except ImportError as error:
+        pytest.skip(str(error))
+    results = layer.read(layer.forward(), layer.gradient and layer.gradient())
+    ours = own(given)
+    want = ours.read(ours.forward(), ours.gradient())
+    assert set(results) == ({"ys"} if layer.gradient is None else set(want))
+    for what, value in results.items():
+        assert value.shape == want[what].shape
+        assert np.linalg.norm(value - want[what]) < 1e-6 * np.linalg.norm(want[what]), what
+
+
+def test_the_ratio_is_to_the_fastest_jax_library():
+    found = benchmark.ratios(row(SHAPE, jaxlstm=2.0, Flax_linen=5.0, Haiku=3.0, torch=1.0), "gradient")
+    assert found == {"fastest JAX library": 1.5, "torch": 0.5}
+    assert benchmark.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+
+
+def test_the_table_has_a_line_for_every_shape_and_a_geometric_mean():
+    shapes = [row((1, 2, 3, 4), jaxlstm=1.0, Keras=2.0), row((5, 6, 7, 8), jaxlstm=1.0, Keras=8.0, torch=1.5)]
+    lines = benchmark.table({"shapes": shapes}).splitlines()
+    assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
+    assert lines[2].startswith("| 1, 2, 3, 4 | 2.00 |  | 2.00 |")
+    assert lines[-1].startswith("| geometric mean | **4.00** | **1.50** |")
+
+
+def test_a_library_that_computes_something_else_stops_the_benchmark():
+    class Wrong:
+        def __init__(self, value):
+            self.value = value
+
+        def ask(self, results):
+            np.savez(results, ys=np.full(3, self.value))
+
+    with pytest.raises(
+        ValueError, match=r"benchmark: ys of other differs from jaxlstm's by 1.0e-02 at \(11, 3, 5, 7\)"
+    ):
+        benchmark.compare({"jaxlstm": Wrong(1.0), "other": Wrong(1.01)}, SHAPE)
+
+
+def test_the_command_measures_draws_and_tells(tmp_path, compiled):
+    names = ["--peers", "jaxlstm", "Flax linen", "--shapes", *map(str, SHAPE)]
+    small = ["--workdir", tmp_path / "b", "--rounds", 2, "--seconds", 0.01]
+    done = command("benchmark", *small, *names, environment=compiled)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "b" / "result.json").read_text())
+    (measured,) = result["shapes"]
+    assert measured["gradient"].keys() == measured["forward"].keys() == {"jaxlstm", "Flax linen"}
+    for times in measured["gradient"].values():
+        assert 0 < times["min"] <= times["median"] <= times["max"] < math.inf
+    assert benchmark.table(result) in done.stdout
+    assert (tmp_path / "b" / "benchmark.png").stat().st_size > 10_000
+
+
+def test_an_unknown_library_is_one_line(tmp_path, compiled):
+    done = command("benchmark", "--workdir", tmp_path / "b", "--peers", "jaxlstm", "Theano", environment=compiled)
+    assert done.returncode != 0 and "benchmark: peers must be of jaxlstm, " in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "b").exists()
