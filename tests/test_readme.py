@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments import benchmark
 from jaxlstm import LSTM, unroll
 
 from cells import draw, worst_error
@@ -103,6 +104,14 @@ def test_the_figures_are_those_of_the_committed_result():
     assert all(row["agrees"] for check in result["gradient_check"].values() for row in check.values())
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / picture).exists()
+
+
+def test_the_benchmarks_table_is_that_of_its_committed_result():
+    result = json.loads((ROOT / "experiments" / "results" / "benchmark" / "result.json").read_text(encoding="utf-8"))
+    assert benchmark.table(result) in README
+    assert len(result["shapes"]) == len(benchmark.SHAPES) and result["config"]["rounds"] >= 5
+    gradients = [benchmark.ratios(row, "gradient") for row in result["shapes"]]
+    assert all(found["fastest JAX library"] > 1 for found in gradients)  # as the README says below the table
 
 
 def test_the_figures_of_the_full_suite_are_those_it_left(request):
