@@ -42,14 +42,13 @@ log = logging.getLogger("benchmark")
 class Peer:
     """A process that times one library."""
 
-    def __init__(self, name: str, env: dict[str, str] | None = None):
+    def __init__(self, name: str):
         command = [sys.executable, "-m", "experiments.peers", name]
-        quiet = {"TF_CPP_MIN_LOG_LEVEL": "3"}
         self.name = name
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would fill up
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
-            env={**os.environ, **quiet, **(env or {})},
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
         )  # fmt: skip
         self.about = self._answer()
 

@@ -245,18 +245,18 @@ def onnxruntime(given: Arrays) -> Layer:
     return Layer(forward, None, lambda ys, _: {"ys": ys[:, 0]})
 
 
-PEERS: dict[str, tuple[Callable[[Arrays], Layer], tuple[str, ...]]] = {
-    "jaxlstm": (functools.partial(jaxlstm, gradient="bulk"), ("jax",)),
-    "jaxlstm, scan": (functools.partial(jaxlstm, gradient="scan"), ("jax",)),
-    "Flax linen": (functools.partial(linen, cell="OptimizedLSTMCell"), ("flax",)),
-    "Flax linen LSTMCell": (functools.partial(linen, cell="LSTMCell"), ("flax",)),
-    "Flax nnx": (functools.partial(nnx, cell="OptimizedLSTMCell"), ("flax",)),
-    "Flax nnx LSTMCell": (functools.partial(nnx, cell="LSTMCell"), ("flax",)),
-    "Equinox": (equinox, ("equinox",)),
-    "Haiku": (haiku, ("dm-haiku",)),
-    "Keras": (keras, ("keras",)),
-    "torch": (torch, ("torch",)),
-    "ONNX Runtime": (onnxruntime, ("onnxruntime", "onnx")),
+PEERS: dict[str, tuple[Callable[[Arrays], Layer], str]] = {
+    "jaxlstm": (functools.partial(jaxlstm, gradient="bulk"), "jax"),
+    "jaxlstm, scan": (functools.partial(jaxlstm, gradient="scan"), "jax"),
+    "Flax linen": (functools.partial(linen, cell="OptimizedLSTMCell"), "flax"),
+    "Flax linen LSTMCell": (functools.partial(linen, cell="LSTMCell"), "flax"),
+    "Flax nnx": (functools.partial(nnx, cell="OptimizedLSTMCell"), "flax"),
+    "Flax nnx LSTMCell": (functools.partial(nnx, cell="LSTMCell"), "flax"),
+    "Equinox": (equinox, "equinox"),
+    "Haiku": (haiku, "dm-haiku"),
+    "Keras": (keras, "keras"),
+    "torch": (torch, "torch"),
+    "ONNX Runtime": (onnxruntime, "onnxruntime"),
 }
 OF_JAX = tuple(name for name in PEERS if name not in ("jaxlstm", "jaxlstm, scan", "torch", "ONNX Runtime"))
 
@@ -272,10 +272,10 @@ def measure(run: Callable[[], Any], seconds: float) -> float:
 
 def main(name: str) -> None:
     """Answer questions: {"shape"}, then {"results"} or {"kind", "seconds"} about the layer of that shape."""
-    make, packages = PEERS[name]
+    make, package = PEERS[name]
     answer = lambda **what: print(json.dumps(what), flush=True)
     try:
-        version = importlib.metadata.version(packages[0])
+        version = importlib.metadata.version(package)
         make(problem((2, 1, 3, 4)))
     except ImportError as error:
         return answer(absent=str(error))

@@ -20,7 +20,7 @@ The rule is itself ordinary JAX: it can be differentiated again, mapped and shar
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     merged_axes: int = 0  # so many leading axes, time and batch, are one in the matmuls of a block
     project_first: bool = False  # z of all steps in one matmul, before the loop
     keep_gates: bool = False
-    returns_kept: Literal["", "carry", "gates"] = ""
+    returns_kept: bool = False
 
 
 BLOCK_BYTES = 2 << 20
@@ -122,7 +122,7 @@ def run(plan: Plan, params: PyTree, steps: Steps, carry: PyTree, reset_carry: Py
         carry, y = _hold(now, start, *cell.gates(params, start, z, a))
         if not plan.returns_kept:
             return carry, (y, None)
-        gates = _activations(cell, params, start, z, a) if plan.returns_kept == "gates" else None
+        gates = _activations(cell, params, start, z, a) if plan.keep_gates else None
         return carry, (y, Kept(start, gates))
 
     carry, (ys, kept) = lax.scan(step, carry, (steps, zs), reverse=plan.reverse)
@@ -143,8 +143,7 @@ def _derivative(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
     d_params, d_steps, d_carry, d_reset_carry = jax.tree.map(present, primals, tangents)
     recur = plan.cell.recur or _no_recur
     # Not `run`: a second derivative would differentiate a plain scan.
-    keep: Any = "gates" if plan.keep_gates else "carry"
-    last, ys, kept = run_in_bulk(plan._replace(returns_kept=keep), *primals)
+    last, ys, kept = run_in_bulk(plan._replace(returns_kept=True), *primals)
     ys, kept = jax.tree.map(lambda y: checkpoint_name(y, "y"), ys), Kept(*map(_named, kept))
 
     def block(d_carry: PyTree, inputs: tuple[Steps, Steps, Kept]) -> tuple[PyTree, Any]:
@@ -177,8 +176,9 @@ def _linearize(
 ) -> tuple[Partial, PyTree]:
     """Linearise all steps of a block: return (d_carry, d_a, forcing) -> (d_carry, d_y) of each, and its forcing."""
     cell, start = plan.cell, kept.carry
-    z, d_z = jvp(_at_once(cell.project, plan), (params, x), (d_params, d_x))
-    a, d_a = jvp(_at_once(cell.recur or _no_recur, plan), (params, start), (d_params, None))
+    project, recur = _at_once(plan)
+    z, d_z = jvp(project, (params, x), (d_params, d_x))
+    a, d_a = jvp(recur, (params, start), (d_params, None))
     d_z, d_a = _filled(z, d_z), _filled(a, d_a)
     from_params = _from_own_params(cell, params, d_params, start, z, a)
     if cell.gates_jvp is not None and from_params is None:
@@ -225,9 +225,9 @@ def _kept_tangent(
     """Return the tangent of what is kept, which second derivatives need."""
     if not plan.returns_kept:
         return None
-    if plan.returns_kept == "carry":
+    if not plan.keep_gates:
         return Kept(d_start, None)
-    project, recur = _at_once(plan.cell.project, plan), _at_once(plan.cell.recur or _no_recur, plan)
+    project, recur = _at_once(plan)
     gates = lambda params, x, start: _activations(plan.cell, params, start, project(params, x), recur(params, start))
     return Kept(d_start, jvp(gates, (params, x, start), (d_params, d_x, d_start))[1])
 
@@ -271,16 +271,17 @@ def scan_blocks(
     return carry, jax.tree.map(join, outs, last)
 
 
-def _at_once(function: Callable[[PyTree, PyTree], PyTree], plan: Plan) -> Callable[[PyTree, PyTree], PyTree]:
-    """Apply a function of (params, [..., features]) with time and batch as one axis: on a CPU a faster matmul."""
-    axes = plan.merged_axes
+def _at_once(plan: Plan) -> tuple[Callable[..., PyTree], Callable[..., PyTree]]:
+    """Return project and recur for all steps of a block, time and batch as one axis: on a CPU a faster matmul."""
+    axes, functions = plan.merged_axes, (plan.cell.project, plan.cell.recur or _no_recur)
 
-    def merged(params: PyTree, tree: PyTree) -> PyTree:
+    def merged(function: Callable[..., PyTree], params: PyTree, tree: PyTree) -> PyTree:
         lead = jax.tree.leaves(tree)[0].shape[:axes]
         flat = jax.tree.map(lambda v: v.reshape(-1, *v.shape[axes:]), tree)
         return jax.tree.map(lambda v: v.reshape(*lead, *v.shape[1:]), function(params, flat))
 
-    return merged if axes > 1 else function
+    project, recur = (functools.partial(merged, function) if axes > 1 else function for function in functions)
+    return project, recur
 
 
 # Masks and resets, of values and of tangents alike; None where a tangent is zero.

@@ -58,6 +58,12 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape)
 
 
+# A mask with holes; resets, one of them at a masked step.
+HOLES = normal(5, T, B) > -0.3
+RESET = np.zeros((T, B), bool)
+RESET[0, 0] = RESET[2, 0] = RESET[3] = RESET[6, 2] = True
+
+
 def draw(cell, seed=0, dtype=np.float64):
     """Draw params with no zeros among them, xs [T, B, I] and a carry [B, H]."""
     like = jax.eval_shape(lambda: cell.init(jax.random.key(0), I, H))

@@ -19,9 +19,8 @@ from jaxlstm import (
 )
 
 import oracles
-from cells import B, H, I, T, draw, normal, worst_error
+from cells import HOLES, B, H, I, T, draw, normal, worst_error
 
-HOLES = normal(5, T, B) > -0.3
 D_YS = normal(6, T, B, H)
 MASKS = {"all": None, "holes": HOLES, "lengths": np.arange(T)[:, None] < np.array([5, 0, 7])}
 

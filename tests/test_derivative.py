@@ -17,12 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlstm import LSTM, derivative, unroll, unroll_chunked
 
-from cells import CELLS, B, H, I, T, draw, normal, worst_error
+from cells import CELLS, HOLES, RESET, B, H, I, T, draw, normal, worst_error
 from sweeps import sweep
 
-RESET = np.zeros((T, B), bool)
-RESET[0, 0] = RESET[2, 0] = RESET[3] = RESET[6, 2] = True
-MASK = normal(5, T, B) > -0.3
 OPEN = dataclasses.replace(LSTM, gates_jvp=None, name="open LSTM")  # the general rule on the LSTM's equations
 ALL = {name: cell for name, (cell, _) in CELLS.items()} | {"open LSTM": OPEN}
 
@@ -64,12 +61,6 @@ def in_outer_scan(loss, params, xs, carry):
     return jax.grad(total)(params)
 
 
-def flat(loss, params, xs, carry):
-    """Return the loss as a function of one vector, and the vector."""
-    vector, unravel = jax.flatten_util.ravel_pytree((params, xs[:, :1], jax.tree.map(lambda c: c[:1], carry)))
-    return lambda v: loss(*unravel(v)), vector
-
-
 # Every one of (loss, params, xs, carry) -> a tree of numbers.
 TRANSFORMS = {
     "value": lambda f, *v: f(*v),
@@ -100,7 +91,7 @@ KEPT_TOO = ("grad", "jvp", "forward over reverse", "reverse over reverse", "vmap
 def test_every_transformation_gives_what_it_gives_of_the_scan(transform, monkeypatch):
     def result(cell, how, keep_bytes):
         monkeypatch.setattr(derivative, "KEEP_BYTES", keep_bytes)
-        of = functools.partial(TRANSFORMS[transform], make_loss(cell, how, mask=MASK, reset=RESET))
+        of = functools.partial(TRANSFORMS[transform], make_loss(cell, how, mask=HOLES, reset=RESET))
         return (of if transform == "eager grad" else jax.jit(of))(*draw(cell))
 
     for cell in (LSTM, ALL["leaky"]):  # with a closed form, and without
@@ -138,7 +129,7 @@ def test_random_configurations_are_equal(trial, monkeypatch, request):
     cell = ALL[name]
     params, xs, carry = draw(cell, seed=trial)
     options = {
-        "mask": choose([None, MASK]),
+        "mask": choose([None, HOLES]),
         "reset": choose([None, RESET]),
         "reverse": choose([False, True]),
         "block_size": choose([None, None, 2, 3, T]),
@@ -189,20 +180,10 @@ def test_a_closed_form_needs_the_activations_it_reads():
 # What is kept, and what is in the loops.
 
 
-def subjaxprs(jaxpr):
-    """Yield a jaxpr and all those inside it."""
-    yield jaxpr
-    for equation in jaxpr.eqns:
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from subjaxprs(inner)
-
-
 @pytest.mark.parametrize("cell", ALL.values(), ids=ALL)
 def test_no_residual_has_a_time_axis_and_a_weights_shape(cell, kept):
     params, xs, carry = draw(cell)
-    _, pullback = jax.vjp(lambda p, x: unroll(cell, p, x, carry, mask=MASK)[1], params, xs)
+    _, pullback = jax.vjp(lambda p, x: unroll(cell, p, x, carry, mask=HOLES)[1], params, xs)
     shapes = [leaf.shape for leaf in jax.tree.leaves(pullback)]
     weights = {leaf.shape for leaf in jax.tree.leaves(params)}
     assert any(shape[:2] == (T, B) for shape in shapes)

@@ -31,13 +31,10 @@ from jaxlstm import (
 )
 
 import oracles
-from cells import CELLS, LEAKY, B, H, I, T, draw, normal, worst_error
+from cells import CELLS, HOLES, LEAKY, RESET, B, H, I, T, draw, normal, worst_error
 
 LENGTHS = np.array([5, 0, 7])
 MASK = np.arange(T)[:, None] < LENGTHS
-HOLES = normal(5, T, B) > -0.3
-RESET = np.zeros((T, B), bool)
-RESET[0, 0] = RESET[2, 0] = RESET[3] = RESET[6, 2] = True
 assert not HOLES.all() and (RESET & ~HOLES).any()  # a reset at a masked step is among the cases
 
 # mask, reset, whether the reset carry is given: not, one for all steps, one per step; reverse
