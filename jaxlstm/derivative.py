@@ -31,6 +31,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool
 
 from jaxlstm.cell import Cell, PyTree, leaf_path
+from jaxlstm.cell import recur as default_recur
 
 
 class Steps(NamedTuple):
@@ -57,12 +58,13 @@ class Plan(NamedTuple):
     block_size: int
     merged_axes: int = 0  # so many leading axes, time and batch, are one in the matmuls of a block
     project_first: bool = False  # z of all steps in one matmul, before the loop
+    gate_size: int | None = None  # then z enters the loop in pieces of so many features
     keep_gates: bool = False
     returns_kept: bool = False
 
 
-BLOCK_BYTES = 2 << 20
-KEEP_BYTES = 8 << 20
+BLOCK_BYTES = 3 << 20
+SHORT_BYTES = 8 << 20
 KEEP_HIDDEN = 512
 
 
@@ -73,8 +75,9 @@ def make_plan(
 
     On a CPU, z of a block takes some `BLOCK_BYTES`, so that what is computed of it stays in cache; a sequence of twice
     that is one block. Elsewhere all steps are one block, and so they are where a mesh is in use: then the gradient of
-    the weights is summed over devices once. The gates are kept for the backward pass where they take no more than
-    `KEEP_BYTES`, or where the layer has `KEEP_HIDDEN` units: there computing them again would cost more than memory.
+    the weights is summed over devices once. Where z of all steps takes no more than `SHORT_BYTES`, it is had before
+    the loop and the gates are kept for the backward pass; with more, fresh memory costs as much as it saves, but for
+    layers of `KEEP_HIDDEN` units, whose gates cost more to compute again.
     """
     zs = jax.tree.leaves(jax.eval_shape(cell.project, params, steps.x))
     num_steps, num_bytes = zs[0].shape[0], sum(z.size * z.dtype.itemsize for z in zs)
@@ -85,13 +88,15 @@ def make_plan(
         if in_blocks and num_bytes > 2 * BLOCK_BYTES:
             block_size = size_without_remainder(num_steps, max(4, BLOCK_BYTES * num_steps // num_bytes))
     hidden_size = max((leaf.shape[-1] for leaf in jax.tree.leaves(carry) if leaf.ndim), default=0)
+    is_short = num_bytes <= SHORT_BYTES
     return Plan(
         cell=cell,
         reverse=reverse,
         block_size=block_size,
         merged_axes=zs[0].ndim - 1 if in_blocks else 0,
-        project_first=not on_cpu,
-        keep_gates=cell.gates_jvp is not None and (num_bytes <= KEEP_BYTES or hidden_size >= KEEP_HIDDEN),
+        project_first=not on_cpu or (in_blocks and is_short),
+        gate_size=hidden_size if in_blocks and is_short else None,
+        keep_gates=cell.gates_jvp is not None and (is_short or hidden_size >= KEEP_HIDDEN),
     )
 
 
@@ -112,12 +117,12 @@ def _is_sharded() -> bool:
 def run(plan: Plan, params: PyTree, steps: Steps, carry: PyTree, reset_carry: PyTree) -> tuple[PyTree, PyTree, Any]:
     """Run a recurrence; return the last carry, the outputs, and what `plan` says is to be kept."""
     cell, recur = plan.cell, plan.cell.recur or _no_recur
-    zs = cell.project(params, steps.x) if plan.project_first else None
+    zs = _pieces(plan, cell.project(params, steps.x)) if plan.project_first else None
 
     def step(carry: PyTree, inputs: tuple[Steps, Any]) -> tuple[PyTree, Any]:
         now, z = inputs
         start = _start(now, carry, reset_carry)
-        z = cell.project(params, now.x) if z is None else z
+        z = cell.project(params, now.x) if z is None else _joined(z)
         a = recur(params, start)
         carry, y = _hold(now, start, *cell.gates(params, start, z, a))
         if not plan.returns_kept:
@@ -127,6 +132,21 @@ def run(plan: Plan, params: PyTree, steps: Steps, carry: PyTree, reset_carry: Py
 
     carry, (ys, kept) = lax.scan(step, carry, (steps, zs), reverse=plan.reverse)
     return carry, ys, kept
+
+
+class _Pieces(NamedTuple):
+    of: list[Array]
+
+
+def _pieces(plan: Plan, zs: PyTree) -> PyTree:
+    """Cut z gate by gate: XLA's CPU compiler does not vectorise what takes several gates from one slice in time."""
+    size = plan.gate_size
+    cut = lambda z: jnp.split(z, z.shape[-1] // size, axis=-1) if size and z.shape[-1] % size == 0 else [z]
+    return jax.tree.map(lambda z: _Pieces(cut(z)), zs)
+
+
+def _joined(z: PyTree) -> PyTree:
+    return jax.tree.map(lambda p: jnp.concatenate(p.of, axis=-1), z, is_leaf=lambda p: isinstance(p, _Pieces))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -141,7 +161,7 @@ def run_in_bulk(
 def _derivative(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
     params, steps, carry, _ = primals
     d_params, d_steps, d_carry, d_reset_carry = jax.tree.map(present, primals, tangents)
-    recur = plan.cell.recur or _no_recur
+    push_a = _recur_tangent(plan.cell, params)
     # Not `run`: a second derivative would differentiate a plain scan.
     last, ys, kept = run_in_bulk(plan._replace(returns_kept=True), *primals)
     ys, kept = jax.tree.map(lambda y: checkpoint_name(y, "y"), ys), Kept(*map(_named, kept))
@@ -153,8 +173,7 @@ def _derivative(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
         def step(d_carry: PyTree, inputs: Any) -> tuple[PyTree, Any]:
             now, start, advance, forcing = inputs
             d_start = _start(now, d_carry, d_reset_carry)
-            _, d_a = jvp(recur, (params, start), (None, d_start))
-            d_carry, d_y = _hold(now, d_start, *advance(d_start, d_a, forcing))
+            d_carry, d_y = _hold(now, d_start, *advance(d_start, push_a(start, d_start), forcing))
             return d_carry, (d_y, d_start if plan.returns_kept else None)
 
         each = (now._replace(x=None, reset_carry=d_now.reset_carry), kept.carry, advance, forcing)
@@ -164,7 +183,7 @@ def _derivative(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
     # The backward pass finds `steps` and `kept`, and makes the rest of a block again. Blocks in a loop need no barrier
     # against being merged with the forward pass.
-    block = jax.checkpoint(block, prevent_cse=plan.project_first)
+    block = jax.checkpoint(block, prevent_cse=plan.project_first and not plan.keep_gates)
     blocks = (steps, d_steps, kept)
     d_last, (d_ys, d_kept) = scan_blocks(block, _filled(carry, d_carry), blocks, plan.block_size, plan.reverse)
     out = (last, ys, kept if plan.returns_kept else None)
@@ -187,6 +206,16 @@ def _linearize(
     push = functools.partial(_gates_tangent, cell, params)
     forcing = _add(jax.vmap(push)((start, z, a), (_filled(start, None), d_z, d_a)), from_params)
     return Partial(functools.partial(_advance_open, push), (start, z, a)), forcing
+
+
+def _recur_tangent(cell: Cell[Any, Any], params: PyTree) -> Callable[[PyTree, PyTree], PyTree]:
+    """Return (carry, d_carry) -> d_a, how `recur` changes with its carry."""
+    if cell.recur is not default_recur:
+        return lambda carry, d_carry: jvp(cell.recur or _no_recur, (params, carry), (None, d_carry))[1]
+    # d_h W_hh with W_hh transposed before the loop: then the backward pass, d_a W_hh^T, reads it row by row.
+    w_t = params.w_hh.T
+    last = lambda d_h: (((d_h.ndim - 1,), (1,)), ((), ()))
+    return lambda _, d: lax.dot_general(d.h, w_t, last(d.h), preferred_element_type=params.b.dtype)
 
 
 def _advance_closed(linear: Partial, d_carry: PyTree, d_a: PyTree, forcing: PyTree) -> tuple[PyTree, PyTree]:

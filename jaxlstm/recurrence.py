@@ -52,7 +52,7 @@ def unroll(
         after step 0, and resets mark the *last* step of a segment.
       gradient: "bulk": the derivative rule of `jaxlstm.derivative`, which is faster and keeps less. "scan": JAX
         differentiates the scan, which is plain backpropagation through time. The gradients are equal, to rounding.
-      block_size: steps of which "bulk" has the derivative at once; default some 2 MB of pre-activations on a CPU, all
+      block_size: steps of which "bulk" has the derivative at once; default some 3 MB of pre-activations on a CPU, all
         steps elsewhere. Where the batch is sharded over CPU devices, pass the number of steps.
       compute_dtype: "bfloat16" or "float16": x, h and weights are rounded to it for the matmuls. Their sums, biases,
         gates, carry, outputs and gradients keep the dtype of the parameters.

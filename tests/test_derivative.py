@@ -26,7 +26,7 @@ ALL = {name: cell for name, (cell, _) in CELLS.items()} | {"open LSTM": OPEN}
 
 @pytest.fixture(params=[0, 1 << 30], ids=["gates again", "gates kept"])
 def kept(request, monkeypatch):
-    monkeypatch.setattr(derivative, "KEEP_BYTES", request.param)
+    monkeypatch.setattr(derivative, "SHORT_BYTES", request.param)
 
 
 def make_loss(cell, gradient, weight=None, **options):
@@ -89,15 +89,15 @@ KEPT_TOO = ("grad", "jvp", "forward over reverse", "reverse over reverse", "vmap
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_every_transformation_gives_what_it_gives_of_the_scan(transform, monkeypatch):
-    def result(cell, how, keep_bytes):
-        monkeypatch.setattr(derivative, "KEEP_BYTES", keep_bytes)
+    def result(cell, how, short_bytes):
+        monkeypatch.setattr(derivative, "SHORT_BYTES", short_bytes)
         of = functools.partial(TRANSFORMS[transform], make_loss(cell, how, mask=HOLES, reset=RESET))
         return (of if transform == "eager grad" else jax.jit(of))(*draw(cell))
 
     for cell in (LSTM, ALL["leaky"]):  # with a closed form, and without
         scan = result(cell, "scan", 0)
-        for keep_bytes in (0, 1 << 30) if transform in KEPT_TOO and cell is LSTM else (0,):
-            assert worst_error(result(cell, "bulk", keep_bytes), scan) < 1e-12, (cell, keep_bytes)
+        for short_bytes in (0, 1 << 30) if transform in KEPT_TOO and cell is LSTM else (0,):
+            assert worst_error(result(cell, "bulk", short_bytes), scan) < 1e-12, (cell, short_bytes)
 
 
 @pytest.mark.parametrize("by", [jax.hessian, jax.jacfwd, jax.jacrev], ids=["hessian", "jacfwd", "jacrev"])
@@ -124,7 +124,7 @@ def test_random_configurations_are_equal(trial, monkeypatch, request):
     rng = np.random.default_rng([trial, request.config.getoption("--seed")])
     choose = lambda options: options[rng.integers(len(options))]
     name, transform = choose(list(ALL)), choose(list(TRANSFORMS))
-    monkeypatch.setattr(derivative, "KEEP_BYTES", choose([0, 1 << 30]))
+    monkeypatch.setattr(derivative, "SHORT_BYTES", choose([0, 1 << 30]))
     monkeypatch.setattr(derivative, "BLOCK_BYTES", choose([1, 1 << 30]))
     cell = ALL[name]
     params, xs, carry = draw(cell, seed=trial)
@@ -194,7 +194,7 @@ def test_no_residual_has_a_time_axis_and_a_weights_shape(cell, kept):
 
 
 def test_blocks_keep_the_input_and_the_carry_alone(monkeypatch):
-    monkeypatch.setattr(derivative, "KEEP_BYTES", 0)
+    monkeypatch.setattr(derivative, "SHORT_BYTES", 0)
     params, xs, carry = draw(LSTM)
     _, pullback = jax.vjp(lambda p, x: unroll(LSTM, p, x, carry)[1], params, xs)
     in_time = [leaf.shape for leaf in jax.tree.leaves(pullback) if leaf.ndim and T in leaf.shape[:1]]
@@ -204,7 +204,7 @@ def test_blocks_keep_the_input_and_the_carry_alone(monkeypatch):
 @pytest.mark.parametrize("keep, names", [(0, "hc"), (1 << 30, "hcifgo")], ids=["gates again", "gates kept"])
 def test_a_users_own_policy_may_save_what_is_kept_by_name(keep, names, monkeypatch):
     """Under `jax.checkpoint` the forward loop is run again, unless the policy saves what the backward pass reads."""
-    monkeypatch.setattr(derivative, "KEEP_BYTES", keep)
+    monkeypatch.setattr(derivative, "SHORT_BYTES", keep)
     params, xs, carry = draw(LSTM)
 
     def loops(of_ys, *names):

@@ -21,6 +21,7 @@ from jaxlstm import (
     Cell,
     LSTMState,
     RNNParams,
+    derivative,
     init_chrono,
     init_train_state,
     length_mask,
@@ -345,14 +346,16 @@ def test_the_program_does_not_grow_with_the_number_of_steps():
     assert len(sizes) == 1
 
 
-def test_all_the_work_is_inside_the_one_loop():
+@pytest.mark.parametrize("short_bytes, in_loop", [(0, 2), (1 << 30, 1)], ids=["long", "short"])
+def test_one_loop_with_the_projection_inside_unless_the_sequence_is_short(short_bytes, in_loop, monkeypatch):
+    monkeypatch.setattr(derivative, "SHORT_BYTES", short_bytes)
     params, xs, carry = draw(LSTM)
     jaxpr = jax.make_jaxpr(lambda *v: unroll(LSTM, *v, gradient="scan"))(params, xs, carry)
-    closed = jax.jit(lambda *v: unroll(LSTM, *v)).lower(params, xs, carry).compile().as_text()
+    compiled = jax.jit(lambda *v: unroll(LSTM, *v)).lower(params, xs, carry).compile().as_text()
     (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
-    assert sum(eqn.primitive.name == "dot_general" for eqn in scan.params["jaxpr"].jaxpr.eqns) == 2
-    entry = closed[closed.index("ENTRY") :]  # what types the carry is compiled away
-    assert " dot(" not in entry and "kind=kCustom" not in entry and entry.count(" while(") == 1
+    assert sum(eqn.primitive.name == "dot_general" for eqn in scan.params["jaxpr"].jaxpr.eqns) == in_loop
+    entry = compiled[compiled.index("ENTRY") :]  # what types the carry is compiled away
+    assert entry.count(" while(") == 1 and (" dot(" in entry or "kind=kCustom" in entry) == (in_loop == 1)
 
 
 # Meshes: two devices, the batch sharded, with a zero carry that knows nothing of the mesh.
