@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments import plots, runs
+from experiments import devices, plots, runs
 from experiments.peers import OF_JAX, PEERS, Shape
 
 SHAPES: tuple[Shape, ...] = (
@@ -186,7 +186,12 @@ def main(
         raise SystemExit(f"benchmark: peers must be of {', '.join(PEERS)}; got {', '.join(unknown)}.")
     config = {"rounds": rounds, "seconds": seconds, "shapes": shapes, "peers": peers}
     folder = runs.open_folder("benchmark", workdir, config)
-    result: dict[str, Any] = {"config": config, "device": runs.devices(), "versions": runs.versions(), "shapes": []}
+    result: dict[str, Any] = {
+        "config": config,
+        "device": devices.found(),
+        "versions": runs.versions(),
+        "shapes": [],
+    }
     with processes(peers) as started:
         result["versions"] |= {name: peer.about["version"] for name, peer in started.items()}
         for shape in shapes:

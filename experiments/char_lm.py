@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from experiments import plots, runs, text, trainer
+from experiments import devices, plots, runs, text, trainer
 from jaxlstm import (
     LSTM,
     LSTMParams,
@@ -227,6 +227,8 @@ def main(
     workdir: str | None = None,
     resume: bool = False,
     tensorboard: bool = False,
+    mesh: str = "",
+    cluster: str = "",
 ) -> dict[str, Any]:
     """Train a character language model and hold it against n-grams and xz.
 
@@ -250,14 +252,17 @@ def main(
       workdir: a new folder for the run; default runs/char_lm/ and the time.
       resume: go on with the run in --workdir, with the flags that it has.
       tensorboard: write event files as well.
+      mesh: `data=2` spreads the batch over two devices.
+      cluster: of several processes, which this one is: `auto` under Slurm and its like, or `HOST:PORT,K/N`.
     """
     config = dict(locals())
     check_flags(config)
+    on = devices.start("char_lm", mesh, cluster, batch_size=batch_size)
     data = load(corpus, batch_size * seq_len)
     config |= {"symbols": data.symbols, "sha256": data.sha256}
     folder = runs.open_folder("char_lm", workdir, config, resume=resume)
     tokens = text.encode(data.text, data.symbols)
-    log.info("device: %s", runs.devices())
+    log.info("device: %s", devices.found())
     log.info(
         "corpus: %s, %s characters (sha256 %s), %d symbols; held out: the last %s characters",
         data.name, f"{len(tokens):,}", data.sha256[:12], len(data.symbols), f"{len(data.held_out):,}",
@@ -268,16 +273,18 @@ def main(
     model = init_model(model_key, len(data.symbols), hidden_size, num_layers)
     log.info("model:\n%s", summary(model))
     optimizer = make_optimizer(learning_rate, steps, clip)
-    state = init_train_state(model, optimizer, train_key, carry=initial_carries(model, batch_size))
+    whole = init_train_state(model, optimizer, train_key, carry=initial_carries(model, batch_size))
+    state = devices.place(whole, on)._replace(carry=devices.place(whole.carry, on, batch_axis=0))
     train_step = make_train_step(functools.partial(loss_fn, dropout=dropout), optimizer)
     batches = functools.partial(text.batches, tokens[: len(data.train)], batch_size=batch_size, seq_len=seq_len)
     held_out = text.streams(tokens, len(data.train), STREAMS, WARM_UP)
 
-    check = {"at the first batch": check_gradients("at the first batch", state, batches(range(1))[0], dropout)}
+    check = {"at the first batch": check_gradients("at the first batch", whole, batches(range(1))[0], dropout)}
     baselines = text.baselines(data)
     log.info("bits per held-out character: %s", ", ".join(f"{name} {bits:.3f}" for name, bits in baselines.items()))
 
     def examine(state: TrainState, metrics: trainer.Metrics, steps_per_second: float) -> runs.Row:
+        state = devices.gather(state, on)
         first = jnp.asarray(text.encode(text.first_symbol(data.symbols), data.symbols)[0])
         written = sample(state.params, first, jax.random.fold_in(sample_key, state.step), temperature, 80)
         row = {
@@ -294,14 +301,18 @@ def main(
         return row
 
     state = trainer.train(
-        "char_lm", folder, train_step, runs.restore(folder, state), batches, examine,
+        "char_lm", folder, train_step, runs.restore(folder, state),
+        lambda steps: devices.place(batches(steps), on, batch_axis=2), examine, mesh=on,
         score="held_out_bits", steps=steps, block=block, save_every=save_every, keep=keep, tensorboard=tensorboard,
         evaluate_every=max(block, steps // EVALUATIONS // block * block),
     )  # fmt: skip
+    state = devices.gather(state, on)
 
     last_batch = batches(range(steps, steps + 1))[0]
     check["at the trained weights"] = check_gradients("at the trained weights", state, last_batch, dropout)
     bits = float(evaluate(state.params, *held_out))
+    if not devices.is_first():
+        return {}
     metrics = runs.read_metrics(folder)
     result = {
         "held_out_bits": bits,

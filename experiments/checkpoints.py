@@ -25,7 +25,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+
+from experiments import devices
 
 PyTree = Any
 SUMS = "SHA256SUMS"
@@ -68,9 +71,9 @@ def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | No
     try:
         leaves = _leaves(state)
         # Orbax refuses arrays without elements; their shape says all.
-        arrays = {name: _data(leaf) for name, leaf in leaves.items() if leaf.size}
+        arrays = {name: np.asarray(_data(leaf)) for name, leaf in leaves.items() if leaf.size}
         _try_room(beside, sum(array.nbytes + 4096 for array in arrays.values()) + 32 * 4096)
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
             checkpointer.save(beside.absolute() / "arrays", arrays)
         about = {"step": step, "score": score, "leaves": {name: _describe(leaf) for name, leaf in leaves.items()}}
         (beside / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -144,17 +147,25 @@ def restore(checkpoint: Checkpoint, like: PyTree, *, partial: bool = False) -> P
     ]:
         raise Mismatch("\n".join([f"{checkpoint.path} does not hold the state that is asked for:", *lines]))
 
-    targets = {name: _target(leaf) for name, leaf in wanted.items() if leaf.size}
-    restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    targets = {name: _data(leaf) for name, leaf in wanted.items() if leaf.size}
+    restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in targets}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
         arrays = checkpointer.restore(
             checkpoint.path.absolute() / "arrays",
             args=ocp.args.PyTreeRestore(targets, restore_args=restore_args, partial_restore=partial),
         )
     restored = [
-        _undata(arrays[name], leaf) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items()
+        _placed(arrays[name], leaf) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), restored)
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Tell Orbax not to wait for other processes."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=str(own)
+    )
 
 
 # Leaves, under their paths; a typed key is its data and the name of its implementation.
@@ -184,14 +195,11 @@ def _data(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def _undata(data: Any, like: Any) -> Any:
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like)) if _is_key(like) else data
-
-
-def _target(leaf: Any) -> jax.ShapeDtypeStruct:
-    data = _data(leaf)
-    sharding = getattr(data, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
+def _placed(data: np.ndarray, like: Any) -> Any:
+    """Put what was read where the leaf is that it is for."""
+    value = jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(like)) if _is_key(like) else data
+    sharding = getattr(_data(like), "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return devices.put(value, sharding)
 
 
 # Folders and their files.

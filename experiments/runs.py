@@ -22,12 +22,21 @@ from typing import Any, TextIO
 import jax
 import tyro
 
-from experiments import checkpoints
+from experiments import checkpoints, devices
 
 Row = dict[str, Any]
 PyTree = Any
 # Flags that say how a run is kept and shown, not what is computed: a resumed run may change them.
-FREE = {"workdir", "resume", "save_every", "keep", "tensorboard", "corpus"}  # a corpus is compared by its hash
+FREE = {
+    "workdir",
+    "resume",
+    "save_every",
+    "keep",
+    "tensorboard",
+    "mesh",
+    "cluster",
+    "corpus",
+}  # a corpus is compared by its hash
 
 log = logging.getLogger("runs")
 
@@ -67,7 +76,7 @@ def _flags_of_the_run(main: Callable[..., Any]) -> Row:
     given, _ = parser.parse_known_args()
     if not (given.resume and given.workdir and (given.workdir / "config.json").exists()):
         return {}
-    flags = inspect.signature(main).parameters.keys() - {"workdir", "resume"}
+    flags = inspect.signature(main).parameters.keys() - {"workdir", "resume", "cluster"}
     return {name: value for name, value in read_config(given.workdir).items() if name in flags}
 
 
@@ -115,13 +124,22 @@ def open_folder(experiment: str, workdir: str | None, config: Row, *, resume: bo
       SystemExit: in one line, if a new run would be written into another, or an old one asked for with other flags.
     """
     folder = Path(workdir or Path("runs", experiment, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"))
-    config = json.loads(json.dumps({**config, "versions": versions(), "devices": devices()}))
+    if jax.process_count() > 1 and workdir is None:
+        sys.exit(f"{experiment}: --cluster needs --workdir, a folder that all processes see.")
+    if devices.is_first():
+        _prepare(experiment, folder, workdir, config, resume)
+    devices.wait("the folder is there")
+    return folder
+
+
+def _prepare(experiment: str, folder: Path, workdir: str | None, config: Row, resume: bool) -> None:
+    config = json.loads(json.dumps({**config, "versions": versions(), "devices": devices.found()}))
     if resume:
         if workdir is None or not (folder / "config.json").exists():
             sys.exit(f"{experiment}: --resume goes on with the run in --workdir; {workdir} has no config.json of one.")
         _compare(experiment, folder, read_config(folder), config)
         (folder / "checkpoints").mkdir(exist_ok=True)
-        return folder
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         foreign = [path.name for path in folder.iterdir() if path.suffix != ".part" and path.name != "checkpoints"]
@@ -142,7 +160,6 @@ def open_folder(experiment: str, workdir: str | None, config: Row, *, resume: bo
             f"{experiment}: --workdir {folder} is not empty (it has {min(foreign)}); "
             "name a new folder, so that no run is lost, or go on with the run in it by --resume."
         )
-    return folder
 
 
 def _compare(experiment: str, folder: Path, before: Row, now: Row) -> None:
@@ -182,12 +199,6 @@ def versions() -> dict[str, str]:
     return {"python": python_version(), **{name: version(name) for name in ("jaxlstm", "jax", "jaxlib", "optax")}}
 
 
-def devices() -> str:
-    """Say what JAX runs on."""
-    found = jax.devices()
-    return f"{len(found)} x {found[0].platform} ({found[0].device_kind})"
-
-
 # Metrics and checkpoints.
 
 
@@ -201,6 +212,9 @@ def metrics_writer(folder: Path, *, after: int, tensorboard: bool) -> Iterator[C
     Raises:
       SystemExit: another process is writing there.
     """
+    if not devices.is_first():
+        yield lambda rows: None
+        return
     path = folder / "metrics.jsonl"
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("ab", buffering=0))

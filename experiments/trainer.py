@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from experiments import checkpoints, runs
+from experiments import checkpoints, devices, runs
 from jaxlstm import TrainState, TrainStep, fit
 
 log = logging.getLogger("trainer")
@@ -41,6 +42,7 @@ def train(
     save_every: int,
     keep: int,
     tensorboard: bool = False,
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """Train from `state.step` to `steps`.
 
@@ -54,19 +56,21 @@ def train(
       score: the name in that row by which checkpoints are compared, lower being better.
       block: steps in one call of `fit`: only between two is anything examined, saved or stopped.
       save_every: steps between two checkpoints; there is one at each evaluation as well.
+      mesh: that on which state and batches are; the state stays where it is.
 
     Raises:
       SystemExit: the run was asked to stop (128 + the signal, as a shell says it), its numbers are no longer finite, or
         the disk took no more. The newest checkpoint is named.
     """
-    train_block = jax.jit(functools.partial(fit, train_step), donate_argnums=0)
+    train_block = jax.jit(functools.partial(fit, train_step), donate_argnums=0, out_shardings=_shardings(state, mesh))
     done = first = int(state.step)
+    quiet = None if devices.is_first() else True  # None: if there is no terminal
     seconds = 0.0
     try:
         with (
             runs.metrics_writer(folder, after=first, tensorboard=tensorboard) as write,
             runs.stop_signals() as stop,
-            tqdm(total=steps, initial=first, unit="step", disable=None, dynamic_ncols=True) as bar,
+            tqdm(total=steps, initial=first, unit="step", disable=quiet, dynamic_ncols=True) as bar,
             logging_redirect_tqdm(),
         ):
             for start in range(first, steps, block):
@@ -75,7 +79,7 @@ def train(
                 read, since = batches(now), time.perf_counter()
                 state, metrics = jax.block_until_ready(train_block(state, read))
                 seconds += time.perf_counter() - since
-                stopping = stop[:1]  # looked at once: a signal from here on is for the next block
+                stopping = devices.agree(max(stop, default=0))  # a signal from here on is for the next block
                 metrics = jax.device_get(metrics)
                 bar.update(len(now))
                 bar.set_postfix_str(f"loss {metrics['loss'].mean():.3f}")
@@ -86,15 +90,25 @@ def train(
                     row = {"step": done, **examine(state, metrics, (done - first) / seconds)}
                     write([row])
                 if row or stopping or done // save_every > start // save_every:
-                    checkpoints.save(folder / "checkpoints", state, step=done, keep=keep, score=row.get(score))
+                    whole = devices.gather(state, mesh)
+                    if devices.is_first():
+                        checkpoints.save(folder / "checkpoints", whole, step=done, keep=keep, score=row.get(score))
                 if stopping:
                     break
-            if stop:  # in the last block too: what follows the training waits for --resume
+            # In the last block too: what follows the training waits for --resume.
+            if stopping := devices.agree(max(stop, default=0)):
                 log.info("stopped after step %d; %s", done, runs.go_on(experiment, folder))
-                sys.exit(128 + stop[0])
+                sys.exit(128 + stopping)
     except OSError as error:
         sys.exit(f"{experiment}: at step {done}: {error}; {runs.go_on(experiment, folder)}")
     return state
+
+
+def _shardings(state: TrainState, mesh: Mesh | None) -> Any:
+    """Return where the state stays, and its metrics are, so that a block is compiled once."""
+    if mesh is None:
+        return None
+    return jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, PartitionSpec())
 
 
 def _check_finite(experiment: str, folder: Path, state: TrainState, metrics: Metrics, done: int) -> None:

@@ -69,13 +69,18 @@ def outcome(folder):
 
 
 def bits_of(checkpoint):
-    """Return the bits of a checkpoint, whatever state it holds."""
+    """Return the bits of a checkpoint."""
+    return bits(state_of(checkpoint))
+
+
+def state_of(checkpoint):
+    """Return what a checkpoint holds, whatever state that is."""
     like = {}
     for name, described in checkpoint.leaves.items():
         dtype, _, shape = described.partition("[")
         is_key = dtype.startswith("key")
         like[name] = jax.random.key(0) if is_key else jax.ShapeDtypeStruct(json.loads("[" + shape), dtype)
-    return bits(checkpoints.restore(checkpoint, like))
+    return checkpoints.restore(checkpoint, like)
 
 
 def bits(tree):

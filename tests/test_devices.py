@@ -1,0 +1,147 @@
+"""The batch over two devices: of one process, and of two processes that meet over gloo."""
+
+import functools
+import itertools
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from experiments import char_lm, checkpoints, devices, runs
+from jaxlstm import fit, init_train_state, make_train_step
+
+from jobs import bits, command, outcome, start, state_of, write_corpus
+
+SYMBOLS, HIDDEN, BATCH, STEPS = 30, 16, 8, 100
+
+
+@pytest.fixture
+def mesh():
+    return jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
+
+
+def train(mesh):
+    """Train in float32 for a hundred steps; return the state, the losses and the number of traces."""
+    traces = []
+
+    def loss_fn(*args):
+        traces.append(1)
+        return char_lm.loss_fn(*args, dropout=0.1)
+
+    optimizer = char_lm.make_optimizer(6e-3, STEPS, 1.0)
+    model = char_lm.init_model(jax.random.key(0), SYMBOLS, HIDDEN, 2)
+    state = init_train_state(model, optimizer, jax.random.key(1), carry=char_lm.initial_carries(model, BATCH))
+    state = devices.place(state, mesh)._replace(carry=devices.place(state.carry, mesh, batch_axis=0))
+    text = np.random.default_rng(0).integers(3, size=(STEPS, 1, BATCH)) * 10 + np.arange(13)[:, None] % 10
+    batches = devices.place(text.astype(np.int32), mesh, batch_axis=2)
+    state, metrics = jax.jit(functools.partial(fit, make_train_step(loss_fn, optimizer)))(state, batches)
+    return state, np.asarray(metrics["loss"]), len(traces)
+
+
+def distance(tree, other):
+    flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
+    return np.linalg.norm(flat(tree) - flat(other)) / np.linalg.norm(flat(other))
+
+
+@pytest.mark.documented  # in float32 throughout
+def test_a_hundred_steps_on_two_devices_are_those_on_one(mesh):
+    with jax.set_mesh(mesh):
+        state, losses, traces = train(mesh)
+    assert all(len(leaf.sharding.device_set) == 2 for leaf in jax.tree.leaves(state))
+    assert all(leaf.sharding.spec == P("data") for leaf in jax.tree.leaves(state.carry))
+    assert traces == 1
+    want, want_losses, _ = train(None)
+    assert want_losses[-1] < 0.9 * want_losses[0]  # it has learned something
+    assert distance(state.params, want.params) <= 1e-6
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
+
+
+def test_what_is_placed_is_gathered_to_the_bit(mesh):
+    tree = {"x": np.arange(12, dtype=np.float32).reshape(4, 3), "key": jax.random.key(3), "step": np.int32(7)}
+    cut = {"x": np.arange(24).reshape(2, 4, 3)}
+    assert bits(devices.gather(devices.place(tree, mesh), mesh)) == bits(tree)
+    placed = devices.place(cut, mesh, batch_axis=1)
+    assert [shard.data.shape for shard in placed["x"].addressable_shards] == [(2, 2, 3)] * 2
+    assert bits(devices.gather(placed, mesh)) == bits(cut)
+
+
+@pytest.mark.parametrize(
+    "mesh, cluster, said",
+    [
+        ("two", "", "--mesh must be data=N, N the number of devices, got two"),
+        ("model=2", "", "--mesh must be data=N, N the number of devices, got model=2"),
+        ("data=3", "", "--batch-size must be a multiple of the 3 devices of --mesh, got 8"),
+        ("data=4", "", "--mesh data=4 needs 4 devices; JAX finds 2 x cpu"),
+        ("", "auto", "--cluster auto needs --mesh data=N"),
+        ("data=2", "here", "--cluster must be auto or HOST:PORT,K/N"),
+        ("data=2", "localhost:1,2/2", "--cluster must be auto or HOST:PORT,K/N, process K = 0 ... N-1 of N"),
+        ("data=2", "localhost:1,0/3", "2 devices cannot be spread evenly over 3 processes"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line(mesh, cluster, said):
+    with pytest.raises(SystemExit) as refused:
+        devices.start("char_lm", mesh, cluster, batch_size=8)
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith("char_lm: ") and said in line
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, compiled):
+    """The job, small, on two devices, as a function of its run folder and further flags."""
+    folder = tmp_path_factory.mktemp("devices")
+    flags = ["--corpus", write_corpus(folder / "corpus.txt"), "--mesh", "data=2", "--num-layers=1", "--hidden-size=8",
+             "--batch-size=4", "--seq-len=6", "--steps=100", "--block=2"]  # fmt: skip
+
+    def run(name, *more, begin=command, **options):
+        new = [] if "--resume" in more else flags
+        return begin("char_lm", "--workdir", folder / name, *new, *more, **options)
+
+    run.folder = folder
+    run.command = functools.partial(run, environment=compiled)
+    assert run.command("whole").returncode == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(run):
+    """The folder of a run of two processes, of which the second was told to stop."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    both = [run("cut", "--cluster", f"{address},{k}/2", begin=start, **streams) for k in range(2)]
+    metrics = run.folder / "cut" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 4:
+        assert all(process.poll() is None for process in both), [process.communicate()[0] for process in both]
+        time.sleep(0.05)
+    both[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, said
+    assert "stopped after step" in said[0] and "stopped after step" not in said[1]  # the first alone speaks
+    return run.folder / "cut"
+
+
+def test_two_processes_are_bit_for_bit_one_with_two_devices(run, stopped):
+    shutil.copytree(stopped, run.folder / "again")
+    assert run.command("again", "--resume").returncode == 0
+    assert outcome(run.folder / "again") == outcome(run.folder / "whole")
+
+
+@pytest.mark.slow
+def test_what_two_devices_began_one_can_end(run, stopped):
+    shutil.copytree(stopped, run.folder / "on one")
+    done = run.command("on one", "--resume", "--mesh", "data=1")
+    assert done.returncode == 0 and "devices were 2 x cpu (cpu), are 1 x cpu (cpu)" in done.stdout
+    whole, on_one = (
+        {path: leaf for path, leaf in state_of(checkpoint).items() if path.startswith("params")}
+        for name in ("whole", "on one")
+        for checkpoint in itertools.islice(checkpoints.intact(run.folder / name / "checkpoints"), 1)
+    )
+    assert distance(on_one, whole) <= 1e-5
+    assert runs.read_metrics(run.folder / "on one")[-1]["step"] == 100
