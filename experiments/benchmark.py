@@ -34,16 +34,23 @@ SHAPES: tuple[Shape, ...] = (
     (64, 128, 64, 1024),
 )
 KINDS = ("forward", "gradient")
+# What costs are measured at.
+MEMORY_OF: dict[str, Any] = {"batch": 16, "input_size": 256, "hidden": 256, "lengths": [1000, 2000]}
+COMPILED: dict[str, Any] = {"batch": 16, "input_size": 64, "hidden": 64, "lengths": [10, 10_000]}
+DOUBLED: Shape = (10_000, 1, 8, 8)
+TRAINED: Shape = (100, 64, 128, 256)
+STREAMED: dict[str, Any] = {"input_size": 64, "hidden": 64, "calls": 2000}
+SPREAD: tuple[Shape, ...] = ((100, 32, 64, 64), (100, 64, 128, 256))
 TOLERANCE = 1e-4  # relative, float32, over a thousand steps
 
 log = logging.getLogger("benchmark")
 
 
 class Peer:
-    """A process that times one library."""
+    """A process that times one library, or that says what jaxlstm costs."""
 
-    def __init__(self, name: str):
-        command = [sys.executable, "-m", "experiments.peers", name]
+    def __init__(self, name: str, module: str = "experiments.peers"):
+        command = [sys.executable, "-m", module, name]
         self.name = name
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would fill up
         self.process = subprocess.Popen(
@@ -51,6 +58,12 @@ class Peer:
             env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
         )  # fmt: skip
         self.about = self._answer()
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
 
     def ask(self, **question: Any) -> dict[str, Any]:
         assert self.process.stdin
@@ -127,6 +140,28 @@ def compare(peers: dict[str, Peer], shape: Shape) -> None:
                     raise ValueError(f"benchmark: {what} of {name} differs from {first}'s by {error:.1e} at {shape}.")
 
 
+def own_costs(rounds: int, seconds: float) -> dict[str, Any]:
+    """Ask what jaxlstm costs beside the times: see `experiments.costs`."""
+    with Peer("1", "experiments.costs") as one, Peer("2", "experiments.costs") as two:
+        # No process of its own for each: the memory and compile times of one program do not hang on another's.
+        costs: dict[str, Any] = {
+            "temporaries": one.ask(measure="temporaries", **MEMORY_OF),
+            "compiling": one.ask(measure="compiling", **COMPILED, repeats=rounds),
+            "doubling": one.ask(measure="doubling", shape=DOUBLED, rounds=rounds, seconds=seconds),
+            "training": one.ask(measure="training", shape=TRAINED, rounds=rounds, seconds=seconds),
+            "streaming": one.ask(measure="streaming", **STREAMED),
+            "matmul": one.ask(measure="matmul", seconds=5 * seconds),
+            "devices": {},
+        }
+        for shape in SPREAD:
+            times = [
+                [process.ask(measure="sharded", shape=shape, seconds=seconds)["seconds"] for process in (one, two)]
+                for _ in range(rounds)
+            ]
+            costs["devices"][", ".join(map(str, shape))] = list(map(statistics.median, zip(*times, strict=True)))
+    return costs
+
+
 def geometric_mean(ratios: list[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, ratios)))
 
@@ -165,6 +200,62 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def floors(result: dict[str, Any], kind: str) -> list[float]:
+    """Return, shape by shape, the time over that of the layer's matmuls at the rate of a large one."""
+    out = []
+    for row in result["shapes"]:
+        num_steps, batch, input_size, hidden = row["shape"]
+        operations = 2 * num_steps * batch * 4 * hidden * (input_size + hidden) * (1 if kind == "forward" else 3)
+        out.append(row[kind]["jaxlstm"]["median"] * result["costs"]["matmul"]["rate"] / operations)
+    return out
+
+
+def costs_table(result: dict[str, Any]) -> str:
+    """Return the README's table of costs."""
+    costs = result["costs"]
+    named = lambda values, form: ", ".join(f"{name} {form(value)}" for name, value in values.items())
+    few, many = MEMORY_OF["lengths"]
+    slope = lambda sizes: f"{(sizes[1] - sizes[0]) / (many - few) / 1024:.1f}"
+    sizes = {name: costs["temporaries"][name] for name in ("scan", "bulk", "chunked")}
+    of = "B={batch}, I={input_size}, H={hidden}"
+    rate = f"{costs['matmul']['rate'] / 1e9:.0f} GFLOP/s"
+    lines = [
+        ("", ""),
+        ("---", "---"),
+        *(
+            (f"{kind}: time over that of its matmuls at {rate}, shape by shape", ", ".join(f"{v:.1f}" for v in found))
+            for kind, found in ((kind, floors(result, kind)) for kind in KINDS)
+        ),
+        (
+            f"temporaries of the gradient at T={many}, {of.format(**MEMORY_OF)}, MB",
+            named(sizes, lambda v: f"{v[1] / 1e6:.0f}"),
+        ),
+        ("and for every further step, KiB", named(sizes, slope)),
+        (
+            f"from Python to a compiled gradient, {of.format(**COMPILED)}, at T={COMPILED['lengths'][0]} "
+            f"and T={COMPILED['lengths'][1]}, s",
+            named(costs["compiling"], lambda v: f"{v[0]:.2f} and {v[1]:.2f}"),
+        ),
+        (
+            "time at 2T over time at T: T={}, B={}, I={}, H={}".format(*DOUBLED),
+            named(costs["doubling"], lambda v: f"{v:.2f}"),
+        ),
+        (
+            "an Adam step at T={}, B={}, I={}, H={}, ms".format(*TRAINED),
+            named(costs["training"], lambda v: f"{1e3 * v:.0f}"),
+        ),
+        *(
+            (f"gradient at {shape}: batch over one device, over two, ms", f"{1e3 * one:.1f}, {1e3 * two:.1f}")
+            for shape, (one, two) in costs["devices"].items()
+        ),
+        (
+            f"one step of one stream, I={STREAMED['input_size']}, H={STREAMED['hidden']}, a call each, µs",
+            named(costs["streaming"], lambda v: f"{1e6 * v:.0f}"),
+        ),
+    ]
+    return "\n".join(f"| {what} | {value} |" if what != "---" else "|---|---|" for what, value in lines)
+
+
 def main(
     *,
     workdir: str | None = None,
@@ -172,6 +263,7 @@ def main(
     seconds: float = 0.3,
     shapes: tuple[Shape, ...] = SHAPES,
     peers: tuple[str, ...] = tuple(PEERS),
+    costs: bool = True,
 ) -> dict[str, Any]:
     """Measure, draw, and print the table.
 
@@ -181,10 +273,11 @@ def main(
       seconds: of one turn.
       shapes: T, B, I, H.
       peers: the libraries, by name.
+      costs: also memory, compile times, growth with T, a call's share, more devices.
     """
     if unknown := [name for name in peers if name not in PEERS]:
         raise SystemExit(f"benchmark: peers must be of {', '.join(PEERS)}; got {', '.join(unknown)}.")
-    config = {"rounds": rounds, "seconds": seconds, "shapes": shapes, "peers": peers}
+    config = {"rounds": rounds, "seconds": seconds, "shapes": shapes, "peers": peers, "costs": costs}
     folder = runs.open_folder("benchmark", workdir, config)
     result: dict[str, Any] = {
         "config": config,
@@ -200,8 +293,14 @@ def main(
             log.info(
                 "%s: gradient %s", shape, {k: round(v, 2) for k, v in ratios(result["shapes"][-1], "gradient").items()}
             )
+    tables = [table(result)]
+    if costs:
+        log.info("what it costs beside: memory, compiling, growth; a minute or two")
+        result["costs"] = own_costs(rounds, seconds)
+        runs.write_json(folder / "result.json", result)
+        tables.append(costs_table(result))
     picture = plots.benchmark(folder / "benchmark.png", result)
-    log.info("%s\n\n%s\n%s", table(result), folder / "result.json", picture)
+    log.info("%s\n\n%s\n%s", "\n\n".join(tables), folder / "result.json", picture)
     return result
 
 

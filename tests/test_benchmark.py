@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import benchmark, peers
+from experiments import benchmark, costs, peers
 
 from jobs import command
 
@@ -68,7 +68,7 @@ def test_a_library_that_computes_something_else_stops_the_benchmark():
 
 def test_the_command_measures_draws_and_tells(tmp_path, compiled):
     names = ["--peers", "jaxlstm", "Flax linen", "--shapes", *map(str, SHAPE)]
-    small = ["--workdir", tmp_path / "b", "--rounds", 2, "--seconds", 0.01]
+    small = ["--workdir", tmp_path / "b", "--rounds", 2, "--seconds", 0.01, "--no-costs"]
     done = command("benchmark", *small, *names, environment=compiled)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "b" / "result.json").read_text())
@@ -78,6 +78,46 @@ def test_the_command_measures_draws_and_tells(tmp_path, compiled):
         assert 0 < times["min"] <= times["median"] <= times["max"] < math.inf
     assert benchmark.table(result) in done.stdout
     assert (tmp_path / "b" / "benchmark.png").stat().st_size > 10_000
+
+
+COSTS = {
+    "temporaries": {name: [10_000_000, 20_240_000] for name in ("scan", "bulk", "chunked")},
+    "compiling": {"bulk": [0.25, 0.5]},
+    "doubling": {"forward": 2.0, "gradient": 1.9},
+    "training": {"a call each": 0.125, "fit": 0.1},
+    "streaming": {"median": 2e-5, "p99": 4e-5},
+    "matmul": {"rate": 100e9},
+    "devices": {"100, 32, 64, 64": [0.007, 0.005]},
+}
+
+
+def test_the_floor_is_the_time_of_the_layers_matmuls():
+    result = {"shapes": [row((10, 20, 30, 40), jaxlstm=3.84e-3)], "costs": {"matmul": {"rate": 1e10}}}
+    # 2 · 10·20·(30 + 40)·160 operations forward, 0.448 ms at that rate; three times as many with the gradient
+    assert benchmark.floors(result, "forward") == pytest.approx([3.84 / 0.448])
+    assert benchmark.floors(result, "gradient") == pytest.approx([3.84 / 1.344])
+
+
+def test_the_table_of_costs_has_every_cost_in_its_unit():
+    text = benchmark.costs_table({"shapes": [row((100, 32, 64, 64), jaxlstm=0.01)], "costs": COSTS})
+    values = [line.split("|")[2].strip() for line in text.splitlines()]
+    assert values[2:] == [
+        "4.8", "1.6", "scan 20, bulk 20, chunked 20", "scan 10.0, bulk 10.0, chunked 10.0", "bulk 0.25 and 0.50",
+        "forward 2.00, gradient 1.90", "a call each 125, fit 100", "7.0, 5.0", "median 20, p99 40",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.documented
+def test_costs_are_measured_and_not_made_up():
+    sizes = costs.temporaries(2, 3, 4, [40, 80])
+    assert sizes.keys() == costs.RUNS.keys() and all(0 < few < many for few, many in sizes.values())
+    assert all(0 < few < 60 > many > 0 for few, many in costs.compiling(2, 3, 4, [5, 50], repeats=1).values())
+    assert 0.5 < costs.doubling((500, 1, 3, 4), rounds=3, seconds=0.02)["gradient"] < 8
+    for times in (costs.training((5, 2, 3, 4), 1, 0.01, steps=2), costs.streaming(3, 4, 50)):
+        assert all(0 < value < 10 for value in times.values())
+    assert 0 < costs.sharded((5, 2, 3, 4), 0.01)["seconds"] < 10
+    assert 1e7 < costs.matmul(0.05)["rate"] < 1e15
 
 
 def test_an_unknown_library_is_one_line(tmp_path, compiled):
