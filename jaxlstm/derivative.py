@@ -141,12 +141,13 @@ class _Pieces(NamedTuple):
 def _pieces(plan: Plan, zs: PyTree) -> PyTree:
     """Cut z gate by gate: XLA's CPU compiler does not vectorise what takes several gates from one slice in time."""
     size = plan.gate_size
-    cut = lambda z: jnp.split(z, z.shape[-1] // size, axis=-1) if size and z.shape[-1] % size == 0 else [z]
-    return jax.tree.map(lambda z: _Pieces(cut(z)), zs)
+    fits = lambda z: size and z.shape[-1] % size == 0
+    return jax.tree.map(lambda z: _Pieces(jnp.split(z, z.shape[-1] // size, axis=-1) if fits(z) else [z]), zs)
 
 
 def _joined(z: PyTree) -> PyTree:
-    return jax.tree.map(lambda p: jnp.concatenate(p.of, axis=-1), z, is_leaf=lambda p: isinstance(p, _Pieces))
+    join = lambda pieces: jnp.concatenate(pieces.of, axis=-1) if len(pieces.of) > 1 else pieces.of[0]
+    return jax.tree.map(join, z, is_leaf=lambda z: isinstance(z, _Pieces))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -116,12 +116,16 @@ def stopped(run):
         address = f"localhost:{free.getsockname()[1]}"
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     both = [run("cut", "--cluster", f"{address},{k}/2", begin=start, **streams) for k in range(2)]
-    metrics = run.folder / "cut" / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 4:
-        assert all(process.poll() is None for process in both), [process.communicate()[0] for process in both]
-        time.sleep(0.05)
-    both[1].send_signal(signal.SIGTERM)
-    said = [process.communicate(timeout=60)[0] for process in both]
+    try:
+        metrics = run.folder / "cut" / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 4:
+            assert all(process.poll() is None for process in both), [process.communicate()[0] for process in both]
+            time.sleep(0.05)
+        both[1].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=60)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
     assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, said
     assert "stopped after step" in said[0] and "stopped after step" not in said[1]  # the first alone speaks
     return run.folder / "cut"
