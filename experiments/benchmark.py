@@ -2,8 +2,8 @@
 
 Forward, and gradient by parameters and inputs, of one LSTM layer against Flax, Equinox, Haiku, Keras, torch and ONNX
 Runtime, on the same weights, each in a process of its own; their results are compared before anything is timed. All
-take turns in every round, and what counts is the ratio of medians. Expect a gradient some 1.4 times as fast as the
-fastest other JAX library in the geometric mean, and twice on long sequences of small layers.
+take turns in every round, and what counts is the ratio of medians. Expect a gradient some 1.2 times as fast as the
+fastest other JAX library in the geometric mean, and 1.7 times on long sequences of small layers.
 """
 
 import contextlib

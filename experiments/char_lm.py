@@ -284,7 +284,6 @@ def main(
     log.info("bits per held-out character: %s", ", ".join(f"{name} {bits:.3f}" for name, bits in baselines.items()))
 
     def examine(state: TrainState, metrics: trainer.Metrics, steps_per_second: float) -> runs.Row:
-        state = devices.gather(state, on)
         first = jnp.asarray(text.encode(text.first_symbol(data.symbols), data.symbols)[0])
         written = sample(state.params, first, jax.random.fold_in(sample_key, state.step), temperature, 80)
         row = {
@@ -311,8 +310,7 @@ def main(
     last_batch = batches(range(steps, steps + 1))[0]
     check["at the trained weights"] = check_gradients("at the trained weights", state, last_batch, dropout)
     bits = float(evaluate(state.params, *held_out))
-    if not devices.is_first():
-        return {}
+    sentence, trace = read_sentence(state.params, data)
     metrics = runs.read_metrics(folder)
     result = {
         "held_out_bits": bits,
@@ -324,7 +322,9 @@ def main(
         "corpus": {"characters": len(tokens), "held_out": len(data.held_out), "sha256": data.sha256},
         "versions": runs.versions(),
     }
-    report(folder, result, metrics, *read_sentence(state.params, data))
+    if devices.is_first():
+        report(folder, result, metrics, sentence, trace)
+    devices.wait("the report is written")
     return result
 
 

@@ -22,6 +22,7 @@ from experiments.peers import Shape, measure
 from jaxlstm import LSTM, fit, init_train_state, make_train_step, unroll, unroll_chunked
 
 Loss = Callable[..., jax.Array]
+SMALLEST: Shape = (1, 1, 1, 1)
 RUNS: dict[str, Callable[..., Any]] = {
     "bulk": unroll,
     "scan": functools.partial(unroll, gradient="scan"),
@@ -37,9 +38,9 @@ def layer(shape: Shape, run: str = "bulk") -> tuple[Loss, Any, jax.Array]:
     return loss, LSTM.init(params_key, input_size, hidden), jax.random.normal(xs_key, (num_steps, batch, input_size))
 
 
-def gradient(shape: Shape, run: str = "bulk") -> Any:
-    loss, *arguments = layer(shape, run)
-    return jax.jit(jax.grad(loss, (0, 1))).lower(*arguments)
+def gradient(shape: Shape, run: str = "bulk") -> tuple[Any, Any]:
+    """Return the gradient of that loss, and what it is to be compiled for; no array is made."""
+    return jax.grad(layer(SMALLEST, run)[0], (0, 1)), jax.eval_shape(lambda: layer(shape, run)[1:])
 
 
 def called(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
@@ -61,7 +62,12 @@ def matmul(seconds: float) -> dict[str, float]:
 def temporaries(batch: int, input_size: int, hidden: int, lengths: list[int]) -> dict[str, list[int]]:
     """Return the bytes of temporaries that the compiled gradient states, at some numbers of steps."""
     shapes = [(num_steps, batch, input_size, hidden) for num_steps in lengths]
-    size = lambda shape, run: int(gradient(shape, run).compile().memory_analysis().temp_size_in_bytes)
+
+    def size(shape: Shape, run: str) -> int:
+        function, arguments = gradient(shape, run)
+        compiled: Any = jax.jit(function).lower(*arguments).compile()
+        return int(compiled.memory_analysis().temp_size_in_bytes)
+
     return {run: [size(shape, run) for shape in shapes] for run in RUNS}
 
 
@@ -69,9 +75,10 @@ def compiling(batch: int, input_size: int, hidden: int, lengths: list[int], repe
     """Measure the seconds from Python to a compiled gradient, at some numbers of steps: medians."""
 
     def once(shape: Shape, run: str) -> float:
+        function, arguments = gradient(shape, run)
         jax.clear_caches()
         start = time.perf_counter()
-        gradient(shape, run).compile()
+        jax.jit(function).lower(*arguments).compile()
         return time.perf_counter() - start
 
     shapes = [(num_steps, batch, input_size, hidden) for num_steps in lengths]

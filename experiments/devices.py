@@ -25,7 +25,7 @@ def start(experiment: str, mesh: str, cluster: str, *, batch_size: int) -> Mesh 
     """Join the other processes, and use a mesh from here on; None if no mesh is asked for.
 
     Args:
-      mesh: `data=2`: the batch over so many devices; on a CPU they are made. Empty: one device.
+      mesh: `data=2`: the batch over so many devices; on a CPU they are made, but for `auto`. Empty: one device.
       cluster: `auto`, as `jax.distributed.initialize` finds it under Slurm, MPI, Kubernetes or on TPUs; or
         `HOST:PORT,K/N`: process K of N, of which the first listens at HOST:PORT. Empty: one process.
 
@@ -46,7 +46,7 @@ def start(experiment: str, mesh: str, cluster: str, *, batch_size: int) -> Mesh 
         jax.config.update("jax_num_cpu_devices", size // num_processes)  # of a CPU
     devices = jax.devices()
     if len(devices) < size or (cluster and len(devices) != size):
-        sys.exit(f"{experiment}: --mesh {mesh} needs {size} devices; JAX finds {found()}.")
+        sys.exit(f"{experiment}: --mesh {mesh} needs {size} devices; JAX finds {len(devices)}.")
     if not is_first():
         logging.disable(logging.WARNING)
     made = jax.make_mesh((size,), (AXIS,), (jax.sharding.AxisType.Auto,), devices=devices[:size])
@@ -56,11 +56,12 @@ def start(experiment: str, mesh: str, cluster: str, *, batch_size: int) -> Mesh 
 
 def _join(experiment: str, cluster: str, size: int) -> int:
     """Meet the other processes; return how many there are."""
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     if cluster == "auto":
         try:
             jax.distributed.initialize(shutdown_timeout_seconds=SHUTDOWN)
         except (ValueError, RuntimeError) as error:
-            sys.exit(f"{experiment}: --cluster auto: JAX finds no cluster: {str(error).splitlines()[0]}")
+            sys.exit(f"{experiment}: --cluster auto: {str(error).splitlines()[0]}")
         return int(jax.process_count())
     if not (given := re.fullmatch(r"(\S+:\d+),(\d+)/([1-9]\d*)", cluster)) or int(given[2]) >= int(given[3]):
         sys.exit(f"{experiment}: --cluster must be auto or HOST:PORT,K/N, process K = 0 ... N-1 of N, got {cluster}.")
@@ -74,9 +75,9 @@ def _join(experiment: str, cluster: str, size: int) -> int:
 
 
 def found() -> str:
-    """Say what JAX runs on."""
-    all_of_them = jax.devices()
-    return f"{len(all_of_them)} x {all_of_them[0].platform} ({all_of_them[0].device_kind})"
+    """Say what a run runs on."""
+    mesh, device = jax.sharding.get_abstract_mesh(), jax.devices()[0]
+    return f"{1 if mesh.empty else mesh.size} x {device.platform} ({device.device_kind})"
 
 
 def is_first() -> bool:
@@ -115,13 +116,10 @@ def put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
 def gather(tree: PyTree, mesh: Mesh | None) -> PyTree:
     """Return a tree whole, in the memory of every process; all of them have to ask."""
-    if mesh is None:
-        return tree
-    whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
-    return jax.tree.map(_local, whole)
+    return tree if mesh is None else jax.tree.map(_whole, tree)
 
 
-def _local(leaf: jax.Array) -> Any:
+def _whole(leaf: jax.Array) -> Any:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_local(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
-    return np.asarray(leaf)
+        return jax.random.wrap_key_data(_whole(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+    return multihost_utils.process_allgather(leaf, tiled=True)

@@ -120,26 +120,27 @@ def stop_signals() -> Iterator[list[int]]:
 def open_folder(experiment: str, workdir: str | None, config: Row, *, resume: bool = False) -> Path:
     """Make the folder of a new run and write its config.json; or find that of the run to go on with, and compare.
 
+    Of several processes the first makes it, and all others compare.
+
     Raises:
       SystemExit: in one line, if a new run would be written into another, or an old one asked for with other flags.
     """
     folder = Path(workdir or Path("runs", experiment, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"))
     if jax.process_count() > 1 and workdir is None:
         sys.exit(f"{experiment}: --cluster needs --workdir, a folder that all processes see.")
-    if devices.is_first():
-        _prepare(experiment, folder, workdir, config, resume)
-    devices.wait("the folder is there")
-    return folder
-
-
-def _prepare(experiment: str, folder: Path, workdir: str | None, config: Row, resume: bool) -> None:
     config = json.loads(json.dumps({**config, "versions": versions(), "devices": devices.found()}))
-    if resume:
+    if devices.is_first() and not resume:
+        _make_folder(experiment, folder, config)
+    devices.wait("the folder of the run is there")
+    if resume or not devices.is_first():
         if workdir is None or not (folder / "config.json").exists():
             sys.exit(f"{experiment}: --resume goes on with the run in --workdir; {workdir} has no config.json of one.")
         _compare(experiment, folder, read_config(folder), config)
         (folder / "checkpoints").mkdir(exist_ok=True)
-        return
+    return folder
+
+
+def _make_folder(experiment: str, folder: Path, config: Row) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         foreign = [path.name for path in folder.iterdir() if path.suffix != ".part" and path.name != "checkpoints"]

@@ -51,8 +51,8 @@ def train(
       folder: of the run, from `runs.open_folder`.
       state: from `runs.restore`; its buffers are used up.
       batches: the batches of some steps, stacked along axis 0; a pure function.
-      examine: `(state, metrics of the last block, steps per second) -> row`, called every `evaluate_every` steps and
-        after the last; the row goes to metrics.jsonl.
+      examine: `(whole state, metrics of the last block, steps per second) -> row`, called every `evaluate_every` steps
+        and after the last; the row goes to metrics.jsonl.
       score: the name in that row by which checkpoints are compared, lower being better.
       block: steps in one call of `fit`: only between two is anything examined, saved or stopped.
       save_every: steps between two checkpoints; there is one at each evaluation as well.
@@ -64,6 +64,8 @@ def train(
     """
     train_block = jax.jit(functools.partial(fit, train_step), donate_argnums=0, out_shardings=_shardings(state, mesh))
     done = first = int(state.step)
+    if devices.agree(first) + devices.agree(-first):
+        sys.exit(f"{experiment}: not all processes find the same checkpoints in {folder}; use a folder that all see.")
     quiet = None if devices.is_first() else True  # None: if there is no terminal
     seconds = 0.0
     try:
@@ -86,13 +88,14 @@ def train(
                 write([{"step": step + 1, **{k: float(v[step - start]) for k, v in metrics.items()}} for step in now])
                 _check_finite(experiment, folder, state, metrics, done)
                 row: runs.Row = {}
-                if done % evaluate_every == 0 or done == steps:
-                    row = {"step": done, **examine(state, metrics, (done - first) / seconds)}
+                evaluating = done % evaluate_every == 0 or done == steps
+                saving = evaluating or stopping or done // save_every > start // save_every
+                whole = devices.gather(state, mesh) if saving else state
+                if evaluating:
+                    row = {"step": done, **examine(whole, metrics, (done - first) / seconds)}
                     write([row])
-                if row or stopping or done // save_every > start // save_every:
-                    whole = devices.gather(state, mesh)
-                    if devices.is_first():
-                        checkpoints.save(folder / "checkpoints", whole, step=done, keep=keep, score=row.get(score))
+                if saving and devices.is_first():
+                    checkpoints.save(folder / "checkpoints", whole, step=done, keep=keep, score=row.get(score))
                 if stopping:
                     break
             # In the last block too: what follows the training waits for --resume.

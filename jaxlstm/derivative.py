@@ -66,6 +66,7 @@ class Plan(NamedTuple):
 BLOCK_BYTES = 3 << 20
 SHORT_BYTES = 8 << 20
 KEEP_HIDDEN = 512
+MOST_GATES = 8
 
 
 def make_plan(
@@ -75,9 +76,9 @@ def make_plan(
 
     On a CPU, z of a block takes some `BLOCK_BYTES`, so that what is computed of it stays in cache; a sequence of twice
     that is one block. Elsewhere all steps are one block, and so they are where a mesh is in use: then the gradient of
-    the weights is summed over devices once. Where z of all steps takes no more than `SHORT_BYTES`, it is had before
-    the loop and the gates are kept for the backward pass; with more, fresh memory costs as much as it saves, but for
-    layers of `KEEP_HIDDEN` units, whose gates cost more to compute again.
+    the weights is summed over devices once. Where z of all steps takes no more than `SHORT_BYTES`, the gates are kept
+    for the backward pass, and z is had before the loop, unless a mesh or a block size is given; with more, fresh memory
+    costs as much as it saves, but for layers of `KEEP_HIDDEN` units, whose gates cost more to compute again.
     """
     zs = jax.tree.leaves(jax.eval_shape(cell.project, params, steps.x))
     num_steps, num_bytes = zs[0].shape[0], sum(z.size * z.dtype.itemsize for z in zs)
@@ -141,8 +142,8 @@ class _Pieces(NamedTuple):
 def _pieces(plan: Plan, zs: PyTree) -> PyTree:
     """Cut z gate by gate: XLA's CPU compiler does not vectorise what takes several gates from one slice in time."""
     size = plan.gate_size
-    fits = lambda z: size and z.shape[-1] % size == 0
-    return jax.tree.map(lambda z: _Pieces(jnp.split(z, z.shape[-1] // size, axis=-1) if fits(z) else [z]), zs)
+    gates = lambda z: z.shape[-1] // size if size and z.ndim > 1 and z.shape[-1] % size == 0 else 1
+    return jax.tree.map(lambda z: _Pieces(jnp.split(z, gates(z), axis=-1) if 1 < gates(z) <= MOST_GATES else [z]), zs)
 
 
 def _joined(z: PyTree) -> PyTree:
@@ -183,7 +184,7 @@ def _derivative(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
         return d_carry, (d_ys, d_kept)
 
     # The backward pass finds `steps` and `kept`, and makes the rest of a block again. Blocks in a loop need no barrier
-    # against being merged with the forward pass.
+    # against being merged with the forward pass, and where the gates are kept there is little to make.
     block = jax.checkpoint(block, prevent_cse=plan.project_first and not plan.keep_gates)
     blocks = (steps, d_steps, kept)
     d_last, (d_ys, d_kept) = scan_blocks(block, _filled(carry, d_carry), blocks, plan.block_size, plan.reverse)

@@ -3,10 +3,9 @@
 import pytest
 
 
-def sweep(name, count, tenth=None):
-    """Give a test its `trial`, from 0 to `count`; those from `tenth` on are slow."""
-    tenth = count // 10 if tenth is None else tenth
-    trials = [pytest.param(n, marks=[pytest.mark.slow] if n >= tenth else []) for n in range(count)]
+def sweep(name, count):
+    """Give a test its `trial`, from 0 to `count`; those beyond a tenth are slow."""
+    trials = [pytest.param(n, marks=[pytest.mark.slow] if n >= count // 10 else []) for n in range(count)]
 
     def decorate(test):
         return pytest.mark.sweep(name)(pytest.mark.parametrize("trial", trials)(test))

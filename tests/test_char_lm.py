@@ -124,6 +124,7 @@ def test_the_manual_is_cleared_of_repeated_paragraphs_before_the_split():
     assert "".join(corpus.symbols[k] for k in text.encode(corpus.held_out, corpus.symbols)) == corpus.held_out
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_by_hand_is_noticed_and_named(model, monkeypatch):
     state = char_lm.init_train_state(
         model, char_lm.optax.sgd(0.1), jax.random.key(0), carry=char_lm.initial_carries(model, 3)
@@ -394,6 +395,7 @@ def test_a_read_only_workdir_is_one_line(corpus_file, tmp_path):
     )
 
 
+@pytest.mark.slow
 @needs_tmpfs
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run, corpus_file, tmp_path, compiled):
     disk, copy = tmp_path / "disk", tmp_path / "copy"

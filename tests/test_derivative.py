@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlstm import LSTM, derivative, unroll, unroll_chunked
+from jaxlstm import LSTM, Cell, derivative, unroll, unroll_chunked
 
 from cells import CELLS, HOLES, RESET, B, H, I, T, draw, normal, worst_error
 from sweeps import sweep
@@ -168,6 +168,32 @@ def test_the_comparison_notices_a_wrong_closed_form():
         gradient(make_loss(LSTM if how == "scan" else broken, how))(params, xs, carry) for how in ("bulk", "scan")
     )
     assert 1e-12 < worst_error(got, want) < 1e-8
+
+
+def test_z_need_not_consist_of_gates():
+    """Of a cell whose z is [time, 0] or has [time] beside it, whose recurrence is a number's."""
+    w, xs = jnp.asarray(0.7), jnp.asarray(normal(1, 12, 5))
+    for project, of_z in (
+        (lambda w, xs: xs[..., :0], lambda z: 0.0),
+        (lambda w, xs: (w * xs, jnp.sin(xs).sum(-1)), lambda z: z[0].sum() * z[1]),
+    ):
+        cell = Cell(
+            init=lambda key, input_size, hidden_size: w,
+            initial_carry=lambda w, batch_shape=(): jnp.zeros((*batch_shape, 3)),
+            project=project,
+            recur=None,
+            gates=lambda w, s, z, a, of_z=of_z: (jnp.tanh(w * s + 0.1 + of_z(z)),) * 2,
+        )
+
+        def loop(w, project=project, of_z=of_z):
+            s, total = jnp.zeros(3), 0.0
+            for x in xs:
+                s = jnp.tanh(w * s + 0.1 + of_z(project(w, x)))
+                total += (s**2).sum()
+            return total
+
+        loss = lambda w, cell=cell: (unroll(cell, w, xs)[1] ** 2).sum()
+        assert worst_error(jax.value_and_grad(loss)(w), jax.value_and_grad(loop)(w)) < 1e-13
 
 
 def test_a_closed_form_needs_the_activations_it_reads():

@@ -77,7 +77,7 @@ def test_what_is_placed_is_gathered_to_the_bit(mesh):
         ("two", "", "--mesh must be data=N, N the number of devices, got two"),
         ("model=2", "", "--mesh must be data=N, N the number of devices, got model=2"),
         ("data=3", "", "--batch-size must be a multiple of the 3 devices of --mesh, got 8"),
-        ("data=4", "", "--mesh data=4 needs 4 devices; JAX finds 2 x cpu"),
+        ("data=4", "", "--mesh data=4 needs 4 devices; JAX finds 2."),
         ("", "auto", "--cluster auto needs --mesh data=N"),
         ("data=2", "here", "--cluster must be auto or HOST:PORT,K/N"),
         ("data=2", "localhost:1,2/2", "--cluster must be auto or HOST:PORT,K/N, process K = 0 ... N-1 of N"),
@@ -108,33 +108,51 @@ def run(tmp_path_factory, compiled):
     return run
 
 
-@pytest.fixture(scope="module")
-def stopped(run):
-    """The folder of a run of two processes, of which the second was told to stop."""
+def two_processes(run, *flags, second=()):
+    """Start the job as two processes of one device each, the second with flags of its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    both = [run("cut", "--cluster", f"{address},{k}/2", begin=start, **streams) for k in range(2)]
+    return [
+        run(*flags, *own, "--cluster", f"{address},{k}/2", begin=start, **streams) for k, own in enumerate(((), second))
+    ]
+
+
+def ends(both):
+    """Return the exit codes of two processes and what they said; leave none of them behind."""
     try:
-        metrics = run.folder / "cut" / "metrics.jsonl"
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 4:
-            assert all(process.poll() is None for process in both), [process.communicate()[0] for process in both]
-            time.sleep(0.05)
-        both[1].send_signal(signal.SIGTERM)
-        said = [process.communicate(timeout=60)[0] for process in both]
+        said = [process.communicate(timeout=120)[0] for process in both]
     finally:
         for process in both:
             process.kill()
-    assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, said
+    return [process.returncode for process in both], said
+
+
+@pytest.fixture(scope="module")
+def stopped(run):
+    """The folder of a run of two processes, of which the second was told to stop."""
+    both = two_processes(run, "cut")
+    metrics, deadline = run.folder / "cut" / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 4):
+        time.sleep(0.05)
+    both[1].send_signal(signal.SIGTERM)
+    codes, said = ends(both)
+    assert codes == [128 + signal.SIGTERM] * 2, said
     assert "stopped after step" in said[0] and "stopped after step" not in said[1]  # the first alone speaks
     return run.folder / "cut"
 
 
-def test_two_processes_are_bit_for_bit_one_with_two_devices(run, stopped):
-    shutil.copytree(stopped, run.folder / "again")
-    assert run.command("again", "--resume").returncode == 0
-    assert outcome(run.folder / "again") == outcome(run.folder / "whole")
+def test_two_processes_stopped_and_resumed_are_bit_for_bit_one_with_two_devices(run, stopped):
+    codes, said = ends(two_processes(run, "cut", "--resume"))
+    assert codes == [0, 0], said
+    assert outcome(stopped) == outcome(run.folder / "whole")
+
+
+@pytest.mark.slow
+def test_processes_that_are_not_the_same_run_are_refused(run):
+    codes, said = ends(two_processes(run, "other", second=["--seed=1"]))
+    assert 0 not in codes and "seed was 0, is 1" in said[1], said
 
 
 @pytest.mark.slow

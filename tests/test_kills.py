@@ -70,7 +70,7 @@ def killed(job, folder, rng, trial, seconds):
     return f"at row {len(metrics.read_bytes().splitlines())}" if metrics.exists() else "before the first row"
 
 
-@sweep("runs killed at a random moment that ended in the same bits", 40, tenth=6)
+@sweep("runs killed at a random moment that ended in the same bits", 40)
 def test_a_killed_run_goes_on_and_ends_in_the_same_bits(
     trial, seed, job, uninterrupted, compiled, tmp_path, record_property
 ):

@@ -66,6 +66,7 @@ def test_a_wrong_rule_is_convicted(monkeypatch, capsys):
     assert "float64 w_ih  f: the rule" in out and "float32 w_ih  f: the rule" in out and ": by hand" not in out
 
 
+@pytest.mark.slow
 def test_wrong_differences_are_convicted_in_both_dtypes(monkeypatch, capsys):
     right = check.central_differences
     monkeypatch.setattr(check, "central_differences", lambda *args: jax.tree.map(lambda v: 1.01 * v, right(*args)))

@@ -69,6 +69,7 @@ def test_the_fifteen_lines_are_gradient_scan():
     assert worst_error(gradient(lambda *v: unroll(LSTM, *v, gradient="scan")), plain) < 1e-14
 
 
+@pytest.mark.slow
 @jax.debug_nans(False)
 def test_what_the_table_says_of_flax_and_of_the_fifteen_lines():
     xs, lengths = jax.random.normal(jax.random.key(0), (3, 5, 2), "float32"), jnp.array([5, 0, 2])
