@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     block_size: int
     merged_axes: int = 0  # so many leading axes, time and batch, are one in the matmuls of a block
     project_first: bool = False  # z of all steps in one matmul, before the loop
-    gate_size: int | None = None  # then z enters the loop in pieces of so many features
+    num_gates: int = 0  # then z enters the loop in so many pieces
     keep_gates: bool = False
     returns_kept: bool = False
 
@@ -66,7 +66,6 @@ class Plan(NamedTuple):
 BLOCK_BYTES = 3 << 20
 SHORT_BYTES = 8 << 20
 KEEP_HIDDEN = 512
-MOST_GATES = 8
 
 
 def make_plan(
@@ -77,10 +76,12 @@ def make_plan(
     On a CPU, z of a block takes some `BLOCK_BYTES`, so that what is computed of it stays in cache; a sequence of twice
     that is one block. Elsewhere all steps are one block, and so they are where a mesh is in use: then the gradient of
     the weights is summed over devices once. Where z of all steps takes no more than `SHORT_BYTES`, the gates are kept
-    for the backward pass, and z is had before the loop, unless a mesh or a block size is given; with more, fresh memory
-    costs as much as it saves, but for layers of `KEEP_HIDDEN` units, whose gates cost more to compute again.
+    for the backward pass, and z of a cell with `gates_jvp` is had before the loop, unless a mesh or a block size is
+    given; with more, fresh memory costs as much as it saves, but for layers of `KEEP_HIDDEN` units, whose gates cost
+    more to compute again.
     """
-    zs = jax.tree.leaves(jax.eval_shape(cell.project, params, steps.x))
+    z = jax.eval_shape(cell.project, params, steps.x)
+    zs = jax.tree.leaves(z)
     num_steps, num_bytes = zs[0].shape[0], sum(z.size * z.dtype.itemsize for z in zs)
     on_cpu = jax.default_backend() == "cpu"
     in_blocks = on_cpu and block_size is None and not _is_sharded()
@@ -90,13 +91,16 @@ def make_plan(
             block_size = size_without_remainder(num_steps, max(4, BLOCK_BYTES * num_steps // num_bytes))
     hidden_size = max((leaf.shape[-1] for leaf in jax.tree.leaves(carry) if leaf.ndim), default=0)
     is_short = num_bytes <= SHORT_BYTES
+    num_gates = 0
+    if in_blocks and is_short and hidden_size and cell.gates_jvp and cell.recur and z is zs[0]:
+        num_gates = z.shape[-1] // hidden_size if z.shape[-1] % hidden_size == 0 else 0
     return Plan(
         cell=cell,
         reverse=reverse,
         block_size=block_size,
         merged_axes=zs[0].ndim - 1 if in_blocks else 0,
-        project_first=not on_cpu or (in_blocks and is_short),
-        gate_size=hidden_size if in_blocks and is_short else None,
+        project_first=not on_cpu or num_gates > 0,
+        num_gates=num_gates,
         keep_gates=cell.gates_jvp is not None and (is_short or hidden_size >= KEEP_HIDDEN),
     )
 
@@ -118,13 +122,17 @@ def _is_sharded() -> bool:
 def run(plan: Plan, params: PyTree, steps: Steps, carry: PyTree, reset_carry: PyTree) -> tuple[PyTree, PyTree, Any]:
     """Run a recurrence; return the last carry, the outputs, and what `plan` says is to be kept."""
     cell, recur = plan.cell, plan.cell.recur or _no_recur
-    zs = _pieces(plan, cell.project(params, steps.x)) if plan.project_first else None
+    zs: Any = cell.project(params, steps.x) if plan.project_first else None
+    if plan.num_gates:
+        zs = jnp.split(zs, plan.num_gates, axis=-1)
 
     def step(carry: PyTree, inputs: tuple[Steps, Any]) -> tuple[PyTree, Any]:
         now, z = inputs
         start = _start(now, carry, reset_carry)
-        z = cell.project(params, now.x) if z is None else _joined(z)
+        z = cell.project(params, now.x) if z is None else z
         a = recur(params, start)
+        if plan.num_gates:
+            z, a = _gate_by_gate(z, a)
         carry, y = _hold(now, start, *cell.gates(params, start, z, a))
         if not plan.returns_kept:
             return carry, (y, None)
@@ -135,20 +143,14 @@ def run(plan: Plan, params: PyTree, steps: Steps, carry: PyTree, reset_carry: Py
     return carry, ys, kept
 
 
-class _Pieces(NamedTuple):
-    of: list[Array]
+def _gate_by_gate(z: list[Array], a: Array) -> tuple[Array, Array]:
+    """Return z + a, and 0, for gates that read their sum alone.
 
-
-def _pieces(plan: Plan, zs: PyTree) -> PyTree:
-    """Cut z gate by gate: XLA's CPU compiler does not vectorise what takes several gates from one slice in time."""
-    size = plan.gate_size
-    gates = lambda z: z.shape[-1] // size if size and z.ndim > 1 and z.shape[-1] % size == 0 else 1
-    return jax.tree.map(lambda z: _Pieces(jnp.split(z, gates(z), axis=-1) if 1 < gates(z) <= MOST_GATES else [z]), zs)
-
-
-def _joined(z: PyTree) -> PyTree:
-    join = lambda pieces: jnp.concatenate(pieces.of, axis=-1) if len(pieces.of) > 1 else pieces.of[0]
-    return jax.tree.map(join, z, is_leaf=lambda z: isinstance(z, _Pieces))
+    XLA's CPU compiler does not vectorise a loop that takes several gates from one slice of z in time; of z cut into
+    gates before, it does.
+    """
+    pieces = [z_k + a_k for z_k, a_k in zip(z, jnp.split(a, len(z), axis=-1), strict=True)]
+    return jnp.concatenate(pieces, axis=-1), jnp.zeros_like(a)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -50,7 +50,7 @@ def activations(
     params: LSTMParams, state: LSTMState, z: Float[Array, "*batch 4*hidden"], a: Float[Array, "*batch 4*hidden"]
 ) -> LSTMGates[Float[Array, "*batch hidden"]]:
     """Return the activated gates i, f, g, o of one step."""
-    z_i, z_f, z_g, z_o = map(jnp.add, jnp.split(z, 4, axis=-1), jnp.split(a, 4, axis=-1))
+    z_i, z_f, z_g, z_o = jnp.split(z + a, 4, axis=-1)
     i = jax.nn.sigmoid(z_i)
     f = jax.nn.sigmoid(z_f)
     g = jnp.tanh(z_g)

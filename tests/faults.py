@@ -34,8 +34,8 @@ class Fault(NamedTuple):
 
 FAULTS = [
     # A tenth of them runs by default: one of each kind comes first.
-    Fault("two gates in the wrong order", "jaxlstm/lstm.py", "z_i, z_f, z_g, z_o = map(jnp.add",
-          "z_i, z_g, z_f, z_o = map(jnp.add", "test_torch.py"),
+    Fault("two gates in the wrong order", "jaxlstm/lstm.py", "z_i, z_f, z_g, z_o = jnp.split(z + a",
+          "z_i, z_g, z_f, z_o = jnp.split(z + a", "test_torch.py"),
     Fault("off by one in the reverse scan", "jaxlstm/bptt.py", "w_hh=jnp.tensordot(previous.h, d_zs,",
           "w_hh=jnp.tensordot(previous.h[1:], d_zs[:-1],", "test_bptt.py"),
     Fault("mask on h only", "jaxlstm/derivative.py", "return select(now.mask, new_carry, carry), ",
@@ -86,8 +86,8 @@ FAULTS = [
           "d_start = d_carry", "test_derivative.py"),
     Fault("no second derivative through what is kept", "jaxlstm/derivative.py", "        return Kept(d_start, None)",
           "        return Kept(jax.tree.map(jnp.zeros_like, d_start), None)", "test_derivative.py"),
-    Fault("z joined in the wrong order", "jaxlstm/derivative.py", "jnp.concatenate(pieces.of, axis",
-          "jnp.concatenate(pieces.of[::-1], axis", "test_recurrence.py"),
+    Fault("z joined in the wrong order", "jaxlstm/derivative.py", "jnp.concatenate(pieces, axis",
+          "jnp.concatenate(pieces[::-1], axis", "test_recurrence.py"),
     Fault("the batch on every device", "experiments/devices.py", "PartitionSpec(*[None] * batch_axis, AXIS)",
           "PartitionSpec()", "test_devices.py"),
     Fault("a remainder at the wrong end", "jaxlstm/derivative.py", "[w, v] if reverse else [v, w]", "[v, w]",
