@@ -143,7 +143,7 @@ def run(plan: Plan, params: PyTree, steps: Steps, carry: PyTree, reset_carry: Py
     return carry, ys, kept
 
 
-def _gate_by_gate(z: list[Array], a: Array) -> tuple[Array, Array]:
+def _gate_by_gate(z: list[Array], a: Any) -> tuple[Array, Array]:
     """Return z + a, and 0, for gates that read their sum alone.
 
     XLA's CPU compiler does not vectorise a loop that takes several gates from one slice of z in time; of z cut into
