@@ -197,9 +197,9 @@ def _data(leaf: Any) -> Any:
 
 def _placed(data: np.ndarray, like: Any) -> Any:
     """Put what was read where the leaf is that it is for."""
-    value = jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(like)) if _is_key(like) else data
     sharding = getattr(_data(like), "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return devices.put(value, sharding)
+    placed = devices.put(data, sharding)
+    return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(like)) if _is_key(like) else placed
 
 
 # Folders and their files.

@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType
 
+from experiments import devices
 from experiments.peers import Shape, measure
 from jaxlstm import LSTM, fit, init_train_state, make_train_step, unroll, unroll_chunked
 
@@ -130,10 +131,9 @@ def sharded(shape: Shape, seconds: float) -> dict[str, float]:
     loss, params, xs = layer(shape)
     with contextlib.ExitStack() as stack:
         if jax.device_count() > 1:
-            mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
+            mesh = jax.make_mesh((jax.device_count(),), (devices.AXIS,), (AxisType.Auto,))
             stack.enter_context(jax.set_mesh(mesh))
-            params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-            xs = jax.device_put(xs, NamedSharding(mesh, PartitionSpec(None, "data")))
+            params, xs = devices.place(params, mesh), devices.place(xs, mesh, batch_axis=1)
         return {"seconds": measure(called(jax.grad(loss, (0, 1)), params, xs), seconds)}
 
 

@@ -91,9 +91,8 @@ def make_plan(
             block_size = size_without_remainder(num_steps, max(4, BLOCK_BYTES * num_steps // num_bytes))
     hidden_size = max((leaf.shape[-1] for leaf in jax.tree.leaves(carry) if leaf.ndim), default=0)
     is_short = num_bytes <= SHORT_BYTES
-    num_gates = 0
-    if in_blocks and is_short and hidden_size and cell.gates_jvp and cell.recur and z is zs[0]:
-        num_gates = z.shape[-1] // hidden_size if z.shape[-1] % hidden_size == 0 else 0
+    reads_sum = cell.gates_jvp and cell.recur and z is zs[0] and hidden_size and z.shape[-1] % hidden_size == 0
+    num_gates = z.shape[-1] // hidden_size if in_blocks and is_short and reads_sum else 0
     return Plan(
         cell=cell,
         reverse=reverse,
