@@ -1,10 +1,12 @@
 """What an LSTM is compared with: the simple recurrent network (Elman 1990) and the GRU (Cho et al. 2014)."""
 
 import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
@@ -56,18 +58,43 @@ def make_rnn(nonlinearity: Literal["tanh", "relu", "sigmoid"] = "tanh") -> Cell[
     >>> jaxlstm.make_rnn("tanh") is jaxlstm.make_rnn("tanh")
     True
     """
-    functions = {"tanh": jnp.tanh, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}
+    # φ, and φ' as a function of φ.
+    functions: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+        "tanh": (jnp.tanh, lambda h: 1 - h**2),
+        "relu": (jax.nn.relu, lambda h: (h > 0).astype(h.dtype)),
+        "sigmoid": (jax.nn.sigmoid, lambda h: h * (1 - h)),
+    }
     if nonlinearity not in functions:
         raise ValueError(f"make_rnn: nonlinearity must be one of {', '.join(functions)}, got {nonlinearity!r}.")
-    phi = functions[nonlinearity]
+    phi, slope = functions[nonlinearity]
+
+    def activations(
+        params: RNNParams, state: RNNState, z: Float[Array, "*batch hidden"], a: Float[Array, "*batch hidden"]
+    ) -> RNNState:
+        return RNNState(phi(z + a))
 
     def gates(
         params: RNNParams, state: RNNState, z: Float[Array, "*batch hidden"], a: Float[Array, "*batch hidden"]
     ) -> tuple[RNNState, Float[Array, "*batch hidden"]]:
-        h = phi(z + a)
-        return RNNState(h), h
+        state = activations(params, state, z, a)
+        return state, state.h
 
-    return Cell(name=f"RNN({nonlinearity})", init=init_rnn, initial_carry=initial_rnn_carry, gates=gates)
+    def gates_jvp(params: RNNParams, state: RNNState, activations: RNNState) -> Partial:
+        return Partial(_push, slope(activations.h))
+
+    return Cell(
+        name=f"RNN({nonlinearity})",
+        init=init_rnn,
+        initial_carry=initial_rnn_carry,
+        gates=gates,
+        activations=activations,
+        gates_jvp=gates_jvp,
+    )
+
+
+def _push(by_z: Array, d_state: RNNState, d_z: Array) -> tuple[RNNState, Array]:
+    d_h = by_z * d_z
+    return RNNState(d_h), d_h
 
 
 RNN = make_rnn("tanh")
