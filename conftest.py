@@ -2,18 +2,27 @@
 
 Strict promotion, NaN where none was asked for, and keys used twice are errors, as is any warning. A test that makes a
 NaN on purpose says so: `@jax.debug_nans(False)`. In CI and in `make test-full` leaked tracers are errors as well: to
-look for them is to trace everything anew.
+look for them is to trace everything anew. What one process of the tests has compiled, the others load.
 
 `make test-full` leaves its evidence in tests/results/: what was run, of which commit, with which seed, and what failed.
 """
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
+import tempfile
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process of the tests; all others inherit it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxlstm-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
@@ -36,15 +45,9 @@ def documented_code_runs_as_users_run_it(request):
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """The environment of a process that need not compile what another one of these tests has compiled."""
-    own = tmp_path_factory.getbasetemp()
-    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
-    return {
-        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(shared)),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_CHECK_TRACER_LEAKS": "0",  # would trace everything anew
-    }
+def unchecked():
+    """The environment of a job that is not watched for leaked tracers, which would have it trace everything anew."""
+    return {"JAX_CHECK_TRACER_LEAKS": "0"}
 
 
 def pytest_addoption(parser):

@@ -35,7 +35,7 @@ class Fault(NamedTuple):
 FAULTS = [
     # A tenth of them runs by default: one of each kind comes first.
     Fault("two gates in the wrong order", "jaxlstm/lstm.py", "z_i, z_f, z_g, z_o = jnp.split(z + a",
-          "z_i, z_g, z_f, z_o = jnp.split(z + a", "test_torch.py"),
+          "z_i, z_g, z_f, z_o = jnp.split(z + a", "test_recurrence.py"),
     Fault("off by one in the reverse scan", "jaxlstm/bptt.py", "w_hh=jnp.tensordot(previous.h, d_zs,",
           "w_hh=jnp.tensordot(previous.h[1:], d_zs[:-1],", "test_bptt.py"),
     Fault("mask on h only", "jaxlstm/derivative.py", "return select(now.mask, new_carry, carry), ",
@@ -43,10 +43,10 @@ FAULTS = [
     Fault("manifest not checked", "experiments/checkpoints.py", "if (noted := (path / SUMS).read_bytes()) != (found",
           "if (noted := (path / SUMS).read_bytes()) is (found", "test_checkpoints.py"),
     # The equations.
-    Fault("sign of the candidate", "jaxlstm/lstm.py", "c = f * state.c + i * g", "c = f * state.c - i * g", "test_lstm.py"),
-    Fault("input gate missing", "jaxlstm/lstm.py", "c = f * state.c + i * g", "c = f * state.c + g", "test_lstm.py"),
+    Fault("sign of the candidate", "jaxlstm/lstm.py", "c = f * state.c + i * g", "c = f * state.c - i * g", "test_recurrence.py"),
+    Fault("input gate missing", "jaxlstm/lstm.py", "c = f * state.c + i * g", "c = f * state.c + g", "test_recurrence.py"),
     Fault("tanh for sigmoid", "jaxlstm/lstm.py", "o = jax.nn.sigmoid(z_o)", "o = jnp.tanh(z_o)", "test_lstm.py"),
-    Fault("no tanh of the cell state", "jaxlstm/lstm.py", "h = o * jnp.tanh(c)", "h = o * c", "test_lstm.py"),
+    Fault("no tanh of the cell state", "jaxlstm/lstm.py", "h = o * jnp.tanh(c)", "h = o * c", "test_recurrence.py"),
     Fault("forget bias lost", "jaxlstm/lstm.py", "_bias(hidden_size, dtype, f=forget_bias)", "_bias(hidden_size, dtype)",
           "test_lstm.py"),
     Fault("forget bias added at run time", "jaxlstm/lstm.py", "f = jax.nn.sigmoid(z_f)", "f = jax.nn.sigmoid(z_f + 1)",
@@ -55,9 +55,9 @@ FAULTS = [
     Fault("w_hh not orthogonal", "jaxlstm/lstm.py", "w_hh = per_gate(jax.nn.initializers.orthogonal()",
           "w_hh = per_gate(jax.nn.initializers.lecun_normal()", "test_lstm.py"),
     Fault("reset gate before the matmul's bias", "jaxlstm/baselines.py", "r * (a_n + params.b_hn)", "r * a_n + params.b_hn",
-          "test_torch.py"),
+          "test_recurrence.py"),
     Fault("update gate upside down", "jaxlstm/baselines.py", "(1 - u) * n + u * state.h", "u * n + (1 - u) * state.h",
-          "test_torch.py"),
+          "test_recurrence.py"),
     # The recurrence.
     Fault("gradient cut at h", "jaxlstm/cell.py", "return matmul(carry.h,", "return matmul(jax.lax.stop_gradient(carry.h),",
           "test_recurrence.py"),

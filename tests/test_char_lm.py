@@ -154,11 +154,11 @@ def corpus_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def run(corpus_file, tmp_path_factory, compiled):
+def run(corpus_file, tmp_path_factory, unchecked):
     folder = tmp_path_factory.mktemp("runs") / "small"
     done = command(
         "char_lm", "--corpus", corpus_file, "--workdir", folder, "--tensorboard", *SMALL,
-        environment={**compiled, "JAX_LOG_COMPILES": "1"},
+        environment={**unchecked, "JAX_LOG_COMPILES": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return folder, done
@@ -329,10 +329,10 @@ def test_a_corpus_that_will_not_do_is_one_line_and_nothing_is_written(content, m
 
 
 def test_a_run_stopped_by_sigterm_goes_on_by_the_command_it_printed_and_ends_in_the_same_bits(
-    run, corpus_file, tmp_path, compiled
+    run, corpus_file, tmp_path, unchecked
 ):
     folder = tmp_path / "run"
-    environment = {**os.environ, **compiled}
+    environment = {**os.environ, **unchecked}
     started = start(
         "char_lm", "--corpus", corpus_file, "--workdir", folder, *SMALL,
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -348,10 +348,10 @@ def test_a_run_stopped_by_sigterm_goes_on_by_the_command_it_printed_and_ends_in_
     assert outcome(folder) == outcome(run[0])
 
 
-def test_ctrl_c_before_the_training_is_one_line(corpus_file, tmp_path, compiled):
+def test_ctrl_c_before_the_training_is_one_line(corpus_file, tmp_path, unchecked):
     started = start(
         "char_lm", "--corpus", corpus_file, "--workdir", tmp_path / "run", *SMALL,
-        env={**os.environ, **compiled}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, **unchecked}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     while not (tmp_path / "run" / "config.json").exists():
         time.sleep(0.01)
@@ -363,12 +363,12 @@ def test_ctrl_c_before_the_training_is_one_line(corpus_file, tmp_path, compiled)
     assert started.returncode == 128 + signal.SIGINT and err.endswith("char_lm: interrupted.\n")
 
 
-def test_ctrl_c_saves_the_run_although_whoever_read_its_output_is_gone(corpus_file, tmp_path, compiled):
+def test_ctrl_c_saves_the_run_although_whoever_read_its_output_is_gone(corpus_file, tmp_path, unchecked):
     # As `2>&1 | tee log`: the terminal sends the signal to both, and tee dies first.
     folder = tmp_path / "run"
     started = start(
         "char_lm", "--corpus", corpus_file, "--workdir", folder, *SMALL,
-        env={**os.environ, **compiled}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, **unchecked}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     while not (folder / "metrics.jsonl").exists():
         time.sleep(0.01)
@@ -397,7 +397,7 @@ def test_a_read_only_workdir_is_one_line(corpus_file, tmp_path):
 
 @pytest.mark.slow
 @needs_tmpfs
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run, corpus_file, tmp_path, compiled):
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run, corpus_file, tmp_path, unchecked):
     disk, copy = tmp_path / "disk", tmp_path / "copy"
     disk.mkdir()
     job = shlex.join(arguments("char_lm", "--workdir", disk / "run"))
@@ -408,7 +408,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run, cor
     """
     done = subprocess.run(
         [*TMPFS, "size=480k", disk, "sh", "-c", script],
-        cwd=ROOT, env={**os.environ, **compiled}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env={**os.environ, **unchecked}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "\nrc 1\n" in done.stdout and "Traceback" not in done.stderr, done.stderr
     assert re.search(

@@ -17,14 +17,14 @@ caught = {}  # fault -> test
 
 
 @sweep("faults caught", len(FAULTS))
-def test_a_fault_is_caught(trial, tmp_path, compiled, record_property):
+def test_a_fault_is_caught(trial, tmp_path, unchecked, record_property):
     fault = FAULTS[trial]
-    caught[fault.name] = caught_by(fault, tmp_path, **compiled)
+    caught[fault.name] = caught_by(fault, tmp_path, **unchecked)
     record_property("caught", f"{fault.name}: {caught[fault.name]}")
     assert caught[fault.name], f"no test fails with: {fault.name}"
 
 
-def test_what_caught_them_passes_without_them(tmp_path, compiled):
+def test_what_caught_them_passes_without_them(tmp_path, unchecked):
     if not caught:
         pytest.skip("no fault was put in")
-    assert first_failure(copy_of_the_project(tmp_path), *sorted(set(caught.values())), **compiled) is None
+    assert first_failure(copy_of_the_project(tmp_path), *sorted(set(caught.values())), **unchecked) is None

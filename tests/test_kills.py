@@ -12,23 +12,20 @@ import time
 import numpy as np
 import pytest
 
-from jobs import command, outcome, start, write_corpus
+from jobs import SMALL, command, outcome, start, write_corpus
 from sweeps import sweep
 
-FLAGS = [
-    "--hidden-size=16", "--num-layers=1", "--batch-size=8", "--seq-len=12", "--steps=300", "--dropout=0.2",
-    "--learning-rate=0.02", "--block=10", "--save-every=20",
-]  # fmt: skip
+FLAGS = [*SMALL, "--steps=300", "--block=10", "--save-every=20"]
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory, compiled):
+def job(tmp_path_factory, unchecked):
     """Start the job in a folder; the environment and the flags are the same for all."""
     corpus = write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
 
     return functools.partial(
         start, "char_lm", "--corpus", corpus, *FLAGS, "--workdir",
-        env={**os.environ, **compiled}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, **unchecked}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
 
@@ -72,7 +69,7 @@ def killed(job, folder, rng, trial, seconds):
 
 @sweep("runs killed at a random moment that ended in the same bits", 40)
 def test_a_killed_run_goes_on_and_ends_in_the_same_bits(
-    trial, seed, job, uninterrupted, compiled, tmp_path, record_property
+    trial, seed, job, uninterrupted, unchecked, tmp_path, record_property
 ):
     expected, seconds = uninterrupted
     rng = np.random.default_rng([seed, trial])
@@ -83,7 +80,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bits(
     record_property("killed", f"{trial:2d} {where}")
     if "save" in where:
         record_property("sweep", "of these, killed inside a save")
-    resumed = command("char_lm", "--workdir", folder, "--resume", environment=compiled)
+    resumed = command("char_lm", "--workdir", folder, "--resume", environment=unchecked)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert outcome(folder) == expected
 
