@@ -72,7 +72,10 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+ALIKE = {name: [pytest.mark.slow] for name in ("sgd", "adam", "reduce on plateau")}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=ALIKE.get(name, [])) for name in OPTIMIZERS])
 @jax.debug_key_reuse(False)  # a line search asks for the same loss again, so with the same key
 def test_any_optax_optimiser_runs_and_fit_is_the_loop(name):
     optimizer = OPTIMIZERS[name]
