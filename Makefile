@@ -51,7 +51,7 @@ bench: $(STAMP)  ## ten minutes: side by side with other libraries, as far as th
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	@$(BIN)/python -m experiments.benchmark $(ARGS)
 
-# What these tests compile is run once or twice: not to optimise it saves a fifth of their time. CI and test-full do.
+# What these tests compile is run once or twice, so it is not optimised; in CI and in test-full it is.
 test: $(STAMP)  ## five minutes
 	@XLA_FLAGS="$${XLA_FLAGS---xla_backend_optimization_level=0}" $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 

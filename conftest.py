@@ -2,7 +2,8 @@
 
 Strict promotion, NaN where none was asked for, and keys used twice are errors, as is any warning. A test that makes a
 NaN on purpose says so: `@jax.debug_nans(False)`. In CI and in `make test-full` leaked tracers are errors as well: to
-look for them is to trace everything anew. What one process of the tests has compiled, the others load.
+look for them is to trace everything anew. What one process has compiled, the others load. `make test` has XLA compile
+without optimisation; CI and `make test-full` let it optimise.
 
 `make test-full` leaves its evidence in tests/results/: what was run, of which commit, with which seed, and what failed.
 """
@@ -18,11 +19,14 @@ from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process of the tests; all others inherit it
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxlstm-tests-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if "JAXLSTM_TESTS_COMPILED" not in os.environ:  # the first process of the tests; all others inherit it
+    os.environ["JAXLSTM_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="jaxlstm-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAXLSTM_TESTS_COMPILED"], ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["JAXLSTM_TESTS_COMPILED"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# What a process was killed while writing, JAX cannot read: it says so, and compiles.
+os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry"
 
 import jax
 import pytest

@@ -279,9 +279,7 @@ def main(
     batches = functools.partial(text.batches, tokens[: len(data.train)], batch_size=batch_size, seq_len=seq_len)
     held_out = text.streams(tokens, len(data.train), STREAMS, WARM_UP)
 
-    check = {}
-    if devices.is_first():  # a matter of the host alone
-        check["at the first batch"] = check_gradients("at the first batch", whole, batches(range(1))[0], dropout)
+    check = {"at the first batch": check_gradients("at the first batch", whole, batches(range(1))[0], dropout)}
     baselines = text.baselines(data)
     log.info("bits per held-out character: %s", ", ".join(f"{name} {bits:.3f}" for name, bits in baselines.items()))
 
@@ -309,9 +307,8 @@ def main(
     )  # fmt: skip
     state = devices.gather(state, on)
 
-    if devices.is_first():
-        last_batch = batches(range(steps, steps + 1))[0]
-        check["at the trained weights"] = check_gradients("at the trained weights", state, last_batch, dropout)
+    last_batch = batches(range(steps, steps + 1))[0]
+    check["at the trained weights"] = check_gradients("at the trained weights", state, last_batch, dropout)
     bits = float(evaluate(state.params, *held_out))
     sentence, trace = read_sentence(state.params, data)
     metrics = runs.read_metrics(folder)

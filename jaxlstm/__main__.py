@@ -80,11 +80,12 @@ def blocks(gradients: Any) -> dict[str, Array]:
 def central_differences(f: Callable[[Any], Array], variables: Any, step_size: float) -> Any:
     """Return the gradient by central differences of fourth order, entry by entry."""
     flat, unravel = ravel_pytree(variables)
-    stencil, weights = (jnp.array(numbers, flat.dtype) for numbers in ([-2, -1, 1, 2], [1, -8, 8, -1]))
+    stencil = jnp.array([-2, -1, 1, 2], flat.dtype)
 
     def derivative(direction: Array) -> Array:
-        values = jax.vmap(lambda step: f(unravel(flat + step * step_size * direction)))(stencil)
-        return (weights * values).sum() / (12 * step_size)
+        along = lambda step: f(unravel(flat + step * step_size * direction))
+        two_back, back, ahead, two_ahead = jax.vmap(along)(stencil)
+        return (8 * (ahead - back) - (two_ahead - two_back)) / (12 * step_size)
 
     return unravel(jax.vmap(derivative)(jnp.eye(flat.size, dtype=flat.dtype)))
 

@@ -81,7 +81,7 @@ FAULTS = [
     Fault("closed form: derivative of tanh", "jaxlstm/lstm.py", "o * (1 - tanh_c**2)", "o * (1 - tanh_c)",
           "test_derivative.py"),
     Fault("closed form: derivative of an RNN", "jaxlstm/baselines.py", "lambda h: h * (1 - h)", "lambda h: h * (1 + h)",
-          "test_derivative.py"),
+          "test_recurrence.py"),
     Fault("peepholes have no gradient", "jaxlstm/derivative.py", "_filled(start, None), d_z, d_a)), from_params)",
           "_filled(start, None), d_z, d_a)), None)", "test_derivative.py"),
     Fault("tangents pass through resets", "jaxlstm/derivative.py", "d_start = _start(now, d_carry, d_reset_carry)",

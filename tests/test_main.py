@@ -53,7 +53,6 @@ def test_a_wrong_gradient_is_convicted(fault, block, monkeypatch, capsys, x64_re
         assert "xs: by hand" not in out
 
 
-@pytest.mark.slow
 def test_a_wrong_rule_is_convicted(monkeypatch, capsys):
     def unroll(cell, params, *args, gradient, mask):
         scale = 1 + 1e-3 * (gradient == "bulk")

@@ -120,9 +120,9 @@ def test_the_figures_of_the_full_suite_are_those_it_left(request):
     if request.config.getoption("results"):
         pytest.skip("they are being found out")
     rows = dict(re.findall(r"^\| ([^|]+) \| (\d+/\d+) \|$", README, re.M))
-    (kills,), (damages,), (faults,) = (
+    (kills,), (damages,), (gradients,), (faults,) = (
         [figure for said, figure in rows.items() if words in said]
-        for words in ("killed by SIGKILL", "damaged checkpoints", "faults put into a copy")
+        for words in ("killed by SIGKILL", "damaged checkpoints", "what its plain scan gives", "faults put into a copy")
     )
     left = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "tests" / "results").glob("jax-*.json")]
     assert left
@@ -133,6 +133,7 @@ def test_the_figures_of_the_full_suite_are_those_it_left(request):
             "runs killed at a random moment that ended in the same bits": kills,
             "of these, killed inside a save": "15/15",
             "damaged checkpoints noticed": damages,
+            "bulk gradients equal to those of the scan": gradients,
             "faults caught": faults,
         }
 
