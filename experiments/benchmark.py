@@ -153,10 +153,11 @@ def own_costs(rounds: int, seconds: float) -> dict[str, Any]:
             "matmul": one.ask(measure="matmul", seconds=5 * seconds),
             "devices": {},
         }
+        over = ((one, "jaxlstm"), (two, "jaxlstm"), (two, "Flax linen"))
         for shape in SPREAD:
+            asked = {"measure": "sharded", "shape": shape, "seconds": seconds}
             times = [
-                [process.ask(measure="sharded", shape=shape, seconds=seconds)["seconds"] for process in (one, two)]
-                for _ in range(rounds)
+                [process.ask(library=library, **asked)["seconds"] for process, library in over] for _ in range(rounds)
             ]
             costs["devices"][", ".join(map(str, shape))] = list(map(statistics.median, zip(*times, strict=True)))
     return costs
@@ -245,8 +246,11 @@ def costs_table(result: dict[str, Any]) -> str:
             named(costs["training"], lambda v: f"{1e3 * v:.0f}"),
         ),
         *(
-            (f"gradient at {shape}: batch over one device, over two, ms", f"{1e3 * one:.1f}, {1e3 * two:.1f}")
-            for shape, (one, two) in costs["devices"].items()
+            (
+                f"gradient at {shape}: batch over one device, over two, Flax linen's over two, ms",
+                ", ".join(f"{1e3 * seconds:.1f}" for seconds in times),
+            )
+            for shape, times in costs["devices"].items()
         ),
         (
             f"one step of one stream, I={STREAMED['input_size']}, H={STREAMED['hidden']}, a call each, µs",

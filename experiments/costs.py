@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from jax.sharding import AxisType
 
 from experiments import devices
@@ -37,6 +38,14 @@ def layer(shape: Shape, run: str = "bulk") -> tuple[Loss, Any, jax.Array]:
     params_key, xs_key = jax.random.split(jax.random.key(0))
     loss = lambda params, xs: (RUNS[run](LSTM, params, xs)[1] ** 2).sum()
     return loss, LSTM.init(params_key, input_size, hidden), jax.random.normal(xs_key, (num_steps, batch, input_size))
+
+
+def linen_layer(shape: Shape) -> tuple[Loss, Any, jax.Array]:
+    """Return the same of a layer of Flax."""
+    *_, xs = layer(shape)
+    rnn = nn.RNN(nn.OptimizedLSTMCell(shape[-1]), time_major=True)
+    loss = lambda params, xs: (rnn.apply(params, xs) ** 2).sum()
+    return loss, rnn.init(jax.random.key(1), xs), xs
 
 
 def gradient(shape: Shape, run: str = "bulk") -> tuple[Any, Any]:
@@ -126,9 +135,9 @@ def streaming(input_size: int, hidden: int, calls: int) -> dict[str, float]:
     return {"median": statistics.median(times), "p99": p99}
 
 
-def sharded(shape: Shape, seconds: float) -> dict[str, float]:
+def sharded(shape: Shape, library: str, seconds: float) -> dict[str, float]:
     """Measure the gradient with the batch over all devices of this process."""
-    loss, params, xs = layer(shape)
+    loss, params, xs = {"jaxlstm": layer, "Flax linen": linen_layer}[library](shape)
     with contextlib.ExitStack() as stack:
         if jax.device_count() > 1:
             mesh = jax.make_mesh((jax.device_count(),), (devices.AXIS,), (AxisType.Auto,))
