@@ -48,12 +48,6 @@ def documented_code_runs_as_users_run_it(request):
         yield
 
 
-@pytest.fixture(scope="session")
-def unchecked():
-    """The environment of a job that is not watched for leaked tracers, which would have it trace everything anew."""
-    return {"JAX_CHECK_TRACER_LEAKS": "0"}
-
-
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="of the sweeps")
     parser.addoption("--results", type=Path, metavar="FOLDER", help="where to leave a file of what was run")

@@ -14,6 +14,8 @@ import numpy as np
 from experiments import checkpoints, runs
 
 ROOT = Path(__file__).parents[1]
+# The environment of a job that is not watched for leaked tracers, which would have it trace everything anew.
+UNCHECKED = {"JAX_CHECK_TRACER_LEAKS": "0"}
 SMALL = [
     f"--{name}={value}"
     for name, value in {

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import benchmark, costs, peers
 
-from jobs import command
+from jobs import UNCHECKED, command
 
 SHAPE = (11, 3, 5, 7)
 TIMES = {"min": 1.0, "max": 9.0}
@@ -66,10 +66,10 @@ def test_a_library_that_computes_something_else_stops_the_benchmark():
         benchmark.compare({"jaxlstm": Wrong(1.0), "other": Wrong(1.01)}, SHAPE)
 
 
-def test_the_command_measures_draws_and_tells(tmp_path, unchecked):
+def test_the_command_measures_draws_and_tells(tmp_path):
     names = ["--peers", "jaxlstm", "Flax linen", "--shapes", *map(str, SHAPE)]
     small = ["--workdir", tmp_path / "b", "--rounds", 2, "--seconds", 0.01, "--no-costs"]
-    done = command("benchmark", *small, *names, environment=unchecked)
+    done = command("benchmark", *small, *names, environment=UNCHECKED)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "b" / "result.json").read_text())
     (measured,) = result["shapes"]
@@ -121,7 +121,7 @@ def test_costs_are_measured_and_not_made_up():
     assert 1e7 < costs.matmul(0.05)["rate"] < 1e15
 
 
-def test_an_unknown_library_is_one_line(tmp_path, unchecked):
-    done = command("benchmark", "--workdir", tmp_path / "b", "--peers", "jaxlstm", "Theano", environment=unchecked)
+def test_an_unknown_library_is_one_line(tmp_path):
+    done = command("benchmark", "--workdir", tmp_path / "b", "--peers", "jaxlstm", "Theano", environment=UNCHECKED)
     assert done.returncode != 0 and "benchmark: peers must be of jaxlstm, " in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "b").exists()

@@ -20,7 +20,7 @@ import pytest
 from experiments import char_lm, checkpoints, runs, sample, text
 
 from cells import worst_error
-from jobs import ROOT, SMALL, arguments, command, outcome, said, start, write_corpus
+from jobs import ROOT, SMALL, UNCHECKED, arguments, command, outcome, said, start, write_corpus
 
 # The parts.
 
@@ -153,11 +153,11 @@ def corpus_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def run(corpus_file, tmp_path_factory, unchecked):
+def run(corpus_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "small"
     done = command(
         "char_lm", "--corpus", corpus_file, "--workdir", folder, "--tensorboard", *SMALL,
-        environment={**unchecked, "JAX_LOG_COMPILES": "1"},
+        environment={**UNCHECKED, "JAX_LOG_COMPILES": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return folder, done
@@ -329,10 +329,10 @@ def test_a_corpus_that_will_not_do_is_one_line_and_nothing_is_written(content, m
 
 @pytest.mark.slow
 def test_a_run_stopped_by_sigterm_goes_on_by_the_command_it_printed_and_ends_in_the_same_bits(
-    run, corpus_file, tmp_path, unchecked
+    run, corpus_file, tmp_path
 ):
     folder = tmp_path / "run"
-    environment = {**os.environ, **unchecked}
+    environment = {**os.environ, **UNCHECKED}
     started = start(
         "char_lm", "--corpus", corpus_file, "--workdir", folder, *SMALL,
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -348,13 +348,14 @@ def test_a_run_stopped_by_sigterm_goes_on_by_the_command_it_printed_and_ends_in_
     assert outcome(folder) == outcome(run[0])
 
 
-def test_ctrl_c_before_the_training_is_one_line(corpus_file, tmp_path, unchecked):
+def test_ctrl_c_before_the_training_is_one_line(corpus_file, tmp_path):
     for n in range(5):
+        folder = tmp_path / str(n)
         started = start(
-            "char_lm", "--corpus", corpus_file, "--workdir", tmp_path / str(n), *SMALL,
-            env={**os.environ, **unchecked}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            "char_lm", "--corpus", corpus_file, "--workdir", folder, *SMALL,
+            env={**os.environ, **UNCHECKED}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        while started.poll() is None and not (tmp_path / str(n) / "config.json").exists():
+        while started.poll() is None and not (folder / "config.json").exists():
             time.sleep(0.01)
         started.send_signal(signal.SIGINT)
         _, err = started.communicate()
@@ -364,12 +365,12 @@ def test_ctrl_c_before_the_training_is_one_line(corpus_file, tmp_path, unchecked
     assert started.returncode == 128 + signal.SIGINT and err.endswith("char_lm: interrupted.\n")
 
 
-def test_ctrl_c_saves_the_run_although_whoever_read_its_output_is_gone(corpus_file, tmp_path, unchecked):
+def test_ctrl_c_saves_the_run_although_whoever_read_its_output_is_gone(corpus_file, tmp_path):
     # As `2>&1 | tee log`: the terminal sends the signal to both, and tee dies first.
     folder = tmp_path / "run"
     started = start(
         "char_lm", "--corpus", corpus_file, "--workdir", folder, *SMALL,
-        env={**os.environ, **unchecked}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, **UNCHECKED}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     while not (folder / "metrics.jsonl").exists():
         time.sleep(0.01)
@@ -398,7 +399,7 @@ def test_a_read_only_workdir_is_one_line(corpus_file, tmp_path):
 
 @pytest.mark.slow
 @needs_tmpfs
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run, corpus_file, tmp_path, unchecked):
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run, corpus_file, tmp_path):
     disk, copy = tmp_path / "disk", tmp_path / "copy"
     disk.mkdir()
     job = shlex.join(arguments("char_lm", "--workdir", disk / "run"))
@@ -409,7 +410,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run, cor
     """
     done = subprocess.run(
         [*TMPFS, "size=480k", disk, "sh", "-c", script],
-        cwd=ROOT, env={**os.environ, **unchecked}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env={**os.environ, **UNCHECKED}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "\nrc 1\n" in done.stdout and "Traceback" not in done.stderr, done.stderr
     assert re.search(

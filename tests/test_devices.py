@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from experiments import char_lm, checkpoints, devices, runs
 from jaxlstm import fit, init_train_state, make_train_step
 
-from jobs import SMALL, bits, command, outcome, start, state_of, write_corpus
+from jobs import SMALL, UNCHECKED, bits, command, outcome, start, state_of, write_corpus
 
 SYMBOLS, HIDDEN, BATCH, STEPS = 30, 16, 8, 100
 
@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_said_in_one_line(mesh, cluster, said):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, unchecked):
+def run(tmp_path_factory):
     """The job, small, on two devices, as a function of its run folder and further flags."""
     folder = tmp_path_factory.mktemp("devices")
     flags = ["--corpus", write_corpus(folder / "corpus.txt"), "--mesh", "data=2", *SMALL, "--steps=100", "--block=2"]
@@ -102,7 +102,7 @@ def run(tmp_path_factory, unchecked):
         return begin("char_lm", "--workdir", folder / name, *new, *more, **options)
 
     run.folder = folder
-    run.command = functools.partial(run, environment=unchecked)
+    run.command = functools.partial(run, environment=UNCHECKED)
     assert run.command("whole").returncode == 0
     return run
 

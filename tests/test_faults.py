@@ -3,6 +3,7 @@
 import pytest
 
 from faults import FAULTS, ROOT, caught_by, copy_of_the_project, first_failure
+from jobs import UNCHECKED
 from sweeps import sweep
 
 
@@ -17,14 +18,14 @@ caught = {}  # fault -> test
 
 
 @sweep("faults caught", len(FAULTS))
-def test_a_fault_is_caught(trial, tmp_path, unchecked, record_property):
+def test_a_fault_is_caught(trial, tmp_path, record_property):
     fault = FAULTS[trial]
-    caught[fault.name] = caught_by(fault, tmp_path, **unchecked)
+    caught[fault.name] = caught_by(fault, tmp_path, **UNCHECKED)
     record_property("caught", f"{fault.name}: {caught[fault.name]}")
     assert caught[fault.name], f"no test fails with: {fault.name}"
 
 
-def test_what_caught_them_passes_without_them(tmp_path, unchecked):
+def test_what_caught_them_passes_without_them(tmp_path):
     if not caught:
         pytest.skip("no fault was put in")
-    assert first_failure(copy_of_the_project(tmp_path), *sorted(set(caught.values())), **unchecked) is None
+    assert first_failure(copy_of_the_project(tmp_path), *sorted(set(caught.values())), **UNCHECKED) is None

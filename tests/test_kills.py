@@ -12,20 +12,20 @@ import time
 import numpy as np
 import pytest
 
-from jobs import SMALL, command, outcome, start, write_corpus
+from jobs import SMALL, UNCHECKED, command, outcome, start, write_corpus
 from sweeps import sweep
 
 FLAGS = [*SMALL, "--steps=300", "--block=10", "--save-every=20"]
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory, unchecked):
+def job(tmp_path_factory):
     """Start the job in a folder; the environment and the flags are the same for all."""
     corpus = write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
 
     return functools.partial(
         start, "char_lm", "--corpus", corpus, *FLAGS, "--workdir",
-        env={**os.environ, **unchecked}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, **UNCHECKED}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
 
@@ -68,9 +68,7 @@ def killed(job, folder, rng, trial, seconds):
 
 
 @sweep("runs killed at a random moment that ended in the same bits", 40)
-def test_a_killed_run_goes_on_and_ends_in_the_same_bits(
-    trial, seed, job, uninterrupted, unchecked, tmp_path, record_property
-):
+def test_a_killed_run_goes_on_and_ends_in_the_same_bits(trial, seed, job, uninterrupted, tmp_path, record_property):
     expected, seconds = uninterrupted
     rng = np.random.default_rng([seed, trial])
     for n in range(50):  # until one is killed where it should be
@@ -80,7 +78,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bits(
     record_property("killed", f"{trial:2d} {where}")
     if "save" in where:
         record_property("sweep", "of these, killed inside a save")
-    resumed = command("char_lm", "--workdir", folder, "--resume", environment=unchecked)
+    resumed = command("char_lm", "--workdir", folder, "--resume", environment=UNCHECKED)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert outcome(folder) == expected
 
