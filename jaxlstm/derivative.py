@@ -19,8 +19,9 @@ The rule is itself ordinary JAX: it can be differentiated again, mapped and shar
 """
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +61,14 @@ class Plan(NamedTuple):
     project_first: bool = False  # z of all steps in one matmul, before the loop
     num_gates: int = 0  # then z enters the loop in so many pieces
     keep_gates: bool = False
+    transposed: Literal["forward", "backward", None] = None  # the pass whose loop reads matrices stored transposed
     returns_kept: bool = False
 
 
 BLOCK_BYTES = 3 << 20
 SHORT_BYTES = 8 << 20
-KEEP_HIDDEN = 512
+LARGE_HIDDEN = 512
+LARGE_ROWS = 32
 
 
 def make_plan(
@@ -77,7 +80,7 @@ def make_plan(
     that is one block. Elsewhere all steps are one block, and so they are where a mesh is in use: then the gradient of
     the weights is summed over devices once. Where z of all steps takes no more than `SHORT_BYTES`, the gates are kept
     for the backward pass, and z of a cell with `gates_jvp` is had before the loop, unless a mesh or a block size is
-    given; with more, fresh memory costs as much as it saves, but for layers of `KEEP_HIDDEN` units, whose gates cost
+    given; with more, fresh memory costs as much as it saves, but for layers of `LARGE_HIDDEN` units, whose gates cost
     more to compute again.
     """
     z = jax.eval_shape(cell.project, params, steps.x)
@@ -90,6 +93,7 @@ def make_plan(
         if in_blocks and num_bytes > 2 * BLOCK_BYTES:
             block_size = size_without_remainder(num_steps, max(4, BLOCK_BYTES * num_steps // num_bytes))
     hidden_size = max((leaf.shape[-1] for leaf in jax.tree.leaves(carry) if leaf.ndim), default=0)
+    num_rows = math.prod(zs[0].shape[1:-1])
     is_short = num_bytes <= SHORT_BYTES
     reads_sum = cell.gates_jvp and cell.recur and z is zs[0] and hidden_size and z.shape[-1] % hidden_size == 0
     num_gates = z.shape[-1] // hidden_size if in_blocks and is_short and reads_sum else 0
@@ -100,7 +104,8 @@ def make_plan(
         merged_axes=zs[0].ndim - 1 if in_blocks else 0,
         project_first=not on_cpu or num_gates > 0,
         num_gates=num_gates,
-        keep_gates=cell.gates_jvp is not None and (is_short or hidden_size >= KEEP_HIDDEN),
+        keep_gates=cell.gates_jvp is not None and (is_short or hidden_size >= LARGE_HIDDEN),
+        transposed=_which_transposed(num_rows, hidden_size, is_short) if on_cpu else None,
     )
 
 
@@ -110,6 +115,18 @@ def size_without_remainder(num_steps: int, most: int) -> int:
     A remainder is right, and slow: it has what all other blocks take and make copied.
     """
     return next((size for size in range(most, most // 2, -1) if num_steps % size == 0), most)
+
+
+def _which_transposed(num_rows: int, hidden_size: int, is_short: bool) -> Literal["forward", "backward", None]:
+    """Say which pass has its matrices transposed before its loop, on a CPU, so that both loops have the faster matmul.
+
+    That is x W for few rows or a small matrix, x W^T for many rows and a large one. A step forward is the former as it
+    stands, a step backward the latter. For one row both are as fast, and a short sequence does not repay the copy of a
+    large matrix.
+    """
+    if num_rows >= LARGE_ROWS and hidden_size >= LARGE_HIDDEN:
+        return None if is_short else "forward"
+    return "backward" if num_rows > 1 else None
 
 
 def _is_sharded() -> bool:
@@ -125,9 +142,12 @@ def run(plan: Plan, params: PyTree, steps: Steps, carry: PyTree, reset_carry: Py
     if plan.num_gates:
         zs = jnp.split(zs, plan.num_gates, axis=-1)
 
+    transpose = _transpose if plan.transposed == "forward" else lambda params: params
+    stored = transpose(params)
+
     def step(carry: PyTree, inputs: tuple[Steps, Any]) -> tuple[PyTree, Any]:
         now, z = inputs
-        start = _start(now, carry, reset_carry)
+        params, start = transpose(stored), _start(now, carry, reset_carry)
         z = cell.project(params, now.x) if z is None else z
         a = recur(params, start)
         if plan.num_gates:
@@ -140,6 +160,11 @@ def run(plan: Plan, params: PyTree, steps: Steps, carry: PyTree, reset_carry: Py
 
     carry, (ys, kept) = lax.scan(step, carry, (steps, zs), reverse=plan.reverse)
     return carry, ys, kept
+
+
+def _transpose(params: PyTree) -> PyTree:
+    """Transpose the matrices among parameters; done before a loop and again in it, it changes how they are stored."""
+    return jax.tree.map(lambda w: w.T if w.ndim == 2 else w, params)
 
 
 def _gate_by_gate(z: list[Array], a: Any) -> tuple[Array, Array]:
@@ -164,7 +189,7 @@ def run_in_bulk(
 def _derivative(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
     params, steps, carry, _ = primals
     d_params, d_steps, d_carry, d_reset_carry = jax.tree.map(present, primals, tangents)
-    push_a = _recur_tangent(plan.cell, params)
+    push_a = _recur_tangent(plan, params)
     # Not `run`: a second derivative would differentiate a plain scan.
     last, ys, kept = run_in_bulk(plan._replace(returns_kept=True), *primals)
     ys, kept = jax.tree.map(lambda y: checkpoint_name(y, "y"), ys), Kept(*map(_named, kept))
@@ -211,11 +236,12 @@ def _linearize(
     return Partial(functools.partial(_advance_open, push), (start, z, a)), forcing
 
 
-def _recur_tangent(cell: Cell[Any, Any], params: PyTree) -> Callable[[PyTree, PyTree], PyTree]:
+def _recur_tangent(plan: Plan, params: PyTree) -> Callable[[PyTree, PyTree], PyTree]:
     """Return (carry, d_carry) -> d_a, how `recur` changes with its carry."""
-    if cell.recur is not default_recur:
-        return lambda carry, d_carry: jvp(cell.recur or _no_recur, (params, carry), (None, d_carry))[1]
-    # d_h W_hh with W_hh transposed before the loop: then the backward pass, d_a W_hh^T, reads it row by row.
+    recur = plan.cell.recur or _no_recur
+    if recur is not default_recur or plan.transposed != "backward":
+        return lambda carry, d_carry: jvp(recur, (params, carry), (None, d_carry))[1]
+    # Written out, since JAX takes out of the loop what `_transpose` does in it.
     w_t = params.w_hh.T
     last = lambda d_h: (((d_h.ndim - 1,), (1,)), ((), ()))
     return lambda _, d: lax.dot_general(d.h, w_t, last(d.h), preferred_element_type=params.b.dtype)

@@ -118,6 +118,22 @@ def test_per_example_gradients_add_up_to_the_gradient(kept):
     assert worst_error(jax.tree.map(lambda g: g.sum(0), each), whole) < 1e-13
 
 
+@pytest.mark.parametrize("name", ["LSTM", "leaky"])
+def test_how_matrices_are_stored_changes_nothing(name, monkeypatch):
+    values = draw(ALL[name])
+    steps = derivative.Steps(values[1])
+    plan = lambda: derivative.make_plan(ALL[name], values[0], steps, values[2], block_size=None, reverse=False)
+    results = {}
+    for short_bytes, large in ((0, 1 << 30), (0, 1), (1 << 30, 1)):
+        monkeypatch.setattr(derivative, "SHORT_BYTES", short_bytes)
+        monkeypatch.setattr(derivative, "LARGE_ROWS", large)
+        monkeypatch.setattr(derivative, "LARGE_HIDDEN", large)
+        results[plan().transposed] = jax.jit(gradient(make_loss(ALL[name], "bulk", mask=HOLES)))(*values)
+    want = gradient(make_loss(ALL[name], "scan", mask=HOLES))(*values)
+    assert list(results) == ["backward", "forward", None]
+    assert all(worst_error(got, want) < 1e-12 for got in results.values())
+
+
 @sweep("bulk gradients equal to those of the scan", 200)
 def test_random_configurations_are_equal(trial, monkeypatch, request):
     """Cell, mask, resets, direction, block, batch rank and transformation, drawn; the shapes are a fixed few."""
@@ -126,6 +142,8 @@ def test_random_configurations_are_equal(trial, monkeypatch, request):
     name, transform = choose(list(ALL)), choose(list(TRANSFORMS))
     monkeypatch.setattr(derivative, "SHORT_BYTES", choose([0, 1 << 30]))
     monkeypatch.setattr(derivative, "BLOCK_BYTES", choose([1, 1 << 30]))
+    monkeypatch.setattr(derivative, "LARGE_ROWS", choose([1, 1 << 30]))
+    monkeypatch.setattr(derivative, "LARGE_HIDDEN", choose([1, 1 << 30]))
     cell = ALL[name]
     params, xs, carry = draw(cell, seed=trial)
     options = {
