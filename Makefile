@@ -47,7 +47,7 @@ train: $(STAMP)  ## five minutes: a character language model on real text
 	$(GPU_HINT)
 	@$(BIN)/python -m experiments.char_lm $(ARGS)
 
-bench: $(STAMP)  ## ten minutes: side by side with other libraries, as far as they are installed
+bench: $(STAMP)  ## a quarter of an hour: side by side with other libraries, as far as they are installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	@$(BIN)/python -m experiments.benchmark $(ARGS)
 

@@ -2,7 +2,8 @@
 
 Forward, and gradient by parameters and inputs, of one LSTM layer against Flax, Equinox, Haiku, Keras, torch and ONNX
 Runtime, on the same weights, each in a process of its own; their results are compared before anything is timed. All
-take turns in every round, and what counts is the ratio of medians. Expect a gradient some 1.2 times as fast as the
+take turns in every round, all are started anew a few times, since the same program is up to a tenth slower in one
+process than in another, and what counts is the ratio of medians. Expect a gradient some 1.2 times as fast as the
 fastest other JAX library in the geometric mean, and 1.7 times on long sequences of small layers.
 """
 
@@ -98,7 +99,7 @@ def processes(names: tuple[str, ...]) -> Iterator[dict[str, Peer]]:
 
 
 def side_by_side(peers: dict[str, Peer], shape: Shape, rounds: int, seconds: float) -> dict[str, Any]:
-    """Time one shape: every library takes its turn in every round.
+    """Time one shape: every library takes its turn in every round. Return all times, and each library's temporaries.
 
     Raises:
       ValueError: a library's results are not those of the first.
@@ -114,13 +115,15 @@ def side_by_side(peers: dict[str, Peer], shape: Shape, rounds: int, seconds: flo
     for _ in tqdm(range(rounds), desc=str(shape), file=sys.stderr, leave=False):
         for name, kind in turns:
             times[kind].setdefault(name, []).append(peers[name].ask(kind=kind, seconds=seconds)["seconds"])
-    summary = {
-        kind: {
-            name: {"min": min(own), "median": statistics.median(own), "max": max(own)} for name, own in of_kind.items()
-        }
-        for kind, of_kind in times.items()
-    }
-    return {"shape": shape, "temporaries": temporaries, **summary}
+    return {"temporaries": temporaries, **times}
+
+
+def summary(shape: Shape, starts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Summarise the times of one shape over all starts of the processes."""
+    of_kind = lambda kind: {name: [t for start in starts for t in start[kind][name]] for name in starts[0][kind]}
+    spread = lambda times: {"min": min(times), "median": statistics.median(times), "max": max(times)}
+    summaries = {kind: {name: spread(times) for name, times in of_kind(kind).items()} for kind in KINDS}
+    return {"shape": shape, "temporaries": starts[0]["temporaries"], **summaries}
 
 
 def compare(peers: dict[str, Peer], shape: Shape) -> None:
@@ -263,8 +266,9 @@ def costs_table(result: dict[str, Any]) -> str:
 def main(
     *,
     workdir: str | None = None,
-    rounds: int = 7,
-    seconds: float = 0.3,
+    starts: int = 3,
+    rounds: int = 2,
+    seconds: float = 0.25,
     shapes: tuple[Shape, ...] = SHAPES,
     peers: tuple[str, ...] = tuple(PEERS),
     costs: bool = True,
@@ -273,7 +277,8 @@ def main(
 
     Args:
       workdir: where the result goes; default a new folder in runs/.
-      rounds: turns of every library at every shape; at least five, for the medians to mean something.
+      starts: of every library's process; one has its luck with where its memory lies.
+      rounds: turns of every library at every shape after a start; for the medians to mean something, five in all.
       seconds: of one turn.
       shapes: T, B, I, H.
       peers: the libraries, by name.
@@ -281,7 +286,7 @@ def main(
     """
     if unknown := [name for name in peers if name not in PEERS]:
         raise SystemExit(f"benchmark: peers must be of {', '.join(PEERS)}; got {', '.join(unknown)}.")
-    config = {"rounds": rounds, "seconds": seconds, "shapes": shapes, "peers": peers, "costs": costs}
+    config = {"starts": starts, "rounds": rounds, "seconds": seconds, "shapes": shapes, "peers": peers, "costs": costs}
     folder = runs.open_folder("benchmark", workdir, config)
     result: dict[str, Any] = {
         "config": config,
@@ -289,18 +294,21 @@ def main(
         "versions": runs.versions(),
         "shapes": [],
     }
-    with processes(peers) as started:
-        result["versions"] |= {name: peer.about["version"] for name, peer in started.items()}
-        for shape in shapes:
-            result["shapes"].append(side_by_side(started, shape, rounds, seconds))
-            runs.write_json(folder / "result.json", result)  # what is measured stays, also if the rest is stopped
-            log.info(
-                "%s: gradient %s", shape, {k: round(v, 2) for k, v in ratios(result["shapes"][-1], "gradient").items()}
-            )
+    found: dict[Shape, list[dict[str, Any]]] = {shape: [] for shape in shapes}
+    for _ in range(starts):
+        with processes(peers) as started:
+            peers = tuple(started)
+            result["versions"] |= {name: peer.about["version"] for name, peer in started.items()}
+            for shape in shapes:
+                found[shape].append(side_by_side(started, shape, rounds, seconds))
+                result["shapes"] = [summary(shape, own) for shape, own in found.items() if own]
+                runs.write_json(folder / "result.json", result)  # what is measured stays, also if the rest is stopped
+    for row in result["shapes"]:
+        log.info("%s: gradient %s", row["shape"], {k: round(v, 2) for k, v in ratios(row, "gradient").items()})
     tables = [table(result)]
     if costs:
         log.info("what it costs beside: memory, compiling, growth; a minute or two")
-        result["costs"] = own_costs(rounds, seconds)
+        result["costs"] = own_costs(starts * rounds, seconds)
         runs.write_json(folder / "result.json", result)
         tables.append(costs_table(result))
     picture = plots.benchmark(folder / "benchmark.png", result)

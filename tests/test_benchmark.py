@@ -68,7 +68,7 @@ def test_a_library_that_computes_something_else_stops_the_benchmark():
 
 def test_the_command_measures_draws_and_tells(tmp_path):
     names = ["--peers", "jaxlstm", "Flax linen", "--shapes", *map(str, SHAPE)]
-    small = ["--workdir", tmp_path / "b", "--rounds", 2, "--seconds", 0.01, "--no-costs"]
+    small = ["--workdir", tmp_path / "b", "--starts", 2, "--rounds", 1, "--seconds", 0.01, "--no-costs"]
     done = command("benchmark", *small, *names, environment=UNCHECKED)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "b" / "result.json").read_text())
