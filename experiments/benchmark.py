@@ -2,9 +2,9 @@
 
 Forward, and gradient by parameters and inputs, of one LSTM layer against Flax, Equinox, Haiku, Keras, torch and ONNX
 Runtime, on the same weights, each in a process of its own; their results are compared before anything is timed. All
-take turns in every round, all are started anew a few times, since the same program is up to a tenth slower in one
-process than in another, and what counts is the ratio of medians. Expect a gradient some 1.2 times as fast as the
-fastest other JAX library in the geometric mean, and 1.7 times on long sequences of small layers.
+take turns in every round, in a new order. All are started anew a few times, since the same program is up to a tenth
+slower in one process than in another. What counts is the ratio of medians. Expect a gradient some 1.2 times as fast as
+the fastest other JAX library in the geometric mean, and twice as fast on long sequences of small layers.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -98,8 +99,12 @@ def processes(names: tuple[str, ...]) -> Iterator[dict[str, Peer]]:
             peer.process.kill()
 
 
-def side_by_side(peers: dict[str, Peer], shape: Shape, rounds: int, seconds: float) -> dict[str, Any]:
+def side_by_side(
+    peers: dict[str, Peer], shape: Shape, rounds: int, seconds: float, order: random.Random
+) -> dict[str, Any]:
     """Time one shape: every library takes its turn in every round. Return all times, and each library's temporaries.
+
+    Each round has an order of its own: the threads of some libraries go on spinning into the turn of the next.
 
     Raises:
       ValueError: a library's results are not those of the first.
@@ -110,11 +115,13 @@ def side_by_side(peers: dict[str, Peer], shape: Shape, rounds: int, seconds: flo
         temporaries[name] = about["temporaries"]
         kinds[name] = KINDS if about["gradient"] else KINDS[:1]
     compare(peers, shape)
-    turns = [(name, kind) for kind in KINDS for name in peers if kind in kinds[name]]
-    times: dict[str, dict[str, list[float]]] = {kind: {} for kind in KINDS}
+    times: dict[str, dict[str, list[float]]] = {
+        kind: {name: [] for name in peers if kind in kinds[name]} for kind in KINDS
+    }
+    turns = [(name, kind) for kind, of_kind in times.items() for name in of_kind]
     for _ in tqdm(range(rounds), desc=str(shape), file=sys.stderr, leave=False):
-        for name, kind in turns:
-            times[kind].setdefault(name, []).append(peers[name].ask(kind=kind, seconds=seconds)["seconds"])
+        for name, kind in order.sample(turns, len(turns)):
+            times[kind][name].append(peers[name].ask(kind=kind, seconds=seconds)["seconds"])
     return {"temporaries": temporaries, **times}
 
 
@@ -295,12 +302,13 @@ def main(
         "shapes": [],
     }
     found: dict[Shape, list[dict[str, Any]]] = {shape: [] for shape in shapes}
+    order = random.Random(0)
     for _ in range(starts):
         with processes(peers) as started:
             peers = tuple(started)
             result["versions"] |= {name: peer.about["version"] for name, peer in started.items()}
             for shape in shapes:
-                found[shape].append(side_by_side(started, shape, rounds, seconds))
+                found[shape].append(side_by_side(started, shape, rounds, seconds, order))
                 result["shapes"] = [summary(shape, own) for shape, own in found.items() if own]
                 runs.write_json(folder / "result.json", result)  # what is measured stays, also if the rest is stopped
     for row in result["shapes"]:
