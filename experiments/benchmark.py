@@ -3,7 +3,7 @@
 Forward, and gradient by parameters and inputs, of one LSTM layer against Flax, Equinox, Haiku, Keras, torch and ONNX
 Runtime, on the same weights, each in a process of its own; their results are compared before anything is timed. All
 take turns in every round, in a new order. All are started anew a few times, since the same program is up to a tenth
-slower in one process than in another. What counts is the ratio of medians. Expect a gradient some 1.2 times as fast as
+slower in one process than in another. What counts is the ratio of medians. Expect a gradient some 1.3 times as fast as
 the fastest other JAX library in the geometric mean, and twice as fast on long sequences of small layers.
 """
 

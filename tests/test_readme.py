@@ -115,13 +115,12 @@ def test_the_benchmarks_table_is_that_of_its_committed_result():
         len(result["shapes"]) == len(benchmark.SHAPES) and result["config"]["starts"] * result["config"]["rounds"] >= 5
     )
     gradients = [benchmark.ratios(row, "gradient") for row in result["shapes"]]
-    # As the README says below the table: ahead of every JAX library, but level at the largest layer; torch by rows.
+    # As the README says below the table, where a twentieth is noise.
     *ahead, level = [found["fastest JAX library"] for found in gradients]
-    assert min(ahead) > 1 and abs(level - 1) < 0.05
-    assert [row["shape"] for row, found in zip(result["shapes"], gradients, strict=True) if found["torch"] < 1] == [
-        [100, 32, 64, 64], [100, 64, 128, 256]
-    ]  # fmt: skip
-    assert all(benchmark.ratios(row, "forward")["fastest JAX library"] > 7 / 8 - 0.01 for row in result["shapes"])
+    assert min(ahead) > 1.05 and abs(level - 1) < 0.05
+    assert all(found["torch"] > 0.95 for found in gradients)
+    forward = [benchmark.ratios(row, "forward")["fastest JAX library"] for row in result["shapes"]]
+    assert min(forward) > 0.93 and benchmark.geometric_mean(forward) > 1
 
 
 def test_the_figures_of_the_full_suite_are_those_it_left(request):
