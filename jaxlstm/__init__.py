@@ -14,6 +14,18 @@ from jaxlstm.baselines import (
 )
 from jaxlstm.bptt import LSTMResiduals, gradient_error, lstm_backward, lstm_bptt, lstm_forward
 from jaxlstm.cell import Cell, num_params, summary
+from jaxlstm.comparison import Comparison, Departure, compare_gradients, comparison_table
+from jaxlstm.diagnostics import (
+    CellStateTerms,
+    Trace,
+    carry_jacobians,
+    cell_state_terms,
+    gradient_flow,
+    lyapunov_exponents,
+    trace,
+    truncated_gradient,
+)
+from jaxlstm.differences import Entry, GradientCheck, LeafCheck, central_differences, check_gradients, check_table
 from jaxlstm.lstm import (
     LSTM,
     LSTMGates,
@@ -28,6 +40,16 @@ from jaxlstm.lstm import (
     split_gates,
 )
 from jaxlstm.recurrence import length_mask, segment_resets, unroll, unroll_chunked
+from jaxlstm.rtrl import (
+    OnlineState,
+    RTRLState,
+    cut_recurrence,
+    init_rtrl,
+    make_online_step,
+    rtrl_gradient,
+    rtrl_step,
+    snap1_pattern,
+)
 from jaxlstm.train import TrainState, TrainStep, fit, init_train_state, make_train_step
 
 __version__ = "0.1.0"
@@ -37,25 +59,44 @@ __all__ = [
     "LSTM",
     "RNN",
     "Cell",
+    "CellStateTerms",
+    "Comparison",
+    "Departure",
+    "Entry",
     "GRUGates",
     "GRUParams",
     "GRUState",
+    "GradientCheck",
     "LSTMGates",
     "LSTMParams",
     "LSTMResiduals",
     "LSTMState",
+    "LeafCheck",
+    "OnlineState",
     "RNNParams",
     "RNNState",
+    "RTRLState",
+    "Trace",
     "TrainState",
     "TrainStep",
+    "carry_jacobians",
+    "cell_state_terms",
+    "central_differences",
+    "check_gradients",
+    "check_table",
+    "compare_gradients",
+    "comparison_table",
+    "cut_recurrence",
     "fit",
     "gradient_error",
+    "gradient_flow",
     "init_chrono",
     "init_flax",
     "init_glorot_orthogonal",
     "init_gru",
     "init_keras",
     "init_rnn",
+    "init_rtrl",
     "init_torch",
     "init_train_state",
     "join_gates",
@@ -63,12 +104,19 @@ __all__ = [
     "lstm_backward",
     "lstm_bptt",
     "lstm_forward",
+    "lyapunov_exponents",
+    "make_online_step",
     "make_rnn",
     "make_train_step",
     "num_params",
+    "rtrl_gradient",
+    "rtrl_step",
     "segment_resets",
+    "snap1_pattern",
     "split_gates",
     "summary",
+    "trace",
+    "truncated_gradient",
     "unroll",
     "unroll_chunked",
 ]

@@ -17,7 +17,16 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 import jaxlstm
-from jaxlstm import LSTM, LSTMState, gradient_error, length_mask, lstm_bptt, split_gates, unroll
+from jaxlstm import (
+    LSTM,
+    LSTMState,
+    central_differences,
+    gradient_error,
+    length_mask,
+    lstm_bptt,
+    split_gates,
+    unroll,
+)
 
 NUM_STEPS, BATCH, INPUT_SIZE, HIDDEN_SIZE = 12, 3, 5, 7
 LENGTHS = (12, 9, 4)
@@ -75,19 +84,6 @@ def blocks(gradients: Any) -> dict[str, Array]:
     by_gate = split_gates(d_params)
     cut = {f"{name}  {gate}": getattr(getattr(by_gate, gate), name) for name in d_params._fields for gate in "ifgo"}
     return {**cut, "xs": d_xs, "h_0": d_carry.h, "c_0": d_carry.c}
-
-
-def central_differences(f: Callable[[Any], Array], variables: Any, step_size: float) -> Any:
-    """Return the gradient by central differences of fourth order, entry by entry."""
-    flat, unravel = ravel_pytree(variables)
-    stencil = jnp.array([-2, -1, 1, 2], flat.dtype)
-
-    def derivative(direction: Array) -> Array:
-        along = lambda step: f(unravel(flat + step * step_size * direction))
-        two_back, back, ahead, two_ahead = jax.vmap(along)(stencil)
-        return (8 * (ahead - back) - (two_ahead - two_back)) / (12 * step_size)
-
-    return unravel(jax.vmap(derivative)(jnp.eye(flat.size, dtype=flat.dtype)))
 
 
 def main() -> int:

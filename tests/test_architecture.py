@@ -21,6 +21,10 @@ MAY_IMPORT = {
     "precision": {"cell", "derivative"},
     "recurrence": {"cell", "checks", "derivative", "precision"},
     "bptt": {"cell", "checks", "lstm"},
+    "rtrl": {"cell", "checks", "derivative"},
+    "diagnostics": {"cell", "checks", "lstm", "recurrence", "rtrl"},
+    "differences": {"cell"},
+    "comparison": {"bptt", "cell", "checks", "differences", "lstm", "recurrence", "rtrl"},
     "train": set(),
 }
 

@@ -1,0 +1,301 @@
+"""Look inside a recurrent net: its gates, where its gradient goes, and how a carry depends on the one before.
+
+Everything here runs `unroll` on a cell that has something added, and leaves the cell itself as it is. `options` are
+`unroll`'s own: mask, reset, reset_carry, reverse.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Literal
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from jaxlstm.cell import Cell, PyTree
+from jaxlstm.checks import check_sequence
+from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState
+from jaxlstm.recurrence import unroll
+from jaxlstm.rtrl import cut_recurrence
+
+
+class Trace(NamedTuple):
+    """Every step of a recurrence: all leaves [time, *batch, ...], and 0 at masked steps."""
+
+    start: PyTree  # the carry the step starts from: the one before it, or what a reset puts in its place
+    z: PyTree  # the input's part of the pre-activation
+    a: PyTree  # the carry's part; None for a cell without `recur`
+    gates: PyTree  # what the cell's `activations` names
+    carry: PyTree  # the carry after the step
+    y: PyTree
+
+
+def trace(cell: Cell[Any, Any], params: PyTree, xs: PyTree, carry: PyTree | None = None, **options: Any) -> Trace:
+    """Record every gate, pre-activation and carry of a sequence.
+
+    Args:
+      cell, params, xs, carry, options: as in `unroll`.
+
+    Returns:
+      A `Trace`; for an LSTM its pre-activations are z + a, and its gates an `LSTMGates(i, f, g, o)`.
+
+    Raises:
+      TypeError, ValueError: as `unroll`; ValueError if the cell has no `activations`.
+
+    >>> import jax, jaxlstm
+    >>> params = jaxlstm.LSTM.init(jax.random.key(0), 5, 7)
+    >>> jaxlstm.trace(jaxlstm.LSTM, params, jax.numpy.ones((11, 3, 5))).gates.f.shape
+    (11, 3, 7)
+    """
+    if cell.activations is None:
+        raise ValueError(f"trace: {cell.name} does not name its gates; give the Cell `activations`.")
+    check_sequence("trace", cell, params, *jax.tree.map(jnp.asarray, (xs, carry)))
+    return _record(cell, params, xs, carry, options)
+
+
+def _record(cell: Cell[Any, Any], params: PyTree, xs: PyTree, carry: PyTree | None, options: dict[str, Any]) -> Trace:
+    recorded: Any = unroll(_recording(cell), params, xs, carry, gradient="scan", **options)[1]
+    return Trace(*recorded)
+
+
+@functools.cache
+def _recording(cell: Cell[Any, Any]) -> Cell[Any, Any]:
+    """Make the cell whose output is everything about its step."""
+
+    def gates(params: PyTree, start: PyTree, z: PyTree, a: PyTree) -> tuple[PyTree, Trace]:
+        carry, y = cell.gates(params, start, z, a)
+        names = None if cell.activations is None else cell.activations(params, start, z, a)
+        return carry, Trace(start, z, a, names, carry, y)
+
+    return dataclasses.replace(cell, gates=gates, gates_jvp=None, activations=None)
+
+
+def gradient_flow(
+    cell: Cell[Any, Any],
+    params: PyTree,
+    xs: PyTree,
+    loss_fn: Callable[[Array], Array],
+    carry: PyTree | None = None,
+    **options: Any,
+) -> PyTree:
+    """Return the derivative of a loss by the carry after every step, in one backward pass.
+
+    These are the d_h and d_c of the derivation by hand, complete: h_t counts where it is the output and where it goes
+    on, c_t also through the h_t that is made of it. They are had from probes, zeros added to each leaf of the carry
+    where the cell computes it, so that any cell will do.
+
+    Args:
+      cell, params, xs, carry, options: as in `unroll`.
+      loss_fn: of the outputs ys [time, *batch, hidden], a number. Of the last output alone, what is returned for step t
+        is the gradient at lag T − t.
+
+    Returns:
+      A pytree like the carry, its leaves [time, *batch, ...]; 0 at masked steps.
+
+    Raises:
+      TypeError, ValueError: as `unroll`.
+
+    >>> import jax, jaxlstm
+    >>> params = jaxlstm.LSTM.init(jax.random.key(0), 5, 7)
+    >>> d = jaxlstm.gradient_flow(jaxlstm.LSTM, params, jax.numpy.ones((11, 3, 5)), lambda ys: ys[-1].sum())
+    >>> d.c.shape
+    (11, 3, 7)
+    """
+    xs, carry = jax.tree.map(jnp.asarray, (xs, carry))
+    batch_shape = check_sequence("gradient_flow", cell, params, xs, carry)
+    num_steps = jax.tree.leaves(xs)[0].shape[0]
+    one = jax.eval_shape(lambda params: cell.initial_carry(params, batch_shape), params)
+    probes = jax.tree.map(lambda leaf: jnp.zeros((num_steps, *leaf.shape), leaf.dtype), one)
+    loss = lambda probes: loss_fn(unroll(_probed(cell), params, (xs, probes), carry, **options)[1])
+    return jax.grad(loss)(probes)
+
+
+@functools.cache
+def _probed(cell: Cell[Any, Any]) -> Cell[Any, Any]:
+    """Make the cell whose input has a probe for every leaf of the carry beside it."""
+
+    def project(params: PyTree, inputs: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        x, probe = inputs
+        return cell.project(params, x), probe
+
+    def gates(params: PyTree, carry: PyTree, z: tuple[PyTree, PyTree], a: PyTree) -> tuple[PyTree, PyTree]:
+        return _with_probes(cell.gates, (params, carry, z[0], a), z[1])
+
+    return dataclasses.replace(cell, project=project, gates=gates, gates_jvp=None, activations=None)
+
+
+def _with_probes(gates: Callable[..., tuple[PyTree, PyTree]], arguments: PyTree, probes: PyTree) -> Any:
+    """Evaluate `gates` operation by operation, adding to each leaf of the new carry as soon as it is known.
+
+    Whatever the step computes from it later, such as h from c, sees the sum.
+    """
+    closed, out = jax.make_jaxpr(gates, return_shape=True)(*arguments)
+    jaxpr = closed.jaxpr
+    known: dict[Any, Any] = {}
+    to_add = dict(zip(jaxpr.outvars, jax.tree.leaves(probes), strict=False))
+    read = lambda v: v.val if isinstance(v, Literal) else known[v]
+    known.update(zip(jaxpr.constvars, closed.consts, strict=True))
+    known.update(zip(jaxpr.invars, jax.tree.leaves(arguments), strict=True))
+    for equation in jaxpr.eqns:
+        settings = equation.primitive.get_bind_params(equation.params)
+        results = equation.primitive.bind(*map(read, equation.invars), **settings)
+        results = results if equation.primitive.multiple_results else [results]
+        for v, result in zip(equation.outvars, results, strict=True):
+            known[v] = result + to_add.pop(v) if v in to_add else result
+    # What is left is a leaf that the step hands on as it was.
+    outs = [read(v) + to_add[v] if v in to_add else read(v) for v in jaxpr.outvars]
+    return jax.tree.unflatten(jax.tree.structure(out), outs)
+
+
+def carry_jacobians(
+    cell: Cell[Any, Any], params: PyTree, xs: PyTree, carry: PyTree | None = None, **options: Any
+) -> Float[Array, "time *batch n n"]:
+    """Return ∂carry_t / ∂carry_{t−1} of every step.
+
+    The leaves of the carry are joined in their own order, for an LSTM h and then c: n = 2·hidden. The identity at
+    masked steps, 0 where the carry is reset. The product over steps, later ones to the left, is how the last carry
+    depends on the first; its singular values say how much of a perturbation is left.
+
+    Args:
+      cell, params, xs, carry, options: as in `unroll`.
+
+    Raises:
+      TypeError, ValueError: as `unroll`.
+    """
+    xs, carry = jax.tree.map(jnp.asarray, (xs, carry))
+    batch_shape = check_sequence("carry_jacobians", cell, params, xs, carry)
+    starts = _record(cell, params, xs, carry, options).start
+
+    def of_one_step(start: PyTree, x: PyTree) -> Array:
+        flat, unravel = ravel_pytree(start)
+        return jax.jacfwd(lambda flat: ravel_pytree(cell.step(params, unravel(flat), x)[0])[0])(flat)
+
+    for _ in range(1 + len(batch_shape)):
+        of_one_step = jax.vmap(of_one_step)
+    jacobians = of_one_step(starts, xs)
+    flags = {name: options.get(name) for name in ("mask", "reset")}
+    if flags["mask"] is not None:
+        jacobians = jnp.where(jnp.asarray(flags["mask"])[..., None, None], jacobians, jnp.eye(jacobians.shape[-1]))
+    if flags["reset"] is not None:
+        jacobians = jnp.where(jnp.asarray(flags["reset"])[..., None, None], 0, jacobians)
+    return jacobians
+
+
+def lyapunov_exponents(
+    cell: Cell[Any, Any],
+    params: PyTree,
+    xs: PyTree,
+    carry: PyTree | None = None,
+    *,
+    num_exponents: int = 1,
+    num_warmup: int = 0,
+) -> Float[Array, "*batch num_exponents"]:
+    """Return the leading Lyapunov exponents: the mean growth per step, in nats, of small perturbations of the carry.
+
+    Perturbations are pushed through every step by its derivative and made orthonormal again (Benettin et al., Lyapunov
+    characteristic exponents for smooth dynamical systems, 1980). Below 0 all of them die out.
+
+    Args:
+      cell, params, xs, carry: as in `unroll`.
+      num_exponents: how many, the largest first; at most the numbers in a carry.
+      num_warmup: steps at the start that do not count, in which the perturbations turn to where they grow.
+
+    Raises:
+      TypeError, ValueError: as `unroll`; ValueError if there are not so many exponents, or no step is left.
+    """
+    xs, carry = jax.tree.map(jnp.asarray, (xs, carry))
+    batch_shape = check_sequence("lyapunov_exponents", cell, params, xs, carry)
+    num_steps = jax.tree.leaves(xs)[0].shape[0]
+    carry = cell.initial_carry(params, batch_shape) if carry is None else carry
+    size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(cell.initial_carry, params)))
+    if not 1 <= num_exponents <= size:
+        raise ValueError(f"lyapunov_exponents: num_exponents must be 1 to {size}, got {num_exponents}.")
+    if not 0 <= num_warmup < num_steps:
+        raise ValueError(f"lyapunov_exponents: num_warmup must be 0 to {num_steps - 1}, got {num_warmup}.")
+
+    def of_one_sequence(carry: PyTree, xs: PyTree) -> Array:
+        flat, unravel = ravel_pytree(carry)
+        random = jax.random.normal(jax.random.key(0), (size, num_exponents), flat.dtype)
+
+        def step(state: tuple[Array, Array], x: PyTree) -> tuple[tuple[Array, Array], Array]:
+            flat, directions = state
+            advance = lambda flat: ravel_pytree(cell.step(params, unravel(flat), x)[0])[0]
+            flat, push = jax.linearize(advance, flat)
+            directions, growth = jnp.linalg.qr(jax.vmap(push, 1, 1)(directions))
+            return (flat, directions), jnp.log(jnp.abs(jnp.diagonal(growth)))
+
+        _, growths = lax.scan(step, (flat, jnp.linalg.qr(random)[0]), xs)
+        return growths[num_warmup:].mean(axis=0)
+
+    for _ in batch_shape:
+        of_one_sequence = jax.vmap(of_one_sequence, (0, 1))
+    return of_one_sequence(carry, xs)
+
+
+class CellStateTerms(NamedTuple):
+    """The four ways from c_{t−1} to c_t, each [time, *batch, hidden, hidden]: entry [j, k] is ∂c_t[j] / ∂c_{t−1}[k]."""
+
+    carousel: Float[Array, "time *batch hidden hidden"]  # diag(f)
+    forget_gate: Float[Array, "time *batch hidden hidden"]
+    input_gate: Float[Array, "time *batch hidden hidden"]
+    candidate: Float[Array, "time *batch hidden hidden"]
+
+
+def cell_state_terms(params: LSTMParams, xs: Array, carry: LSTMState | None = None) -> CellStateTerms:
+    """Return the four terms of ∂c_t / ∂c_{t−1} of an LSTM, o_{t−1} held fixed.
+
+    With h_{t−1} = o_{t−1} ⊙ tanh c_{t−1} and D = diag(o_{t−1} ⊙ (1 − tanh² c_{t−1})):
+
+        diag(f)  +  diag(c_{t−1} ⊙ f(1−f)) W_fᵀ D  +  diag(g ⊙ i(1−i)) W_iᵀ D  +  diag(i ⊙ (1−g²)) W_gᵀ D
+
+    At the first step only diag(f) is left, since h_0 does not depend on c_0. The product over steps is *not*
+    ∂c_T/∂c_0: c also acts through o. For products take `carry_jacobians`.
+
+    Args:
+      params, xs, carry: as in `unroll`, of the cell `LSTM`.
+
+    Raises:
+      TypeError, ValueError: as `unroll`.
+    """
+    recorded = trace(LSTM, params, xs, carry)
+    i, f, g, o = recorded.gates
+    c_prev, hidden = recorded.start.c, params.w_hh.shape[0]
+    o_prev = jnp.concatenate([jnp.zeros_like(o[:1]), o[:-1]])
+    d = o_prev * (1 - jnp.tanh(c_prev) ** 2)
+    w = LSTMGates(*jnp.split(params.w_hh, 4, axis=-1))
+    through = lambda by_gate, w: by_gate[..., :, None] * w.T * d[..., None, :]
+    return CellStateTerms(
+        carousel=f[..., :, None] * jnp.eye(hidden, dtype=f.dtype),
+        forget_gate=through(c_prev * f * (1 - f), w.f),
+        input_gate=through(g * i * (1 - i), w.i),
+        candidate=through(i * (1 - g**2), w.g),
+    )
+
+
+def truncated_gradient(
+    cell: Cell[Any, Any],
+    params: PyTree,
+    xs: PyTree,
+    loss_fn: Callable[[Array], Array],
+    carry: PyTree | None = None,
+    **options: Any,
+) -> PyTree:
+    """Return the gradient of 1997 by the parameters: it flows along the carry, and not through `recur`.
+
+    For an LSTM h_{t−1} is a constant at every gate and at the candidate, so that only the carousel of c reaches back in
+    time (Hochreiter & Schmidhuber, Long short-term memory, 1997). `rtrl_gradient(cut_recurrence(cell), ...)`, which is
+    e-prop with true learning signals, computes the same forward in time.
+
+    Args:
+      cell, params, xs, carry, options: as in `unroll`.
+      loss_fn: of the outputs ys [time, *batch, hidden], a number.
+
+    Raises:
+      TypeError, ValueError: as `unroll`.
+    """
+    check_sequence("truncated_gradient", cell, params, *jax.tree.map(jnp.asarray, (xs, carry)))
+    return jax.grad(lambda params: loss_fn(unroll(cut_recurrence(cell), params, xs, carry, **options)[1]))(params)

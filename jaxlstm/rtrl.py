@@ -1,0 +1,251 @@
+"""Real-time recurrent learning: the gradient forward in time, for any cell (Williams & Zipser 1989).
+
+With s the carry, θ the parameters and E_t the loss of a step, the influence M_t = ∂s_t/∂θ goes from step to step:
+
+    M_t     = ∂s_t/∂s_{t−1} M_{t−1} + ∂s_t/∂θ
+    ∂E_t/∂θ = ∂E_t/∂y_t (∂y_t/∂s_{t−1} M_{t−1} + ∂y_t/∂θ)
+
+Nothing of the past is kept but M, whose size does not grow with T. It is large, though: for an LSTM 2·hidden numbers a
+parameter and example. Two approximations change the first line alone. SnAp-1 keeps of M what one step can fill (Menick
+et al. 2021): pass `pattern=snap1_pattern(cell, params, x)`. E-prop leaves the way through `recur` out of ∂s_t/∂s_{t−1}
+(Bellec et al. 2020): pass `cut_recurrence(cell)` as the cell.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float
+
+from jaxlstm.cell import Cell, PyTree
+from jaxlstm.checks import check_sequence, check_steps
+from jaxlstm.derivative import select, where
+
+MAX_BYTES = 4 << 30
+
+
+class RTRLState(NamedTuple):
+    """What goes from step to step."""
+
+    carry: PyTree  # its leaves [*batch, ...]
+    influence: Float[Array, "*batch n p"]  # ∂carry/∂params: n numbers of one carry, p parameters
+
+
+def init_rtrl(
+    cell: Cell[Any, Any],
+    params: PyTree,
+    batch_shape: tuple[int, ...] = (),
+    *,
+    carry: PyTree | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> RTRLState:
+    """Return the state before the first step.
+
+    Args:
+      cell, params: as in `unroll`.
+      batch_shape: the batch axes.
+      carry: its leaves [*batch, ...], taken not to depend on the parameters; default the cell's initial carry.
+      max_bytes: that the influence may take.
+
+    Raises:
+      ValueError: it would take more.
+    """
+    one = jax.tree.leaves(jax.eval_shape(cell.initial_carry, params))
+    numbers, num_params = (sum(leaf.size for leaf in leaves) for leaves in (one, jax.tree.leaves(params)))
+    num_bytes = math.prod(batch_shape) * numbers * num_params * one[0].dtype.itemsize
+    if num_bytes > max_bytes:
+        raise ValueError(
+            f"init_rtrl: how {numbers} numbers of a carry depend on {num_params:,} parameters takes {num_bytes:,} bytes"
+            f" at batch shape {list(batch_shape)}, more than max_bytes={max_bytes:,}; take fewer units or examples, or "
+            "backpropagation through time."
+        )
+    carry = cell.initial_carry(params, batch_shape) if carry is None else carry
+    return RTRLState(carry, jnp.zeros((*batch_shape, numbers, num_params), one[0].dtype))
+
+
+def rtrl_step(
+    cell: Cell[Any, Any],
+    params: PyTree,
+    state: RTRLState,
+    x: PyTree,
+    *,
+    mask: Bool[Array, "*batch"] | None = None,
+    reset: Bool[Array, "*batch"] | None = None,
+    pattern: Bool[Array, "n p"] | None = None,
+) -> tuple[RTRLState, Array, Callable[[Array], PyTree]]:
+    """Take one step, and say what its output's cotangent is worth to the parameters, the whole past included.
+
+    Args:
+      cell, params: as in `unroll`.
+      state: from `init_rtrl` or the step before.
+      x: [*batch, input].
+      mask, reset: of this step; a reset puts the cell's initial carry in place, as in `unroll`.
+      pattern: where the influence may differ from 0; default everywhere.
+
+    Returns:
+      The state after the step, the output y [*batch, hidden], and d_y -> d_params, which sums over the batch.
+    """
+    batch_shape = state.influence.shape[:-2]
+    unravel = ravel_pytree(params)[1]
+    if reset is not None:
+        initial = RTRLState(cell.initial_carry(params, batch_shape), jnp.zeros_like(state.influence))
+        state = select(reset, initial, state)
+    advance = functools.partial(_advance, cell, params, pattern)
+    for _ in batch_shape:
+        advance = jax.vmap(advance)
+    new_state, y, y_influence = advance(state, x)
+    if mask is not None:
+        new_state = select(mask, new_state, state)
+        y, y_influence = (where(mask, v, jnp.zeros_like(v)) for v in (y, y_influence))
+    return new_state, y, Partial(_pull, Partial(unravel), y_influence)
+
+
+def _advance(
+    cell: Cell[Any, Any], params: PyTree, pattern: Array | None, state: RTRLState, x: PyTree
+) -> tuple[RTRLState, Array, Array]:
+    """Take a step of one example; return its state, its output, and ∂y/∂params."""
+    flat_params, unravel_params = ravel_pytree(params)
+    flat_carry, unravel_carry = ravel_pytree(state.carry)
+
+    def step(flat_params: Array, flat_carry: Array) -> Any:
+        carry, y = cell.step(unravel_params(flat_params), unravel_carry(flat_carry), x)
+        return (ravel_pytree(carry)[0], y), (carry, y)
+
+    (of_carry, of_y), (carry, y) = jax.jacrev(step, (0, 1), has_aux=True)(flat_params, flat_carry)
+    total = lambda by: by[1] @ state.influence + by[0]
+    influence = total(of_carry) if pattern is None else jnp.where(pattern, total(of_carry), 0)
+    return RTRLState(carry, influence), y, total(of_y)
+
+
+def _pull(unravel: Any, y_influence: Array, d_y: Array) -> PyTree:
+    return unravel(jnp.tensordot(d_y, y_influence, d_y.ndim))
+
+
+def rtrl_gradient(
+    cell: Cell[Any, Any],
+    params: PyTree,
+    xs: PyTree,
+    step_loss: Callable[[Array, Array], Array],
+    carry: PyTree | None = None,
+    *,
+    mask: Bool[Array, "time *batch"] | None = None,
+    reset: Bool[Array, "time *batch"] | None = None,
+    pattern: Bool[Array, "n p"] | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> tuple[Array, PyTree]:
+    """Return the loss of a sequence, Σ_t E_t, and its gradient by the parameters: that of `unroll`, forward in time.
+
+    Args:
+      cell, params, xs, carry, mask, reset: as in `unroll`.
+      step_loss: (y_t, t) -> E_t, a number; y_t is [*batch, hidden].
+      pattern: as in `rtrl_step`.
+      max_bytes: as in `init_rtrl`.
+
+    Raises:
+      TypeError, ValueError: as `unroll` and `init_rtrl`.
+
+    >>> import jax, jaxlstm
+    >>> params = jaxlstm.LSTM.init(jax.random.key(0), 5, 7)
+    >>> xs, square = jax.numpy.ones((11, 3, 5)), lambda y, t: (y**2).sum()
+    >>> loss, gradient = jaxlstm.rtrl_gradient(jaxlstm.LSTM, params, xs, square)
+    >>> gradient.w_hh.shape
+    (7, 28)
+    """
+    params, xs, carry = jax.tree.map(jnp.asarray, (params, xs, carry))
+    batch_shape = check_sequence("rtrl_gradient", cell, params, xs, carry)
+    num_steps = jax.tree.leaves(xs)[0].shape[0]
+    mask, reset = (None if flags is None else jnp.asarray(flags) for flags in (mask, reset))
+    for name, flags in (("mask", mask), ("reset", reset)):
+        if flags is not None:
+            check_steps("rtrl_gradient", name, flags, num_steps, batch_shape)
+    state = init_rtrl(cell, params, batch_shape, carry=carry, max_bytes=max_bytes)
+
+    def step(so_far: Any, inputs: Any) -> Any:
+        (state, loss, gradient), (t, x, mask, reset) = so_far, inputs
+        state, y, pull = rtrl_step(cell, params, state, x, mask=mask, reset=reset, pattern=pattern)
+        e, d_y = jax.value_and_grad(step_loss)(y, t)
+        return (state, loss + e, jax.tree.map(jnp.add, gradient, pull(d_y))), None
+
+    start = (state, jnp.zeros((), state.influence.dtype), jax.tree.map(jnp.zeros_like, params))
+    (_, loss, gradient), _ = lax.scan(step, start, (jnp.arange(num_steps), xs, mask, reset))
+    return loss, gradient
+
+
+def snap1_pattern(cell: Cell[Any, Any], params: PyTree, x: PyTree) -> Bool[Array, "n p"]:
+    """Return which parameters reach which numbers of the carry within one step, for SnAp-1.
+
+    For an LSTM that is the weights into a unit, and this unit's own h and c. It is found at random values, where no
+    derivative is 0 by chance.
+
+    Args:
+      cell, params: as in `unroll`.
+      x: one input without batch axes, [input].
+    """
+    carry = jax.eval_shape(cell.initial_carry, params)
+    leaves, treedef = jax.tree.flatten((params, carry, x))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    random = [jax.random.normal(key, v.shape, v.dtype) for key, v in zip(keys, leaves, strict=True)]
+    params, carry, x = jax.tree.unflatten(treedef, random)
+    nothing = jnp.zeros((sum(leaf.size for leaf in jax.tree.leaves(carry)), 1), random[0].dtype)
+    return _advance(cell, params, None, RTRLState(carry, nothing), x)[0].influence != 0
+
+
+@functools.cache
+def cut_recurrence(cell: Cell[Any, Any]) -> Cell[Any, Any]:
+    """Make the cell whose gradient does not flow through `recur`: of an LSTM, along c alone.
+
+    Its gradient, by whatever road, is the truncated one of 1997 (Hochreiter & Schmidhuber, Long short-term memory).
+    """
+    recur = cell.recur
+    if recur is None:
+        return cell
+    return dataclasses.replace(cell, recur=lambda params, carry: recur(params, lax.stop_gradient(carry)))
+
+
+class OnlineState(NamedTuple):
+    """What an online learner holds between two steps of its stream."""
+
+    params: tuple[PyTree, PyTree]  # the cell's, and the readout's
+    opt_state: optax.OptState
+    rtrl: RTRLState
+
+
+def make_online_step(
+    cell: Cell[Any, Any],
+    loss_fn: Callable[[PyTree, Array, PyTree], Array],
+    optimizer: optax.GradientTransformation,
+    *,
+    pattern: Bool[Array, "n p"] | None = None,
+) -> Callable[[OnlineState, PyTree, PyTree], tuple[OnlineState, Array]]:
+    """Make the step of a learner that updates its parameters after every step of a stream.
+
+    While parameters move, the influence is of parameters that were: exact in the limit of small learning rates.
+
+    Args:
+      cell: as in `unroll`.
+      loss_fn: (readout, y, target) -> loss of one step, a number.
+      optimizer: of (params, readout).
+      pattern: as in `rtrl_step`.
+
+    Returns:
+      (state, x, target) -> (state, loss), to be jitted; begin with
+      `OnlineState((params, readout), optimizer.init((params, readout)), init_rtrl(cell, params, batch_shape))`.
+    """
+
+    def online_step(state: OnlineState, x: PyTree, target: PyTree) -> tuple[OnlineState, Array]:
+        params, readout = state.params
+        rtrl, y, pull = rtrl_step(cell, params, state.rtrl, x, pattern=pattern)
+        loss, (d_readout, d_y) = jax.value_and_grad(loss_fn, (0, 1))(readout, y, target)
+        updates, opt_state = optimizer.update((pull(d_y), d_readout), state.opt_state, state.params)
+        new_params: Any = optax.apply_updates(state.params, updates)
+        return OnlineState(new_params, opt_state, rtrl), loss
+
+    return online_step

@@ -1,0 +1,175 @@
+"""`compare_gradients`: that all roads agree, and that it convicts a wrong one and names the gate and the step."""
+
+import inspect
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlstm import LSTM, LSTMState, bptt, compare_gradients, comparison_table, lstm_forward
+
+from cells import CELLS, HOLES, RESET, B, H, I, T, draw, normal, worst_error
+
+WEIGHT = jnp.asarray(normal(50, T, B, H))
+MASK = np.arange(T)[:, None] < np.array([T, T, T - 2])  # the last sequence ends two steps earlier
+MASK[3, 1] = False
+
+
+def step_loss(y, t):
+    return (jnp.sin(y) * WEIGHT[t]).sum()
+
+
+def faulty(old, new):
+    """Return the backward pass by hand as a road, with one change in its source."""
+    source = inspect.getsource(bptt)
+    assert source.count(old) == 1, old
+    module = types.ModuleType("faulty")
+    exec(compile(source.replace(old, new), "faulty", "exec"), module.__dict__)
+
+    backward = jax.jit(module.lstm_backward)
+    nothing = LSTMState(jnp.zeros((B, H)), jnp.zeros((B, H)))
+    return lambda params, xs, carry, d_ys: backward(params, forward(params, xs, carry), (nothing, d_ys))
+
+
+@jax.jit
+def forward(params, xs, carry):
+    return lstm_forward(params, xs, carry, mask=MASK)[1]
+
+
+LAST = T - 1
+IFG = ("gate i", "gate f", "gate g")
+ANY = (*IFG, "gate o")
+# What is wrong: old, new; the blocks that may be named, and the step: the latest at which d_z is wrong.
+FAULTS = {
+    "sign in the input gate": ("d_i * i * (1 - i)", "d_i * i * (1 + i)", ("gate i",), LAST),
+    "sign in the forget gate": ("d_f * f * (1 - f)", "d_f * f * (1 + f)", ("gate f",), LAST),
+    "sign in the candidate": ("d_g * (1 - g**2)", "d_g * (1 + g**2)", ("gate g",), LAST),
+    "sign in the output gate": ("d_o * o * (1 - o)", "d_o * o * (1 + o)", ("gate o",), LAST),
+    "the forget gate sees c of this step": ("d_c * c_prev", "d_c * jnp.arctanh(s)", ("gate f",), LAST),
+    "the input gate sees itself": ("d_i = d_c * g ", "d_i = d_c * i ", ("gate i",), LAST),
+    "the output gate sees c": ("d_o = d_h * s ", "d_o = d_h * jnp.arctanh(s) ", ("gate o",), LAST),
+    "two gates swapped": ("[d_z_i, d_z_f, d_z_g, d_z_o], -1", "[d_z_f, d_z_i, d_z_g, d_z_o], -1", IFG[:2], LAST),
+    "candidate and output gate swapped": ("d_z_g, d_z_o], -1", "d_z_o, d_z_g], -1", ("gate g", "gate o"), LAST),
+    "the derivative of tanh": ("d_s * (1 - s**2)", "d_s * (1 - s)", IFG, LAST),
+    "no way from h to c": (" + d_s * (1 - s**2)", "", IFG, LAST),
+    "no way back through c": ("d_c_prev = d_c * f + ", "d_c_prev = 0 * d_c + ", IFG, LAST - 1),
+    "no way back through h": ("d_h_prev = d_z @ w_hh.T + ", "d_h_prev = 0 * d_c + ", ANY, LAST - 1),
+    "c flows back unweighted": ("d_c_prev = d_c * f + ", "d_c_prev = d_c + ", IFG, LAST - 1),
+    "w_hh not transposed by gates": ("d_z @ w_hh.T", "jnp.roll(d_z, 1, -1) @ w_hh.T", ANY, LAST - 1),
+    # What is wrong at masked steps shows at the real one before: d_xs, all that a road says of a step, is 0 there.
+    "the mask is dropped for h": ("jnp.where(m, d_y + d_h_t, 0)", "d_y + d_h_t", ANY, T - 3),
+    "a masked step stops h": (" + jnp.where(m, 0, d_h_t)", "", ANY, 2),
+    "a masked step stops c": (" + jnp.where(m, 0, d_c_t)", "", IFG, 2),
+    "w_hh one step off": ("tensordot(previous.h, d_zs", "tensordot(jnp.roll(previous.h, -1, 0), d_zs",
+                          tuple(f"w_hh {gate}" for gate in "ifgo"), None),
+    "w_ih one step off": ("tensordot(xs, d_zs", "tensordot(jnp.roll(xs, 1, 0), d_zs",
+                          tuple(f"w_ih {gate}" for gate in "ifgo"), None),
+    "a bias without the first step": ("d_zs.sum(steps)", "d_zs[1:].sum(steps)",
+                                      tuple(f"b {gate}" for gate in "ifgo"), None),
+    "the inputs' gradient": ("d_zs @ w_ih.T", "1.5 * d_zs @ w_ih.T", ("xs",), None),
+    "h_0 and c_0 swapped": ("return d_params, d_xs, d_carry\n", "return d_params, d_xs, LSTMState(*d_carry[::-1])\n",
+                            ("h_0", "c_0"), None),
+}  # fmt: skip
+
+
+def compare(faults):
+    params, xs, carry = draw(LSTM)
+    roads = {
+        "mine": faulty("d_s = d_h * o ", "d_s = o * d_h "),
+        "nan": lambda params, xs, carry, d_ys: jax.tree.map(lambda v: np.full(v.shape, np.nan), (params, xs, carry)),
+        **{name: faulty(*FAULTS[name][:2]) for name in faults},
+    }
+    with jax.debug_nans(False):
+        return compare_gradients(LSTM, params, xs, step_loss, carry=carry, mask=MASK, roads=roads)
+
+
+@pytest.fixture(scope="module")
+def compared():
+    return compare(list(FAULTS)[1::6])
+
+
+def test_all_exact_roads_agree_and_differences_as_far_as_they_see(compared):
+    for road in ("scan", "bulk", "by hand", "rtrl", "mine"):
+        assert max(compared.errors[road].values()) <= 1e-12
+    assert 0 < max(compared.errors["differences"].values()) <= 1e-6
+    assert all(compared.departures[road] is None for road in ("bulk", "by hand", "rtrl", "mine", "differences"))
+    assert {"w_ih f", "w_hh o", "b i", "xs", "h_0", "c_0"} < compared.errors["bulk"].keys()
+    assert compared.errors["rtrl"].keys() == {f"{leaf} {gate}" for leaf in ("w_ih", "w_hh", "b") for gate in "ifgo"}
+    assert compared.by_step["by hand"]["o"].shape == (T,)
+
+
+def assert_named(compared, faults):
+    for fault in faults:
+        *_, blocks, step = FAULTS[fault]
+        departure = compared.departures[fault]
+        assert departure is not None and not compared.agree, fault
+        assert departure.block in blocks and departure.step == step and departure.error > 1e-6, (fault, departure)
+
+
+def test_a_fault_is_found_and_its_gate_and_step_are_named(compared):
+    assert_named(compared, list(FAULTS)[1::6])
+
+
+@pytest.mark.slow
+def test_all_faults_are_found_and_their_gates_and_steps_are_named():
+    assert len(FAULTS) >= 15
+    assert_named(compare(FAULTS), FAULTS)
+
+
+def test_the_table_says_what_departs_and_where(compared):
+    table = comparison_table(compared)
+    assert table.endswith("DISAGREE in float64")
+    assert "sign in the forget gate departs in gate f at step 6: " in table
+    assert "w_ih one step off departs in w_ih " in table
+    (header, first, *_) = table.splitlines()
+    assert first.startswith("w_ih i") and len(first) == len(header)
+
+
+@pytest.mark.parametrize("name", ["leaky", *(pytest.param(name, marks=pytest.mark.slow) for name in ("GRU", "RNN"))])
+def test_other_cells_have_all_roads_but_the_one_by_hand(name):
+    cell = CELLS[name][0]
+    params, xs, carry = draw(cell, dtype=np.float32)
+    found = compare_gradients(cell, params, xs, step_loss, carry=carry, mask=HOLES, reset=RESET)
+    assert found.agree and found.dtype == "float64" and found.gradients["scan"][1].dtype == np.float64
+    assert found.departures.keys() == {"bulk", "rtrl", "differences"}
+    assert max(max(found.errors[road].values()) for road in ("bulk", "rtrl")) <= 1e-12
+    assert comparison_table(found).endswith("\nAGREE in float64")
+    assert jnp.ones(()).dtype == np.float64  # as the tests have it, before and after
+
+
+@pytest.mark.slow
+def test_float32_is_held_to_what_it_can():
+    params, xs, _ = draw(LSTM)
+    found = compare_gradients(LSTM, params, xs, lambda y, t: (jnp.cos(t.astype(y.dtype)) * y).sum(), dtype="float32")
+    assert found.agree and found.gradients["bulk"][0].w_hh.dtype == np.float32
+    assert 1e-8 < max(found.errors["bulk"].values()) < 1e-5
+
+
+def test_a_nan_is_a_departure(compared):
+    assert compared.departures["nan"].step == LAST and np.isnan(compared.departures["nan"].error)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"step_loss": lambda ys: ys.sum()}, r"step_loss must take \(y_t, t\)"),
+        ({"step_loss": lambda y, t: y.sum(-1)}, rf"step_loss must return one number.* got \[{B}\]"),
+        ({"roads": {"bulk": None}}, "roads has bulk, which is a road already"),
+        ({"roads": {"mine": lambda *v: [*v[:3]]}}, "road 'mine' must return"),
+        ({"roads": {"mine": lambda p, x, c, d: (p._replace(b=p.b[1:]), x, c)}}, "d_params of road 'mine' must have"),
+        ({"dtype": "bfloat16"}, 'dtype must be "float64" or "float32", got \'bfloat16\''),
+        ({"xs": np.ones((T, B, I + 1))}, "xs has 6 features, params.w_ih expects 5"),
+        ({"xs": np.ones((T, B, I), int)}, "xs must be floating, got int"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(change, message):
+    params, xs, _ = draw(LSTM)
+    arguments = {"xs": xs, "step_loss": step_loss} | change
+    with pytest.raises((ValueError, TypeError), match=f"compare_gradients: {message}"):
+        compare_gradients(LSTM, params, **arguments)
+
+
+def test_the_gradients_are_kept_for_a_closer_look(compared):
+    assert worst_error(compared.gradients["by hand"], compared.gradients["scan"]) < 1e-13

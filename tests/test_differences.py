@@ -1,0 +1,131 @@
+"""`check_gradients`: that right gradients pass, of any model, and wrong ones are convicted by leaf and entry."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlstm import LSTM, check_gradients, check_table, unroll
+
+from cells import normal
+
+
+class Model(nn.Module):
+    """Embedding, attention, a recurrent layer of ours, a readout."""
+
+    @nn.compact
+    def __call__(self, symbols):
+        x = nn.Embed(11, 6)(symbols)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=6)(x)
+        lstm = self.param("lstm", lambda key: LSTM.init(key, 6, 5))
+        return nn.Dense(3)(unroll(LSTM, lstm, x.astype(lstm.b.dtype))[1])
+
+
+SYMBOLS = jnp.asarray(np.random.default_rng(0).integers(0, 11, 9))
+
+
+def loss_of_model(params, symbols):
+    logits = Model().apply(params, symbols)
+    return -jax.nn.log_softmax(logits)[:, 1].mean()
+
+
+@pytest.fixture(scope="module")
+def params():
+    return Model().init(jax.random.key(0), SYMBOLS)
+
+
+@pytest.mark.slow
+def test_a_flax_model_with_embedding_attention_and_lstm_passes(params):
+    found = check_gradients(loss_of_model, params, SYMBOLS, key=jax.random.key(3))
+    assert found.agree and found.wrong == ()
+    assert {"params.lstm.w_hh", "params.Embed_0.embedding"} < found.leaves.keys()
+    assert max(leaf.error for name, leaf in found.leaves.items() if "key.bias" not in name) < 1e-8
+    assert all(leaf.given is None for leaf in found.leaves.values())
+    assert check_table(found).endswith("AGREE")
+
+
+@pytest.mark.slow
+def test_a_given_gradient_is_held_to_its_own_precision(params):
+    gradients = jax.grad(loss_of_model)(jax.tree.map(lambda v: v.astype("float32"), params), SYMBOLS)
+    found = check_gradients(loss_of_model, params, SYMBOLS, gradients=gradients, key=jax.random.key(3))
+    lstm = found.leaves["params.lstm.w_ih"]
+    assert found.leaves["params.Dense_0.kernel"].given < 1e-6
+    assert 1e-9 < lstm.given < 1e-5
+
+
+def test_one_wrong_entry_is_named(params):
+    gradients = jax.grad(loss_of_model)(params, SYMBOLS)
+    lstm = gradients["params"]["lstm"]
+    right = float(lstm.w_hh[2, 7])
+    gradients["params"]["lstm"] = lstm._replace(w_hh=lstm.w_hh.at[2, 7].multiply(-1))
+    found = check_gradients(loss_of_model, params, SYMBOLS, gradients=gradients, key=jax.random.key(3))
+    assert found.wrong == ("params.lstm.w_hh",) and not found.agree
+    assert (found.worst.leaf, found.worst.at) == ("params.lstm.w_hh", (2, 7))
+    assert found.worst.autodiff == pytest.approx(right, rel=1e-5)
+    assert found.worst.differences == pytest.approx(right, rel=1e-5)
+    assert found.worst.given == pytest.approx(-right)
+    assert "farthest off: params.lstm.w_hh[2, 7]: autodiff " in check_table(found)
+    assert check_table(found).endswith("DISAGREE on params.lstm.w_hh")
+
+
+@jax.custom_jvp
+def cube(x):
+    return x**3
+
+
+@cube.defjvp
+def _(primals, tangents):
+    (x,), (d,) = primals, tangents
+    return x**3, jnp.where(x == x.max(), 2, 3) * x**2 * d  # wrong at the largest
+
+
+def test_a_wrong_rule_of_ones_own_is_convicted_by_differences_alone():
+    w = {"right": jnp.asarray(normal(1, 4)), "wrong": jnp.asarray(normal(2, 3, 5))}
+    found = check_gradients(lambda w: (w["right"] ** 3).sum() + cube(w["wrong"]).sum(), w, key=jax.random.key(3))
+    assert found.wrong == ("wrong",)
+    largest = np.unravel_index(np.argmax(w["wrong"]), (3, 5))
+    assert (found.worst.leaf, found.worst.at) == ("wrong", largest)
+    assert found.worst.autodiff == pytest.approx(2 / 3 * found.worst.differences)
+    assert found.leaves["right"].error < 1e-10
+
+
+def test_a_model_that_rounds_is_checked_as_far_as_differences_see():
+    w = jnp.asarray(normal(1, 20))
+    in_float32 = lambda w: jnp.tanh(w.astype("float32")).sum()
+    found = check_gradients(in_float32, w, key=jax.random.key(3))
+    assert found.agree and 1e-7 < found.leaves["params"].floor < 1e-2
+    wrong = check_gradients(in_float32, w, gradients=1.5 * jax.grad(in_float32)(w), key=jax.random.key(3))
+    assert wrong.wrong == ("params",)
+
+
+def test_leaves_without_a_derivative_are_passed_over_and_settings_restored():
+    with jax.enable_x64(False):
+        params = {"n": jnp.arange(3), "w": jnp.ones(3, "float32")}
+        found = check_gradients(
+            lambda p, s: (p["n"].astype(p["w"].dtype) * jnp.exp(s * p["w"])).sum(), params, 0.5, key=jax.random.key(3)
+        )
+        assert found.agree and list(found.leaves) == ["w"]
+        assert jnp.ones(()).dtype == np.float32
+
+
+def test_a_nan_is_wrong():
+    with jax.debug_nans(False):
+        found = check_gradients(lambda w: jnp.sqrt(w).sum(), jnp.array([1.0, 0.0]), key=jax.random.key(3))
+    assert found.wrong == ("params",) and found.worst.at == (1,)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"loss_fn": lambda w: w}, "loss_fn must return one number"),
+        ({"gradients": {"w": 0}}, "gradients must be like params"),
+        ({"gradients": np.ones(4)}, r"gradients must be like params, with leaves \[\(3,\)\], got \[\(4,\)\]"),
+        ({"params": jnp.arange(3)}, "params have no floating leaf"),
+        ({"num_directions": 0}, "num_directions must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused(change, message):
+    arguments = {"loss_fn": lambda w: (w**2).sum(), "params": jnp.ones(3), "key": jax.random.key(3)} | change
+    with pytest.raises(ValueError, match=f"check_gradients: {message}"):
+        check_gradients(**arguments)
