@@ -109,15 +109,14 @@ def side_by_side(
     Raises:
       ValueError: a library's results are not those of the first.
     """
-    temporaries, kinds = {}, {}
+    temporaries = {}
+    times: dict[str, dict[str, list[float]]] = {kind: {} for kind in KINDS}
     for name, peer in peers.items():
         about = peer.ask(shape=shape)
         temporaries[name] = about["temporaries"]
-        kinds[name] = KINDS if about["gradient"] else KINDS[:1]
+        for kind in KINDS if about["gradient"] else KINDS[:1]:
+            times[kind][name] = []
     compare(peers, shape)
-    times: dict[str, dict[str, list[float]]] = {
-        kind: {name: [] for name in peers if kind in kinds[name]} for kind in KINDS
-    }
     turns = [(name, kind) for kind, of_kind in times.items() for name in of_kind]
     for _ in tqdm(range(rounds), desc=str(shape), file=sys.stderr, leave=False):
         for name, kind in order.sample(turns, len(turns)):

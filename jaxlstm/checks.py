@@ -119,6 +119,21 @@ def check_steps(function: str, name: str, flags: Any, num_steps: int, batch_shap
         )
 
 
+def checked_flags(
+    function: str, mask: Any, reset: Any, num_steps: int, batch_shape: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """Check a mask and resets, either of which may be None; return them as arrays.
+
+    Raises:
+      TypeError, ValueError: as `check_steps`.
+    """
+    mask, reset = (None if flags is None else jnp.asarray(flags) for flags in (mask, reset))
+    for name, flags in (("mask", mask), ("reset", reset)):
+        if flags is not None:
+            check_steps(function, name, flags, num_steps, batch_shape)
+    return mask, reset
+
+
 def check_size(function: str, name: str, size: Any) -> None:
     """Check a number of steps that may be None.
 

@@ -48,9 +48,8 @@ class Comparison(NamedTuple):
 
     dtype: str
     errors: dict[str, dict[str, float]]  # road, block: ‖g − r‖ / ‖r‖
-    by_step: dict[
-        str, dict[str, Float[np.ndarray, "time"]]
-    ]  # road, gate: of d_z_t, relative to all gates' at that step
+    # road, gate: of d_z_t, relative to all gates' at that step
+    by_step: dict[str, dict[str, Float[np.ndarray, "time"]]]
     departures: dict[str, Departure | None]  # road: None where it agrees
     gradients: dict[str, tuple[PyTree, PyTree, PyTree]]  # road: (d_params, d_xs, d_carry)
 

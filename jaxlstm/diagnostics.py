@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxlstm.cell import Cell, PyTree
 from jaxlstm.checks import check_sequence
+from jaxlstm.derivative import where
 from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState
 from jaxlstm.recurrence import unroll
 from jaxlstm.rtrl import cut_recurrence
@@ -177,11 +178,11 @@ def carry_jacobians(
     for _ in range(1 + len(batch_shape)):
         of_one_step = jax.vmap(of_one_step)
     jacobians = of_one_step(starts, xs)
-    flags = {name: options.get(name) for name in ("mask", "reset")}
-    if flags["mask"] is not None:
-        jacobians = jnp.where(jnp.asarray(flags["mask"])[..., None, None], jacobians, jnp.eye(jacobians.shape[-1]))
-    if flags["reset"] is not None:
-        jacobians = jnp.where(jnp.asarray(flags["reset"])[..., None, None], 0, jacobians)
+    mask, reset = options.get("mask"), options.get("reset")
+    if mask is not None:
+        jacobians = where(jnp.asarray(mask), jacobians, jnp.eye(jacobians.shape[-1], dtype=jacobians.dtype))
+    if reset is not None:
+        jacobians = where(jnp.asarray(reset), jnp.zeros_like(jacobians), jacobians)
     return jacobians
 
 

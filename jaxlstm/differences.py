@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Key
 
 from jaxlstm.cell import PyTree, leaf_path
+from jaxlstm.checks import same_structure
 
 # Relative errors allowed: of autodiff against differences, where they see so far; of a given gradient, by its dtype.
 TOLERANCE = 1e-6
@@ -111,7 +112,8 @@ def check_gradients(
         given = None if gradients is None else jax.tree.map(np.asarray, gradients)
         params, args = jax.tree.map(_widen, (params, args))
         paths = [leaf_path(path) or "params" for path, _ in jax.tree.leaves_with_path(params)]
-        leaves, treedef = jax.tree.leaves(params), _structure(params)
+        leaves = jax.tree.leaves(params)
+        treedef: Any = jax.tree.structure(params)
         active = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
         givens = _checked_given(given, params, leaves)
         if not active:
@@ -154,10 +156,6 @@ def check_table(check: GradientCheck) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _structure(tree: PyTree) -> Any:
-    return jax.tree.structure(tree)
-
-
 def _widen(value: Any) -> Any:
     if not hasattr(value, "dtype") and not isinstance(value, float):
         return value
@@ -169,7 +167,7 @@ def _checked_given(given: Any, params: Any, leaves: list[Array]) -> list[np.ndar
     if given is None:
         return None
     own = jax.tree.leaves(given)
-    if _structure(given) != _structure(params) or any(g.shape != v.shape for g, v in zip(own, leaves, strict=True)):
+    if not same_structure(given, params) or any(g.shape != v.shape for g, v in zip(own, leaves, strict=True)):
         raise ValueError(
             f"check_gradients: gradients must be like params, with leaves {[v.shape for v in leaves]}, got "
             f"{[v.shape for v in own]}."

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import check_carry, check_compute_dtype, check_sequence, check_size, check_steps
+from jaxlstm.checks import check_carry, check_compute_dtype, check_sequence, check_size, checked_flags
 from jaxlstm.derivative import Steps, make_plan, run, run_in_bulk, scan_blocks, select, size_without_remainder, where
 from jaxlstm.precision import in_compute_dtype
 
@@ -152,12 +152,9 @@ def _checked(
     if gradient not in ("bulk", "scan"):
         raise ValueError(f'{function}: gradient must be "bulk" or "scan", got {gradient!r}.')
     params, xs, carry, reset_carry = jax.tree.map(jnp.asarray, (params, xs, carry, reset_carry))
-    mask, reset = (None if flags is None else jnp.asarray(flags) for flags in (mask, reset))
     batch_shape = check_sequence(function, cell, params, xs, carry)
     num_steps = jax.tree.leaves(xs)[0].shape[0]
-    for name, flags in (("mask", mask), ("reset", reset)):
-        if flags is not None:
-            check_steps(function, name, flags, num_steps, batch_shape)
+    mask, reset = checked_flags(function, mask, reset, num_steps, batch_shape)
     if compute_dtype is not None:
         check_compute_dtype(function, compute_dtype)
         cell = in_compute_dtype(cell, jnp.dtype(compute_dtype))

@@ -26,7 +26,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import check_sequence, check_steps
+from jaxlstm.checks import check_sequence, checked_flags
 from jaxlstm.derivative import select, where
 
 MAX_BYTES = 4 << 30
@@ -162,10 +162,7 @@ def rtrl_gradient(
     params, xs, carry = jax.tree.map(jnp.asarray, (params, xs, carry))
     batch_shape = check_sequence("rtrl_gradient", cell, params, xs, carry)
     num_steps = jax.tree.leaves(xs)[0].shape[0]
-    mask, reset = (None if flags is None else jnp.asarray(flags) for flags in (mask, reset))
-    for name, flags in (("mask", mask), ("reset", reset)):
-        if flags is not None:
-            check_steps("rtrl_gradient", name, flags, num_steps, batch_shape)
+    mask, reset = checked_flags("rtrl_gradient", mask, reset, num_steps, batch_shape)
     state = init_rtrl(cell, params, batch_shape, carry=carry, max_bytes=max_bytes)
 
     def step(so_far: Any, inputs: Any) -> Any:

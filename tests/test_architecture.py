@@ -22,8 +22,8 @@ MAY_IMPORT = {
     "recurrence": {"cell", "checks", "derivative", "precision"},
     "bptt": {"cell", "checks", "lstm"},
     "rtrl": {"cell", "checks", "derivative"},
-    "diagnostics": {"cell", "checks", "lstm", "recurrence", "rtrl"},
-    "differences": {"cell"},
+    "diagnostics": {"cell", "checks", "derivative", "lstm", "recurrence", "rtrl"},
+    "differences": {"cell", "checks"},
     "comparison": {"bptt", "cell", "checks", "differences", "lstm", "recurrence", "rtrl"},
     "train": set(),
 }
