@@ -21,7 +21,9 @@ from jaxlstm.diagnostics import (
     carry_jacobians,
     cell_state_terms,
     gradient_flow,
+    jacobian_products,
     lyapunov_exponents,
+    term_shares,
     trace,
     truncated_gradient,
 )
@@ -43,6 +45,7 @@ from jaxlstm.recurrence import length_mask, segment_resets, unroll, unroll_chunk
 from jaxlstm.rtrl import (
     OnlineState,
     RTRLState,
+    SnAp1Pattern,
     cut_recurrence,
     init_rtrl,
     make_online_step,
@@ -50,6 +53,7 @@ from jaxlstm.rtrl import (
     rtrl_step,
     snap1_pattern,
 )
+from jaxlstm.sources import GradientSources, gradient_cosine, gradient_sources
 from jaxlstm.train import TrainState, TrainStep, fit, init_train_state, make_train_step
 
 __version__ = "0.1.0"
@@ -67,6 +71,7 @@ __all__ = [
     "GRUParams",
     "GRUState",
     "GradientCheck",
+    "GradientSources",
     "LSTMGates",
     "LSTMParams",
     "LSTMResiduals",
@@ -76,6 +81,7 @@ __all__ = [
     "RNNParams",
     "RNNState",
     "RTRLState",
+    "SnAp1Pattern",
     "Trace",
     "TrainState",
     "TrainStep",
@@ -88,8 +94,10 @@ __all__ = [
     "comparison_table",
     "cut_recurrence",
     "fit",
+    "gradient_cosine",
     "gradient_error",
     "gradient_flow",
+    "gradient_sources",
     "init_chrono",
     "init_flax",
     "init_glorot_orthogonal",
@@ -99,6 +107,7 @@ __all__ = [
     "init_rtrl",
     "init_torch",
     "init_train_state",
+    "jacobian_products",
     "join_gates",
     "length_mask",
     "lstm_backward",
@@ -115,6 +124,7 @@ __all__ = [
     "snap1_pattern",
     "split_gates",
     "summary",
+    "term_shares",
     "trace",
     "truncated_gradient",
     "unroll",

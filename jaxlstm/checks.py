@@ -3,6 +3,7 @@
 One error, that names the function, the argument, what was expected, what came, and the likely cure.
 """
 
+import inspect
 import operator
 from typing import Any
 
@@ -132,6 +133,27 @@ def checked_flags(
         if flags is not None:
             check_steps(function, name, flags, num_steps, batch_shape)
     return mask, reset
+
+
+def check_step_loss(function: str, step_loss: Any, y: Any) -> None:
+    """Check that a loss is one of a single step: (y_t, t) -> E_t, a number.
+
+    Raises:
+      ValueError: it takes other arguments, or returns something else.
+    """
+    time = jax.ShapeDtypeStruct((), jnp.arange(0).dtype)
+    try:
+        inspect.signature(step_loss).bind(y, time)
+    except TypeError as error:
+        raise ValueError(
+            f"{function}: step_loss must take (y_t, t), the output of one step and its number: {error}."
+        ) from error
+    out = jax.eval_shape(step_loss, y, time)
+    if getattr(out, "shape", None) != ():
+        got = list(out.shape) if hasattr(out, "shape") else type(out).__name__
+        raise ValueError(
+            f"{function}: step_loss must return one number, the loss of a step summed over the batch, got {got}."
+        )
 
 
 def check_size(function: str, name: str, size: Any) -> None:

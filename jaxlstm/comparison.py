@@ -6,7 +6,6 @@ does not have. What a road does wrong at a masked step shows at the real step be
 """
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxlstm.bptt import gradient_error, lstm_bptt
 from jaxlstm.cell import Cell, PyTree, leaf_path, project
-from jaxlstm.checks import check_sequence, same_structure
+from jaxlstm.checks import check_sequence, check_step_loss, same_structure
 from jaxlstm.differences import central_differences
 from jaxlstm.lstm import LSTM
 from jaxlstm.recurrence import unroll
@@ -156,18 +155,7 @@ def _cast(value: Any, dtype: str) -> Array:
 def _loss_cotangent(step_loss: Callable[[Array, Array], Array], ys: Array) -> Array:
     """Return the derivative of Σ_t step_loss(y_t, t) by the outputs."""
     times = jnp.arange(len(ys))
-    try:
-        inspect.signature(step_loss).bind(ys[0], times[0])
-    except TypeError as error:
-        raise ValueError(
-            f"compare_gradients: step_loss must take (y_t, t), the output of one step and its number: {error}."
-        ) from error
-    out = jax.eval_shape(step_loss, ys[0], times[0])
-    if getattr(out, "shape", None) != ():
-        got = list(out.shape) if hasattr(out, "shape") else type(out).__name__
-        raise ValueError(
-            f"compare_gradients: step_loss must return one number, the loss of a step summed over the batch, got {got}."
-        )
+    check_step_loss("compare_gradients", step_loss, ys[0])
     d_ys: Array = jax.vmap(jax.grad(step_loss))(ys, times)
     return d_ys
 

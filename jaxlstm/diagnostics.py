@@ -158,8 +158,7 @@ def carry_jacobians(
     """Return ∂carry_t / ∂carry_{t−1} of every step.
 
     The leaves of the carry are joined in their own order, for an LSTM h and then c: n = 2·hidden. The identity at
-    masked steps, 0 where the carry is reset. The product over steps, later ones to the left, is how the last carry
-    depends on the first; its singular values say how much of a perturbation is left.
+    masked steps, 0 where the carry is reset.
 
     Args:
       cell, params, xs, carry, options: as in `unroll`.
@@ -184,6 +183,27 @@ def carry_jacobians(
     if reset is not None:
         jacobians = where(jnp.asarray(reset), jnp.zeros_like(jacobians), jacobians)
     return jacobians
+
+
+def jacobian_products(jacobians: Float[Array, "time *batch n n"]) -> Float[Array, "time *batch n n"]:
+    """Return how the last carry depends on every one before: at t, the product J_T ... J_t = ∂carry_T / ∂carry_{t−1}.
+
+    Their singular values say how much of a perturbation is left after T − t + 1 steps, at most and at least; below some
+    1e-300 (float64) they are 0, where `lyapunov_exponents` still are numbers.
+
+    Args:
+      jacobians: from `carry_jacobians`, not reversed.
+
+    >>> import jax, jaxlstm
+    >>> params = jaxlstm.LSTM.init(jax.random.key(0), 5, 7)
+    >>> jacobians = jaxlstm.carry_jacobians(jaxlstm.LSTM, params, jax.numpy.ones((11, 3, 5)))
+    >>> jax.numpy.linalg.svd(jaxlstm.jacobian_products(jacobians), compute_uv=False).shape
+    (11, 3, 14)
+    """
+    jacobians = jnp.asarray(jacobians)
+    identity = jnp.broadcast_to(jnp.eye(jacobians.shape[-1], dtype=jacobians.dtype), jacobians.shape[1:])
+    multiply = lambda product, jacobian: (product @ jacobian,) * 2
+    return lax.scan(multiply, identity, jacobians, reverse=True)[1]
 
 
 def lyapunov_exponents(
@@ -275,6 +295,18 @@ def cell_state_terms(params: LSTMParams, xs: Array, carry: LSTMState | None = No
         input_gate=through(g * i * (1 - i), w.i),
         candidate=through(i * (1 - g**2), w.g),
     )
+
+
+def term_shares(terms: CellStateTerms) -> CellStateTerms:
+    """Return what share each of the four terms has, by its Frobenius norm: [time, *batch], their sum 1.
+
+    The terms may cancel, so that the norm of their sum may be less than the sum of their norms.
+
+    Args:
+      terms: from `cell_state_terms`.
+    """
+    norms = CellStateTerms(*(jnp.linalg.norm(term, axis=(-2, -1)) for term in terms))
+    return CellStateTerms(*(norm / sum(norms) for norm in norms))
 
 
 def truncated_gradient(

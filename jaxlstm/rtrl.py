@@ -6,9 +6,10 @@ With s the carry, θ the parameters and E_t the loss of a step, the influence M_
     ∂E_t/∂θ = ∂E_t/∂y_t (∂y_t/∂s_{t−1} M_{t−1} + ∂y_t/∂θ)
 
 Nothing of the past is kept but M, whose size does not grow with T. It is large, though: for an LSTM 2·hidden numbers a
-parameter and example. Two approximations change the first line alone. SnAp-1 keeps of M what one step can fill (Menick
-et al. 2021): pass `pattern=snap1_pattern(cell, params, x)`. E-prop leaves the way through `recur` out of ∂s_t/∂s_{t−1}
-(Bellec et al. 2020): pass `cut_recurrence(cell)` as the cell.
+parameter and example. There are two approximations. SnAp-1 keeps of M what one step can fill, for an LSTM 2 numbers a
+parameter (Menick et al. 2021): pass `pattern=snap1_pattern(cell, params, x)`. E-prop leaves the way through `recur` out
+of ∂s_t/∂s_{t−1} (Bellec et al. 2020): pass `cut_recurrence(cell)` as the cell. Of an LSTM cut so, SnAp-1 loses nothing,
+so that both together are e-prop as it is meant: exact, and as large as the parameters.
 """
 
 import dataclasses
@@ -19,11 +20,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlstm.cell import Cell, PyTree
 from jaxlstm.checks import check_sequence, checked_flags
@@ -36,7 +38,14 @@ class RTRLState(NamedTuple):
     """What goes from step to step."""
 
     carry: PyTree  # its leaves [*batch, ...]
-    influence: Float[Array, "*batch n p"]  # ∂carry/∂params: n numbers of one carry, p parameters
+    influence: Float[Array, "*batch n p"]  # ∂carry/∂params: n numbers of a carry (SnAp-1: its leaves), p parameters
+
+
+class SnAp1Pattern(NamedTuple):
+    """Which number of each leaf of a carry, and of y, a parameter reaches within one step; −1 for none."""
+
+    carry: Int[Array, "leaves p"]  # its place in the carry, all leaves in a row
+    y: Int[Array, "p"]
 
 
 def init_rtrl(
@@ -45,6 +54,7 @@ def init_rtrl(
     batch_shape: tuple[int, ...] = (),
     *,
     carry: PyTree | None = None,
+    pattern: SnAp1Pattern | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> RTRLState:
     """Return the state before the first step.
@@ -53,6 +63,7 @@ def init_rtrl(
       cell, params: as in `unroll`.
       batch_shape: the batch axes.
       carry: its leaves [*batch, ...], taken not to depend on the parameters; default the cell's initial carry.
+      pattern: for SnAp-1.
       max_bytes: that the influence may take.
 
     Raises:
@@ -60,12 +71,13 @@ def init_rtrl(
     """
     one = jax.tree.leaves(jax.eval_shape(cell.initial_carry, params))
     numbers, num_params = (sum(leaf.size for leaf in leaves) for leaves in (one, jax.tree.leaves(params)))
+    numbers = numbers if pattern is None else len(one)
     num_bytes = math.prod(batch_shape) * numbers * num_params * one[0].dtype.itemsize
     if num_bytes > max_bytes:
         raise ValueError(
             f"init_rtrl: how {numbers} numbers of a carry depend on {num_params:,} parameters takes {num_bytes:,} bytes"
-            f" at batch shape {list(batch_shape)}, more than max_bytes={max_bytes:,}; take fewer units or examples, or "
-            "backpropagation through time."
+            f" at batch shape {list(batch_shape)}, more than max_bytes={max_bytes:,}; take fewer units or examples, "
+            "pattern=snap1_pattern(...), or backpropagation through time."
         )
     carry = cell.initial_carry(params, batch_shape) if carry is None else carry
     return RTRLState(carry, jnp.zeros((*batch_shape, numbers, num_params), one[0].dtype))
@@ -79,7 +91,7 @@ def rtrl_step(
     *,
     mask: Bool[Array, "*batch"] | None = None,
     reset: Bool[Array, "*batch"] | None = None,
-    pattern: Bool[Array, "n p"] | None = None,
+    pattern: SnAp1Pattern | None = None,
 ) -> tuple[RTRLState, Array, Callable[[Array], PyTree]]:
     """Take one step, and say what its output's cotangent is worth to the parameters, the whole past included.
 
@@ -88,7 +100,7 @@ def rtrl_step(
       state: from `init_rtrl` or the step before.
       x: [*batch, input].
       mask, reset: of this step; a reset puts the cell's initial carry in place, as in `unroll`.
-      pattern: where the influence may differ from 0; default everywhere.
+      pattern: for SnAp-1, as the state was made for; default exact.
 
     Returns:
       The state after the step, the output y [*batch, hidden], and d_y -> d_params, which sums over the batch.
@@ -105,28 +117,42 @@ def rtrl_step(
     if mask is not None:
         new_state = select(mask, new_state, state)
         y, y_influence = (where(mask, v, jnp.zeros_like(v)) for v in (y, y_influence))
-    return new_state, y, Partial(_pull, Partial(unravel), y_influence)
+    return new_state, y, Partial(_pull, Partial(unravel), None if pattern is None else pattern.y, y_influence)
 
 
 def _advance(
-    cell: Cell[Any, Any], params: PyTree, pattern: Array | None, state: RTRLState, x: PyTree
+    cell: Cell[Any, Any], params: PyTree, pattern: SnAp1Pattern | None, state: RTRLState, x: PyTree
 ) -> tuple[RTRLState, Array, Array]:
-    """Take a step of one example; return its state, its output, and ∂y/∂params."""
+    """Take a step of one example; return its state, its output, and ∂y/∂params, of SnAp-1 one number a parameter."""
     flat_params, unravel_params = ravel_pytree(params)
     flat_carry, unravel_carry = ravel_pytree(state.carry)
 
-    def step(flat_params: Array, flat_carry: Array) -> Any:
+    def step(flat_params: Array, flat_carry: Array) -> tuple[Array, Any]:
         carry, y = cell.step(unravel_params(flat_params), unravel_carry(flat_carry), x)
-        return (ravel_pytree(carry)[0], y), (carry, y)
+        return jnp.concatenate([ravel_pytree(carry)[0], y]), (carry, y)
 
-    (of_carry, of_y), (carry, y) = jax.jacrev(step, (0, 1), has_aux=True)(flat_params, flat_carry)
-    total = lambda by: by[1] @ state.influence + by[0]
-    influence = total(of_carry) if pattern is None else jnp.where(pattern, total(of_carry), 0)
-    return RTRLState(carry, influence), y, total(of_y)
+    if pattern is None:
+        (by_params, by_carry), (carry, y) = jax.jacrev(step, (0, 1), has_aux=True)(flat_params, flat_carry)
+        influence = by_carry @ state.influence + by_params
+    else:
+        by_carry, (carry, y) = jax.jacrev(step, 1, has_aux=True)(flat_params, flat_carry)
+        sizes = [leaf.size for leaf in jax.tree.leaves(state.carry)]
+        _, pull = jax.vjp(lambda flat_params: step(flat_params, flat_carry)[0], flat_params)
+        # A parameter reaches one number of a leaf at most: the sum over the leaf is the derivative of that one.
+        leaf_of = np.repeat(np.arange(len(sizes) + 1), [*sizes, y.size])
+        (by_params,) = jax.vmap(pull)(jax.nn.one_hot(leaf_of, len(sizes) + 1, dtype=y.dtype, axis=0))
+        reached = jnp.concatenate([pattern.carry, jnp.where(pattern.y >= 0, pattern.y + sum(sizes), -1)[None]])
+        through = by_carry[reached[:, None], pattern.carry] * state.influence
+        influence = jnp.where(reached >= 0, through.sum(axis=1) + by_params, 0)
+    num_kept = len(state.influence)
+    y_influence = influence[num_kept:] if pattern is None else influence[num_kept]
+    return RTRLState(carry, influence[:num_kept]), y, y_influence
 
 
-def _pull(unravel: Any, y_influence: Array, d_y: Array) -> PyTree:
-    return unravel(jnp.tensordot(d_y, y_influence, d_y.ndim))
+def _pull(unravel: Any, reached: Array | None, y_influence: Array, d_y: Array) -> PyTree:
+    if reached is None:
+        return unravel(jnp.tensordot(d_y, y_influence, d_y.ndim))
+    return unravel((d_y[..., reached] * y_influence).reshape(-1, reached.size).sum(axis=0))
 
 
 def rtrl_gradient(
@@ -138,7 +164,7 @@ def rtrl_gradient(
     *,
     mask: Bool[Array, "time *batch"] | None = None,
     reset: Bool[Array, "time *batch"] | None = None,
-    pattern: Bool[Array, "n p"] | None = None,
+    pattern: SnAp1Pattern | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> tuple[Array, PyTree]:
     """Return the loss of a sequence, Σ_t E_t, and its gradient by the parameters: that of `unroll`, forward in time.
@@ -163,7 +189,7 @@ def rtrl_gradient(
     batch_shape = check_sequence("rtrl_gradient", cell, params, xs, carry)
     num_steps = jax.tree.leaves(xs)[0].shape[0]
     mask, reset = checked_flags("rtrl_gradient", mask, reset, num_steps, batch_shape)
-    state = init_rtrl(cell, params, batch_shape, carry=carry, max_bytes=max_bytes)
+    state = init_rtrl(cell, params, batch_shape, carry=carry, pattern=pattern, max_bytes=max_bytes)
 
     def step(so_far: Any, inputs: Any) -> Any:
         (state, loss, gradient), (t, x, mask, reset) = so_far, inputs
@@ -176,8 +202,8 @@ def rtrl_gradient(
     return loss, gradient
 
 
-def snap1_pattern(cell: Cell[Any, Any], params: PyTree, x: PyTree) -> Bool[Array, "n p"]:
-    """Return which parameters reach which numbers of the carry within one step, for SnAp-1.
+def snap1_pattern(cell: Cell[Any, Any], params: PyTree, x: PyTree) -> SnAp1Pattern:
+    """Return which numbers of the carry and of y each parameter reaches within one step, for SnAp-1.
 
     For an LSTM that is the weights into a unit, and this unit's own h and c. It is found at random values, where no
     derivative is 0 by chance.
@@ -185,14 +211,34 @@ def snap1_pattern(cell: Cell[Any, Any], params: PyTree, x: PyTree) -> Bool[Array
     Args:
       cell, params: as in `unroll`.
       x: one input without batch axes, [input].
+
+    Raises:
+      ValueError: a parameter reaches two numbers of a leaf, as that of a projection does.
     """
     carry = jax.eval_shape(cell.initial_carry, params)
     leaves, treedef = jax.tree.flatten((params, carry, x))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     random = [jax.random.normal(key, v.shape, v.dtype) for key, v in zip(keys, leaves, strict=True)]
     params, carry, x = jax.tree.unflatten(treedef, random)
-    nothing = jnp.zeros((sum(leaf.size for leaf in jax.tree.leaves(carry)), 1), random[0].dtype)
-    return _advance(cell, params, None, RTRLState(carry, nothing), x)[0].influence != 0
+    flat_params, unravel = ravel_pytree(params)
+    out, pull = jax.vjp(lambda flat: ravel_pytree(cell.step(unravel(flat), carry, x))[0], flat_params)
+    sizes = [leaf.size for leaf in jax.tree.leaves(carry)]
+    leaf_of = np.repeat(np.arange(len(sizes) + 1), [*sizes, out.size - sum(sizes)])
+
+    def one_number(places: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        k, leaf = inputs
+        (gradient,) = pull(jnp.zeros_like(out).at[k].set(1))
+        twice = ((gradient != 0) & (places[leaf] >= 0)).any()
+        return places.at[leaf].set(jnp.where(gradient != 0, k, places[leaf])), twice
+
+    nowhere = jnp.full((len(sizes) + 1, flat_params.size), -1)
+    places, twice = lax.scan(one_number, nowhere, (jnp.arange(out.size), jnp.asarray(leaf_of)))
+    if twice.any():
+        raise ValueError(
+            f"snap1_pattern: a parameter of {cell.name} reaches two numbers of a carry's leaf within one step, which "
+            "SnAp-1 has no room for; use exact RTRL (no pattern)."
+        )
+    return SnAp1Pattern(places[:-1], jnp.where(places[-1] >= 0, places[-1] - sum(sizes), -1))
 
 
 @functools.cache
@@ -220,7 +266,7 @@ def make_online_step(
     loss_fn: Callable[[PyTree, Array, PyTree], Array],
     optimizer: optax.GradientTransformation,
     *,
-    pattern: Bool[Array, "n p"] | None = None,
+    pattern: SnAp1Pattern | None = None,
 ) -> Callable[[OnlineState, PyTree, PyTree], tuple[OnlineState, Array]]:
     """Make the step of a learner that updates its parameters after every step of a stream.
 
@@ -233,8 +279,8 @@ def make_online_step(
       pattern: as in `rtrl_step`.
 
     Returns:
-      (state, x, target) -> (state, loss), to be jitted; begin with
-      `OnlineState((params, readout), optimizer.init((params, readout)), init_rtrl(cell, params, batch_shape))`.
+      (state, x, target) -> (state, loss), to be jitted; begin with `OnlineState((params, readout),
+      optimizer.init((params, readout)), init_rtrl(cell, params, batch_shape, pattern=pattern))`.
     """
 
     def online_step(state: OnlineState, x: PyTree, target: PyTree) -> tuple[OnlineState, Array]:

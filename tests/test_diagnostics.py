@@ -1,6 +1,7 @@
 """What `diagnostics` says of a net, against NumPy loops, complex steps and closed forms."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,10 @@ from jaxlstm import (
     carry_jacobians,
     cell_state_terms,
     gradient_flow,
+    jacobian_products,
     lyapunov_exponents,
     make_rnn,
+    term_shares,
     trace,
     truncated_gradient,
     unroll,
@@ -194,6 +197,24 @@ def test_the_product_of_jacobians_is_how_the_last_carry_depends_on_the_first(rev
     )
     want = jax.jacfwd(of_first)(jnp.concatenate([leaf[0] for leaf in carry]))
     assert worst_error(product, want) < 1e-13
+
+
+def test_products_of_jacobians_reach_from_the_last_carry_to_every_one_before():
+    params, xs, carry = draw(GRU)
+    jacobians = np.asarray(carry_jacobians(GRU, params, xs, carry))
+    got = jacobian_products(jacobians)
+    for t in range(T):
+        want = np.stack([functools.reduce(np.matmul, jacobians[t:, n][::-1]) for n in range(B)])
+        assert worst_error(got[t], want) < 1e-14
+
+
+def test_the_shares_of_the_four_terms_are_those_of_their_norms():
+    params, xs, carry = draw(LSTM)
+    terms = cell_state_terms(params, xs, carry)
+    shares = term_shares(terms)
+    norms = np.stack([np.sqrt((np.asarray(term) ** 2).sum((-2, -1))) for term in terms])
+    assert worst_error(list(shares), list(norms / norms.sum(0))) < 1e-14
+    assert (np.asarray(shares.carousel[0]) == 1).all()
 
 
 def of_eigenvalues(values):

@@ -1,5 +1,7 @@
 """Real-time recurrent learning against backpropagation through time, and its approximations against NumPy loops."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from jaxlstm import (
     cut_recurrence,
     init_rtrl,
     make_online_step,
+    num_params,
     rtrl_gradient,
     rtrl_step,
     snap1_pattern,
@@ -88,10 +91,33 @@ def test_eprop_is_the_truncated_gradient():
     assert worst_error(got, truncated_gradient(LSTM, params, xs, loss_of, carry)) < 1e-13
 
 
+@pytest.mark.parametrize("way", OPTIONS)
+def test_eprop_loses_nothing_by_keeping_two_numbers_a_parameter(way):
+    params, xs, carry = draw(LSTM)
+    cut = cut_recurrence(LSTM)
+    pattern = snap1_pattern(cut, params, xs[0, 0])
+    got = rtrl_gradient(cut, params, xs, step_loss, carry, pattern=pattern, **OPTIONS[way])[1]
+    want = truncated_gradient(LSTM, params, xs, loss_of, carry, **OPTIONS[way])
+    assert worst_error(got, want) < 1e-13
+    assert init_rtrl(cut, params, (B,), pattern=pattern).influence.shape == (B, 2, num_params(params))
+
+
+def test_what_snap1_has_no_room_for_is_refused():
+    def project_h(params, carry, z, a):
+        carry, y = LSTM.gates(params, carry, z, a)
+        return carry, y @ params.w_hh[:, :H]
+
+    params, xs, _ = draw(LSTM)
+    with pytest.raises(ValueError, match="snap1_pattern: a parameter of LSTM reaches two numbers"):
+        snap1_pattern(dataclasses.replace(LSTM, gates=project_h, gates_jvp=None), params, xs[0, 0])
+
+
 @pytest.mark.slow
 def test_snap1_keeps_the_influence_of_the_weights_into_a_unit():
     params, xs, carry = draw(LSTM)
-    pattern = np.asarray(snap1_pattern(LSTM, params, xs[0, 0]))
+    units_of = snap1_pattern(LSTM, params, xs[0, 0])
+    pattern = (np.arange(2 * H)[:, None, None] == np.asarray(units_of.carry)).any(axis=1)
+    assert (np.asarray(units_of.y) == np.asarray(units_of.carry[0])).all()
     units = np.concatenate([np.tile(np.arange(4 * H) % H, len(v) if v.ndim == 2 else 1) for v in params])
     gates = np.concatenate([np.tile(np.arange(4 * H) // H, len(v) if v.ndim == 2 else 1) for v in params])
     of_c = np.arange(2 * H)[:, None] >= H  # which the output gate's weights do not reach
@@ -115,13 +141,12 @@ def test_snap1_keeps_the_influence_of_the_weights_into_a_unit():
             by_s[:, k] = step(flat, s + 1e-30j * (np.arange(2 * H) == k), x)[0].imag / 1e-30
         for k in range(flat.size):
             by_flat[:, k] = step(flat + 1e-30j * (np.arange(flat.size) == k), s, x)[0].imag / 1e-30
-        new = by_s @ influence + by_flat
+        influence = np.where(pattern, by_s @ influence + by_flat, 0)
         s, y = step(flat, s, x)
-        want += (np.cos(y) * np.asarray(WEIGHT[t, 0])) @ new[:H]
-        influence = np.where(pattern, new, 0)
+        want += (np.cos(y) * np.asarray(WEIGHT[t, 0])) @ influence[:H]
     one = jax.tree.map(lambda leaf: leaf[0], carry)
     loss = lambda y, t: (jnp.sin(y) * WEIGHT[t, 0]).sum()
-    _, got = rtrl_gradient(LSTM, params, xs[:4, 0], loss, one, pattern=jnp.asarray(pattern))
+    _, got = rtrl_gradient(LSTM, params, xs[:4, 0], loss, one, pattern=units_of)
     assert worst_error(np.concatenate([np.ravel(v) for v in got]), want) < 1e-12
     assert worst_error(got, rtrl_gradient(LSTM, params, xs[:4, 0], loss, one)[1]) > 1e-3  # which is another
 
