@@ -11,6 +11,7 @@ import pytest
 from jaxlstm import LSTM, LSTMState, bptt, compare_gradients, comparison_table, lstm_forward
 
 from cells import CELLS, HOLES, RESET, B, H, I, T, draw, normal, worst_error
+from sweeps import sweep
 
 WEIGHT = jnp.asarray(normal(50, T, B, H))
 MASK = np.arange(T)[:, None] < np.array([T, T, T - 2])  # the last sequence ends two steps earlier
@@ -137,6 +138,38 @@ def test_other_cells_have_all_roads_but_the_one_by_hand(name):
     assert max(max(found.errors[road].values()) for road in ("bulk", "rtrl")) <= 1e-12
     assert comparison_table(found).endswith("\nAGREE in float64")
     assert jnp.ones(()).dtype == np.float64  # as the tests have it, before and after
+
+
+@sweep("gradients by all roads equal", 100)
+def test_all_roads_agree_in_random_configurations(trial, request):
+    """Cell, mask, resets, initial carry, batch axes, and a loss of the last step or of all, drawn."""
+    rng = np.random.default_rng([trial, request.config.getoption("--seed")])
+    choose = lambda options: options[rng.integers(len(options))]
+    cell = CELLS[choose(["LSTM", "LSTM", "LSTM", "GRU", "RNN", "RNN(sigmoid)", "leaky"])][0]
+    params, xs, carry = draw(cell, seed=trial)
+    lengths = np.arange(T)[:, None] < rng.integers(0, T + 1, B)
+    mask, reset = choose([None, lengths, HOLES]), choose([None, None, RESET])
+    last_alone, axes = choose([False, True]), choose(["one", "two", "none"])
+    weight = WEIGHT.at[:-1].set(0) if last_alone else WEIGHT
+    if axes != "one":
+        cut = lambda v, axis: None if v is None else jnp.expand_dims(v, axis) if axes == "two" else v.take(0, axis)
+        xs, mask, reset, weight = (cut(v, 1) for v in (xs, mask, reset, weight))
+        carry = jax.tree.map(lambda v: cut(v, 0), carry)
+    found = compare_gradients(
+        cell,
+        params,
+        xs,
+        lambda y, t: (jnp.sin(y) * weight[t]).sum(),
+        carry=choose([None, carry]),
+        mask=mask,
+        reset=reset,
+    )
+    assert found.agree
+    for road, errors in found.errors.items():
+        assert max(errors.values()) <= (1e-6 if road == "differences" else 1e-12), (cell, road)
+    assert found.errors.keys() > {"bulk", "rtrl", "differences"} and ("by hand" in found.errors) == (
+        cell is LSTM and reset is None
+    )
 
 
 @pytest.mark.slow
