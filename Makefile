@@ -39,7 +39,7 @@ define GPU_HINT
   echo "An NVIDIA GPU is visible and JAX is not using it; ACCEL=cuda12 or ACCEL=cuda13 installs what it takes."; fi
 endef
 
-check: $(STAMP)  ## ten seconds: is the gradient right on this machine?
+check: $(STAMP)  ## half a minute: is the gradient right on this machine?
 	$(GPU_HINT)
 	@$(BIN)/python -m jaxlstm
 

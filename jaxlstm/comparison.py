@@ -69,6 +69,7 @@ def compare_gradients(
     reset: Bool[Array, "time *batch"] | None = None,
     roads: Mapping[str, Road] | None = None,
     dtype: DTypeLike = "float64",
+    by_step: bool = True,
 ) -> Comparison:
     """Have the gradient by every road there is, and by those of the caller.
 
@@ -82,6 +83,7 @@ def compare_gradients(
       step_loss: (y_t, t) -> E_t, a number; y_t is [*batch, hidden].
       roads: of the caller, by name.
       dtype: "float64" or "float32", in which everything is computed; the setting is restored.
+      by_step: whether to have the errors of every step too, which takes as long again.
 
     Raises:
       TypeError, ValueError: as `unroll`; ValueError if a road has a name that is taken, returns another tree than the
@@ -110,20 +112,20 @@ def compare_gradients(
             gradients[DIFFERENCES] = jax.jit(lambda v: central_differences(loss, v, STEP_SIZE[dtype]))(variables)
         gates = _gate_names(cell, variables)
         errors = {name: _errors(own, gradients[REFERENCE], gates) for name, own in gradients.items()}
-        by_step = {}
-        if gates and cell.project is project and hasattr(params, "_replace"):
+        of_steps = {}
+        if by_step and gates and cell.project is project and hasattr(params, "_replace"):
             d_zs = {name: _d_z(road, variables, d_ys) for name, road in all_roads.items()}
-            by_step = {
+            of_steps = {
                 name: _errors_by_step(own, d_zs[REFERENCE], gates) for name, own in d_zs.items() if own is not None
             }
     departures = {
         name: _departure(
-            errors[name], by_step.get(name, {}), (TOLERANCE_DIFFERENCES if name == DIFFERENCES else TOLERANCE)[dtype]
+            errors[name], of_steps.get(name, {}), (TOLERANCE_DIFFERENCES if name == DIFFERENCES else TOLERANCE)[dtype]
         )
         for name in gradients
         if name != REFERENCE
     }
-    return Comparison(dtype, errors, by_step, departures, jax.device_get(gradients))
+    return Comparison(dtype, errors, of_steps, departures, jax.device_get(gradients))
 
 
 def comparison_table(comparison: Comparison) -> str:

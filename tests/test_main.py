@@ -6,78 +6,72 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jaxlstm import LSTM, RNN, central_differences, comparison, lstm_bptt, unroll
 from jaxlstm import __main__ as check
-from jaxlstm import lstm_bptt
 
-BLOCKS = [f"{name}  {gate}" for name in ("w_ih", "w_hh", "b") for gate in "ifgo"] + ["xs", "h_0", "c_0"]
+BLOCKS = [f"{name} {gate}" for name in ("w_ih", "w_hh", "b") for gate in "ifgo"] + ["xs", "h_0", "c_0"]
 
 
 def test_the_gradients_agree_on_this_machine():
     done = subprocess.run([sys.executable, "-m", "jaxlstm"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.match(r"jaxlstm \S+, jax \S+, jaxlib \S+, numpy \S+, Python \S+\ndevices: ", done.stdout)
-    rows = [re.match(r"((?:w_ih|w_hh|b)  [ifgo]|xs|h_0|c_0) +\S+e", line) for line in done.stdout.splitlines()]
+    rows = [re.match(r"((?:w_ih|w_hh|b) [ifgo]|xs|h_0|c_0) +\S+e", line) for line in done.stdout.splitlines()]
     assert [row[1] for row in rows if row] == BLOCKS
-    assert re.search(r"\nAGREE: .*float64 .*float32.*\n$", done.stdout)
-    # In float64 the differences have a verdict of their own; in float32 all are below their noise floor, in brackets.
-    assert done.stdout.count("(") - done.stdout.split("\n\n")[1].count("(") == len(BLOCKS)
+    ways = re.findall(
+        r"^(LSTM|GRU|RNN\(tanh\)) +(vmap over params|per example), (jit|eager)((?: +\S+e-\d+){4})$", done.stdout, re.M
+    )
+    assert len({way[:3] for way in ways}) == len(ways) == 3 * 2 * 2
+    worst = re.findall(r"^(\S+) +(float\d\d)   bulk \S+(   by hand \S+)?   rtrl \S+   differences", done.stdout, re.M)
+    assert [row[:2] for row in worst] == [
+        ("LSTM", "float64"), ("GRU", "float64"), ("RNN(tanh)", "float64"), ("LSTM", "float32")
+    ]  # fmt: skip
+    assert re.search(r"from float64 with matmuls pinned to float32, .*\n\n\d+ s\nAGREE\n$", done.stdout, re.S)
 
 
 @pytest.fixture
-def x64_restored():
-    before = jax.config.jax_enable_x64
-    yield
-    assert jax.config.jax_enable_x64 == before
+def full_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+    check.reference_gradients.cache_clear()
 
 
-@pytest.mark.parametrize(
-    "fault, block",
-    [
-        pytest.param(lambda params: params._replace(b=params.b.at[8].multiply(1 + 1e-3)), None, marks=pytest.mark.slow),
-        (lambda params: params._replace(w_hh=jax.lax.stop_gradient(params.w_hh)), "w_hh  g"),
-    ],
-    ids=["another function", "stop_gradient"],
-)
-def test_a_wrong_gradient_is_convicted(fault, block, monkeypatch, capsys, x64_restored):
+def test_a_wrong_road_is_convicted_by_name(monkeypatch, full_precision):
+    stopped = lambda params: params._replace(w_hh=jax.lax.stop_gradient(params.w_hh))
     monkeypatch.setattr(
-        check, "lstm_bptt", lambda params, xs, carry, mask: lstm_bptt(fault(params), xs, carry, mask=mask)
+        comparison, "lstm_bptt", lambda params, xs, carry, mask: lstm_bptt(stopped(params), xs, carry, mask=mask)
     )
-    assert check.main() == 1
-    out = capsys.readouterr().out
-    assert out.endswith("DISAGREE: do not trust gradients on this machine.\n")
-    assert "float64 w_hh  i: by hand" in out and "float64 w_hh  i: the rule" not in out
-    if block:
-        assert f"float64 {block}: by hand 1.0e+00, allowed 1e-12" in out
-        assert "xs: by hand" not in out
+    found = check.compare(LSTM, "float64")
+    (line,) = check.disagreements({("LSTM", "float64"): found}, {})
+    assert re.fullmatch(r"LSTM float64: by hand departs in w_hh [ifgo]: 1\.0e\+00", line)
 
 
-def test_a_wrong_rule_is_convicted(monkeypatch, capsys):
-    def unroll(cell, params, *args, gradient, mask):
+@pytest.mark.parametrize("how", ["jit", pytest.param("eager", marks=pytest.mark.slow)])
+def test_a_wrong_mode_is_convicted_by_name(how, monkeypatch, full_precision):
+    def wrong(cell, params, *args, gradient, mask):
         scale = 1 + 1e-3 * (gradient == "bulk")
-        return check.jaxlstm.unroll(
-            cell, params._replace(w_ih=scale * params.w_ih), *args, gradient=gradient, mask=mask
-        )
+        return unroll(cell, params._replace(w_ih=scale * params.w_ih), *args, gradient=gradient, mask=mask)
 
-    monkeypatch.setattr(check, "unroll", unroll)
+    right = check.worst_errors(RNN, "per example", how)
+    assert check.disagreements({}, {("RNN", "per example"): right}) == []
+    monkeypatch.setattr(check, "unroll", wrong)
+    lines = check.disagreements({}, {("RNN", "per example"): check.worst_errors(RNN, "per example", how)})
+    assert [line.partition(":")[0] for line in lines] == ["RNN per example, bulk sum", "RNN per example, bulk random"]
+
+
+def test_a_disagreement_is_in_the_exit_code_and_a_nan_is_one(monkeypatch, capsys, full_precision):
+    agreeing = check.compare(RNN, "float64")
+    monkeypatch.setattr(check, "compare", lambda *args: agreeing)
+    monkeypatch.setattr(check, "worst_errors", lambda *args: {"bulk sum": np.nan})
+    monkeypatch.setattr(check, "default_precision", lambda: (1e-3, 1e-7))
     assert check.main() == 1
     out = capsys.readouterr().out
-    assert "float64 w_ih  f: the rule" in out and "float32 w_ih  f: the rule" in out and ": by hand" not in out
-
-
-@pytest.mark.slow
-def test_wrong_differences_are_convicted_in_both_dtypes(monkeypatch, capsys):
-    right = check.central_differences
-    monkeypatch.setattr(check, "central_differences", lambda *args: jax.tree.map(lambda v: 1.01 * v, right(*args)))
-    assert check.main() == 1
-    out = capsys.readouterr().out
-    assert "float64 xs: differences 1.0e-02" in out and "float32 xs: differences 1.0e-02" in out
-
-
-def test_a_nan_is_a_disagreement():
-    row = check.Row(rule=float("nan"), by_hand=float("nan"), differences=float("nan"), floor=1.0)
-    assert len(check.disagreements("float64", {"w_ih  i": row})) == 3
+    assert "LSTM per example, eager, bulk sum: nan, allowed 1e-05\n" in out
+    assert 'jax.default_matmul_precision("highest") brings the digits back' in out
+    assert out.endswith("DISAGREE: do not trust gradients on this machine.\n")
 
 
 def test_central_differences_are_of_fourth_order():
@@ -85,6 +79,6 @@ def test_central_differences_are_of_fourth_order():
     f = lambda x: jnp.sin(x["a"]).sum() * jnp.exp(x["b"])
     right, errors = jax.grad(f)(x), []
     for step_size in (1e-1, 5e-2):
-        wrong = check.central_differences(f, x, step_size)
+        wrong = central_differences(f, x, step_size)
         errors.append(max(abs(wrong[name] - right[name]).max() for name in x))
     assert 15 < errors[0] / errors[1] < 17
