@@ -34,6 +34,7 @@ from jaxlstm import (
     make_train_step,
     split_gates,
     summary,
+    trace,
     unroll,
 )
 
@@ -310,7 +311,7 @@ def main(
     last_batch = batches(range(steps, steps + 1))[0]
     check["at the trained weights"] = check_gradients("at the trained weights", state, last_batch, dropout)
     bits = float(evaluate(state.params, *held_out))
-    sentence, trace = read_sentence(state.params, data)
+    sentence, gates = read_sentence(state.params, data)
     metrics = runs.read_metrics(folder)
     result = {
         "held_out_bits": bits,
@@ -323,7 +324,7 @@ def main(
         "versions": runs.versions(),
     }
     if devices.is_first():
-        report(folder, result, metrics, sentence, trace)
+        report(folder, result, metrics, sentence, gates)
     devices.wait("the report is written")
     return result
 
@@ -335,13 +336,13 @@ def make_optimizer(learning_rate: float, steps: int, clip: float) -> optax.Gradi
 
 
 def report(
-    folder: Path, result: dict[str, Any], metrics: list[runs.Row], sentence: str, trace: dict[str, Array]
+    folder: Path, result: dict[str, Any], metrics: list[runs.Row], sentence: str, gates: dict[str, Array]
 ) -> None:
     """Write result.json and the pictures; say what came out, and where it is."""
     runs.write_json(folder / "result.json", result)
     pictures = [
         plots.learning_curve(folder / "learning_curve.png", metrics, result["baselines"]),
-        plots.gate_maps(folder / "gates.png", sentence, trace),
+        plots.gate_maps(folder / "gates.png", sentence, gates),
     ]
     log.info(
         "%s: %.3f bits per held-out character; the 5-gram needs %.3f, xz %.3f",
@@ -394,15 +395,8 @@ def read_sentence(model: Model, data: text.Corpus, width: int = 80) -> tuple[str
     for params in below:
         _, xs = unroll(LSTM, params, xs)
 
-    def step(carry: LSTMState, x: Array) -> Any:
-        assert LSTM.activations and LSTM.recur
-        z, a = LSTM.project(last, x), LSTM.recur(last, carry)
-        gates = LSTM.activations(last, carry, z, a)
-        carry, _ = LSTM.gates(last, carry, z, a)
-        return carry, {**gates._asdict(), "c": carry.c}
-
-    _, trace = jax.lax.scan(step, LSTM.initial_carry(last, (1,)), xs)
-    return sentence, {name: values[:, 0] for name, values in trace.items()}
+    recorded = trace(LSTM, last, xs)
+    return sentence, {name: v[:, 0] for name, v in {**recorded.gates._asdict(), "c": recorded.carry.c}.items()}
 
 
 if __name__ == "__main__":

@@ -97,3 +97,92 @@ def benchmark(path: Path, result: dict[str, Any]) -> Path:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+# The gradient by lag.
+
+NETS = {
+    ("RNN", None): ("RNN", "C3"),
+    ("GRU", None): ("GRU", "C2"),
+    ("LSTM", 0.0): ("LSTM, b_f = 0", "#a6cee3"),
+    ("LSTM", 1.0): ("LSTM, b_f = 1", "#5ba3cf"),
+    ("LSTM", 3.0): ("LSTM, b_f = 3", "#1f78b4"),
+    ("LSTM", "chrono"): ("LSTM, chrono", "#08306b"),
+}
+
+
+def gradient_flow(path: Path, measured: dict[str, Any], recurrent: str) -> Path:
+    """Draw how much of the gradient is left at every lag: before and after training, for small and large inputs."""
+    first, *_, last = measured
+    figure, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained", sharex=True, sharey=True)
+    for row, (step, when) in zip(panels, ((first, "before training"), (last, f"after {last} steps")), strict=True):
+        for axes, scale in zip(row, (0.1, 1.0), strict=True):
+            for found in measured[step]:
+                if (found["recurrent"], found["scale"]) == (recurrent, scale):
+                    label, colour = NETS[found["cell"], found["forget"]]
+                    _band(axes, np.array(found["flow"]), label, colour)
+            axes.set_title(f"{when}, inputs of scale {scale:g}")
+            axes.set(yscale="log", ylim=(1e-9, 1e2), xlim=(0, 100))
+            axes.grid(color="0.92")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("|gradient by the carry|, over that at lag 0")
+    for axes in panels[1]:
+        axes.set_xlabel("lag: steps back from the loss")
+    figure.suptitle(f"How far back a gradient reaches; recurrent weights {recurrent} (median and range of the seeds)")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=12)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+def _band(axes: Any, flow: np.ndarray, label: str, colour: Any) -> None:
+    flow = np.maximum(flow, 1e-30)
+    axes.plot(np.median(flow, axis=0), color=colour, linewidth=2, label=label)
+    axes.fill_between(range(flow.shape[1]), flow.min(axis=0), flow.max(axis=0), color=colour, alpha=0.25, linewidth=0)
+
+
+def flow_in_training(path: Path, measured: dict[str, Any]) -> Path:
+    """Draw a panel a net: the gradient by lag after more and more steps of training."""
+    figure, panels = plt.subplots(2, 3, figsize=(12, 7), layout="constrained", sharex=True, sharey=True)
+    colours = plt.get_cmap("plasma")(np.linspace(0, 0.85, len(measured)))
+    for axes, (key, (label, _)) in zip(panels.flat, NETS.items(), strict=True):
+        for (step, rows), colour in zip(measured.items(), colours, strict=True):
+            (found,) = [
+                r for r in rows if (r["cell"], r["forget"], r["recurrent"], r["scale"]) == (*key, "orthogonal", 1.0)
+            ]
+            _band(axes, np.array(found["flow"]), f"{step} steps", colour)
+        axes.set_title(label)
+        axes.set(yscale="log", ylim=(1e-9, 1e2), xlim=(0, 100))
+        axes.grid(color="0.92")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("gradient, over that at lag 0")
+    for axes in panels[1]:
+        axes.set_xlabel("lag")
+    figure.suptitle("What training does to it (orthogonal, inputs of scale 1)")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=12)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+def four_terms(path: Path, measured: dict[str, Any]) -> Path:
+    """Draw what share the carousel and the three gates have in the derivative of c by the c before."""
+    names = {"carousel": "the carousel, diag(f)", "forget_gate": "through the forget gate",
+             "input_gate": "through the input gate", "candidate": "through the candidate"}  # fmt: skip
+    figure, panels = plt.subplots(1, 4, figsize=(12, 4.5), layout="constrained", sharey=True)
+    for axes, (_, forget) in zip(panels, list(NETS)[2:], strict=True):
+        below = np.zeros(len(measured))
+        for name, label in names.items():
+            shares = []
+            for rows in measured.values():
+                (found,) = [r for r in rows if (r["forget"], r["recurrent"], r["scale"]) == (forget, "orthogonal", 1.0)]
+                shares.append(np.median(found["shares"][name]))
+            axes.bar(range(len(measured)), shares, bottom=below, label=label, width=0.8)
+            below += shares
+        axes.set_xticks(range(len(measured)), list(measured))
+        axes.set(title=NETS["LSTM", forget][0], xlabel="steps of training")
+    panels[0].set_ylabel("share of the norm of dc_t / dc_(t-1)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=12)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path

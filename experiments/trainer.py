@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -25,6 +26,20 @@ from jaxlstm import TrainState, TrainStep, fit
 log = logging.getLogger("trainer")
 
 Metrics = dict[str, np.ndarray]  # of a block: a row a step
+
+
+def each_alone(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Make the optimiser of a dict of stacks of nets that treats every net as if it were alone, clipping included."""
+    return optax.GradientTransformation(
+        lambda nets: {name: jax.vmap(optimizer.init)(own) for name, own in nets.items()},
+        lambda updates, state, nets=None: _split(
+            {name: jax.vmap(optimizer.update)(own, state[name], nets and nets[name]) for name, own in updates.items()}
+        ),
+    )
+
+
+def _split(pairs: dict[str, tuple[Any, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
 
 
 def train(
