@@ -236,7 +236,7 @@ def read(nets: Net, corpus: text.Corpus, seeds: int) -> tuple[str, dict[str, Any
     """Return a held-out line, and the gates of the LSTM with a forget bias of 1 and inputs of scale 1."""
     place = [setting for setting in SETTINGS if setting.cell == "LSTM"].index(Setting("LSTM", "orthogonal", 1.0, 1.0))
     net = jax.tree.map(lambda leaf: leaf[seeds * place], nets)
-    line = max((line for line in corpus.held_out.splitlines() if len(line) <= 80), key=len)
+    line = max((line.strip() for line in corpus.held_out.splitlines() if len(line) <= 80), key=len)
     recorded = trace(LSTM, net.cell, net.embedding[text.encode(line, corpus.symbols)])
     return line, {**recorded.gates._asdict(), "c": recorded.carry.c}
 

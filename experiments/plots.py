@@ -176,13 +176,131 @@ def four_terms(path: Path, measured: dict[str, Any]) -> Path:
             shares = []
             for rows in measured.values():
                 (found,) = [r for r in rows if (r["forget"], r["recurrent"], r["scale"]) == (forget, "orthogonal", 1.0)]
-                shares.append(np.median(found["shares"][name]))
+                shares.append(np.mean(found["shares"][name]))
             axes.bar(range(len(measured)), shares, bottom=below, label=label, width=0.8)
             below += shares
         axes.set_xticks(range(len(measured)), list(measured))
         axes.set(title=NETS["LSTM", forget][0], xlabel="steps of training")
     panels[0].set_ylabel("share of the norm of dc_t / dc_(t-1)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=12)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+def roads(path: Path, rows: list[dict[str, Any]], length: int, width: int) -> Path:
+    """Draw error, time and memory of every road, over the length of a sequence and over the width of a layer."""
+    colours = {"autodiff": "0.35", "rule": "C0", "by hand": "C2", "rtrl": "C1", "differences": "C3"}
+    markers = dict(zip(colours, "osv^D", strict=True))
+    figure, panels = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
+    kinds = {
+        "error": "relative error of the gradient",
+        "seconds": "seconds, float32",
+        "temporaries": "temporaries, bytes, float32",
+    }
+    for line, (over, other, at, label) in zip(
+        panels, (("num_steps", "hidden", width, "steps"), ("hidden", "num_steps", length, "units")), strict=True
+    ):
+        for axes, (kind, title) in zip(line, kinds.items(), strict=True):
+            for dtype, style in (("float64", "-"), ("float32", "--"), ("bfloat16", ":")):
+                for road, colour in colours.items():
+                    own = [r for r in rows if (r["road"], r["dtype"], r[other]) == (road, dtype, at)]
+                    if own and (kind == "error" or dtype == "float32"):
+                        look = {"marker": markers[road], "linestyle": style, "color": colour, "markersize": 5}
+                        axes.plot([r[over] for r in own], [r[kind] for r in own], label=road, **look)
+            axes.set(
+                xscale="log",
+                yscale="log",
+                xlabel=f"{label}, at {at} {'units' if other == 'hidden' else 'steps'}",
+                ylabel=title,
+            )
+            ticks = sorted({r[over] for r in rows if r[other] == at})
+            axes.set_xticks(ticks, map(str, ticks))
+            axes.minorticks_off()
+            axes.grid(color="0.92")
+    for axes in panels[:, 0]:
+        for dtype, level in (("float64", 2e-15), ("float32", 8e-7), ("bfloat16", 2e-2)):
+            axes.annotate(
+                dtype, (0.02, level), xycoords=("axes fraction", "data"), va="bottom", fontsize=12, weight="bold"
+            )
+        axes.set_ylim(1e-17, 1)
+    handles, labels = panels[0, 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=12)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+# Agreement.
+
+
+def agreement(path: Path, result: dict[str, Any], trained: int, attractors_at: int) -> Path:
+    """Draw how often number and gender are right, over distance and attractors, and what clamping a unit does."""
+    colours = {"RNN": "C3", "GRU": "C2", "LSTM": "C0"}
+    figure, panels = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
+    curves = (
+        (panels[0, 0], result["number"], "was or were?", "words between subject and verb"),
+        (panels[0, 1], result["gender"], "he or she?", "words between subject and verb"),
+        (
+            panels[1, 0],
+            result["attractors"],
+            f"was or were, {attractors_at} words away?",
+            "nouns of the other number between",
+        ),
+    )
+    for axes, found, title, label in curves:
+        for name, colour in colours.items():
+            right = np.array([found[key][name] for key in found])
+            at = [int(key) for key in found]
+            axes.plot(at, right.mean(axis=1), "o-", color=colour, label=name, linewidth=2, markersize=4)
+            axes.fill_between(at, right.min(axis=1), right.max(axis=1), color=colour, alpha=0.2, linewidth=0)
+        axes.axhline(0.5, color="black", linewidth=1, linestyle="--")
+        axes.set(title=title, xlabel=label, ylim=(0.3, 1.03))
+        axes.grid(color="0.92")
+    for axes in panels[0]:
+        axes.axvspan(0, trained, color="0.93", zorder=0)
+        axes.annotate("seen in training", (trained / 2, 0.33), ha="center", fontsize=10, rotation=90)
+        axes.set_xlim(0)
+    panels[1, 0].set_xticks([int(key) for key in result["attractors"]])
+    axes = panels[1, 1]
+    for place, (name, colour) in enumerate(colours.items()):
+        rows = result["clamping"][name]
+        columns = [
+            [row["free"] for row in rows], [np.median(row["random"]) for row in rows],
+            [row["found"][0] for row in rows], [row["found"][1] for row in rows],
+        ]  # fmt: skip
+        for x, column in enumerate(columns):
+            middle = x + 0.25 * (place - 1)
+            axes.bar(middle, np.mean(column), width=0.22, color=colour, alpha=0.35)
+            axes.plot(middle + np.linspace(-0.07, 0.07, len(column)), column, "o", color=colour, markersize=4)
+    axes.axhline(0.5, color="black", linewidth=1, linestyle="--")
+    axes.set_xticks(range(4), ["none", "a random\nunit", "the unit\nfound", "the two\nfound"])
+    axes.set(title=f"was or were, {trained} words away, held still:", ylim=(0.3, 1.03))
+    for axes in panels[:, 0]:
+        axes.set_ylabel("share right (dashed: chance)")
+    figure.suptitle("A subject's number and gender across a relative clause: mean and range of the seeds")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=12)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+def unit(path: Path, clause: dict[str, Any], title: str) -> Path:
+    """Draw the gates and the cell state of one unit over a clause, once with one subject and once with many."""
+    names = {"i": "input gate i", "f": "forget gate f", "g": "candidate g", "o": "output gate o", "c": "cell state c"}
+    figure, rows = plt.subplots(5, 1, figsize=(11, 10), layout="constrained", sharex=True)
+    for axes, (name, label) in zip(rows, names.items(), strict=True):
+        for number, style in (("one", "o-"), ("many", "s--")):
+            axes.plot(clause[number][name], style, color="C0" if number == "one" else "C1",
+                      label=f"the {clause[number]['words'][1]} ...", linewidth=2, markersize=5)  # fmt: skip
+        axes.set_ylabel(label)
+        axes.grid(color="0.92")
+        if name in "ifo":
+            axes.set_ylim(-0.05, 1.05)
+    both = zip(clause["one"]["words"], clause["many"]["words"], strict=True)
+    rows[-1].set_xticks(range(len(clause["one"]["words"])), [a if a == b else f"{a}/\n{b}" for a, b in both])
+    rows[0].legend(loc="upper right", ncols=2)
+    figure.suptitle(title)
     figure.savefig(path, dpi=100)
     plt.close(figure)
     return path

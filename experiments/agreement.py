@@ -1,0 +1,307 @@
+"""Do an RNN, a GRU and an LSTM carry number and gender from a subject to its verb, and which unit does it?
+
+"the cats which already ate the king ... were full because they slept": the nets read two such clauses a text, with up
+to twelve words between subject and verb, and are asked about up to sixty. The unit that carries number is found by the
+gradient on one half of the clauses, and held still on the other half. To expect: all three carry number, the RNN too;
+gender comes later, to the RNN last or not at all; one unit carries number, or two that stand in for each other.
+"""
+
+import dataclasses
+import functools
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from experiments import devices, grammar, plots, runs, trainer
+from jaxlstm import GRU, LSTM, RNN, Cell, gradient_flow, init_train_state, make_train_step, trace, unroll
+
+CELLS: dict[str, Cell[Any, Any]] = {"RNN": RNN, "GRU": GRU, "LSTM": LSTM}
+MAX_DISTANCE = 12  # in training
+DISTANCES = (2, 4, 8, 12, 16, 20, 30, 40, 50, 60)
+ATTRACTORS, ATTRACTORS_AT = (0, 1, 2, 3, 4), 20
+QUESTIONS = {"number": ("verb", "was", "were"), "gender": ("pronoun", "he", "she")}
+NUM_TEXTS, EMBEDDING = 20_000, 32
+NUM_QUESTIONS = 400
+NUM_CLAMPED, NUM_RANDOM = 4, 10
+
+log = logging.getLogger("agreement")
+
+
+class Net(NamedTuple):
+    """Embedding -> one layer -> softmax over the next word."""
+
+    embedding: Float[Array, "words features"]
+    cell: Any
+    w: Float[Array, "hidden words"]
+    b: Float[Array, "words"]
+
+
+def init_net(key: Key[Array, ""], cell: Cell[Any, Any], hidden_size: int) -> Net:
+    """Draw a net."""
+    embedding_key, cell_key, readout_key = jax.random.split(key, 3)
+    num_words = len(grammar.WORDS)
+    return Net(
+        embedding=0.3 * jax.random.normal(embedding_key, (num_words, EMBEDDING)),
+        cell=cell.init(cell_key, EMBEDDING, hidden_size),
+        w=jax.nn.initializers.glorot_uniform()(readout_key, (hidden_size, num_words)),
+        b=jnp.zeros(num_words),
+    )
+
+
+def loss_of(cell: Cell[Any, Any], net: Net, tokens: Int[Array, "time batch"], real: Bool[Array, "time batch"]) -> Array:
+    """Return the mean loss of the next word, in nats."""
+    _, ys = unroll(cell, net.cell, net.embedding[tokens[:-1]])
+    losses = optax.softmax_cross_entropy_with_integer_labels(ys @ net.w + net.b, tokens[1:])
+    return losses.mean(where=real[1:])
+
+
+def loss_fn(nets: dict[str, Net], batch: Any, carry: Any, key: Key[Array, ""]) -> Any:
+    """Return the sum of all nets' losses, so that each has its own gradient; each seed reads texts of its own."""
+    losses = {name: jax.vmap(functools.partial(loss_of, CELLS[name]))(own, *batch) for name, own in nets.items()}
+    return sum(own.sum() for own in losses.values()), (
+        carry,
+        {f"loss {name}": own.mean() for name, own in losses.items()},
+    )
+
+
+# Questions: what comes next, was or were, he or she?
+
+
+class Questions(NamedTuple):
+    """Words up to those that are asked for, and the right answer and the wrong one."""
+
+    tokens: Int[np.ndarray, "time question"]
+    last: Int[np.ndarray, "question"]  # the place before the answer
+    right: Int[np.ndarray, "question"]
+    wrong: Int[np.ndarray, "question"]
+
+
+def ask(clauses: list[grammar.Clause], question: str, before: list[list[str]] | None = None) -> Questions:
+    """Make questions of clauses, after other words if there are any."""
+    where, *answers = QUESTIONS[question]
+    texts = [[*earlier, *own.words] for earlier, own in zip(before or [[]] * len(clauses), clauses, strict=True)]
+    at = np.array([len(text) - len(own.words) + getattr(own, where) for text, own in zip(texts, clauses, strict=True)])
+    right = [text[place] for text, place in zip(texts, at, strict=True)]
+    other = dict(zip(answers, answers[::-1], strict=True))
+    tokens, _ = grammar.encode(texts, max(map(len, texts)))
+    number = lambda words: np.array([grammar.NUMBER[word] for word in words])
+    return Questions(tokens.T, at - 1, number(right), number([other[word] for word in right]))
+
+
+def questions(question: str, distance: int, seed: int, attractors: int | None = None) -> Questions:
+    """Draw questions at a distance; half of the answers are the one, half the other."""
+    rng = np.random.default_rng([seed, distance, len(question)])
+    nouns = {answer: grammar.GENDERS[answer].split() for answer in ("he", "she")}
+    draw = {
+        "number": lambda n: grammar.clause(rng, distance, attractors, number=n % 2),
+        "gender": lambda n: grammar.clause(rng, distance, number=0, noun=str(rng.choice(nouns[("he", "she")[n % 2]]))),
+    }[question]
+    return ask([draw(n) for n in range(NUM_QUESTIONS)], question)
+
+
+def second_subject(distance: int, seed: int) -> Questions:
+    """Ask about the second subject of a text, whose number is not that of the first."""
+    rng = np.random.default_rng([seed, distance])
+    pairs = [[grammar.clause(rng, distance, number=(n + k) % 2) for k in range(2)] for n in range(NUM_QUESTIONS)]
+    return ask([second for _, second in pairs], "number", [first.words for first, _ in pairs])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def accuracy(cell: Cell[Any, Any], nets: Net, asked: Questions) -> Float[Array, "seed"]:
+    """Return, for every seed, how often the right answer is more probable than the wrong one."""
+
+    def of_one(net: Net) -> Array:
+        _, ys = unroll(cell, net.cell, net.embedding[asked.tokens], gradient="scan")
+        each = jnp.arange(len(asked.last))
+        logits = ys[asked.last, each] @ net.w + net.b
+        return (logits[each, asked.right] > logits[each, asked.wrong]).mean()
+
+    return jax.vmap(of_one)(nets)
+
+
+# The unit that carries number.
+
+
+def memory(carry: Any) -> Array:
+    """Return what a cell remembers in: c of an LSTM, h of the others."""
+    return carry.c if hasattr(carry, "c") else carry.h
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attribution(
+    cell: Cell[Any, Any], net: Net, asked: Questions
+) -> tuple[Float[Array, "hidden"], Float[Array, "hidden"]]:
+    """Return how much each unit has to do with the answer, and its mean, inside the relative clause.
+
+    That is what moving it from one number's mean to the other's would change in the margin, to first order, the mean of
+    all steps: |mean gradient of log P(was) / P(were) by the unit, times the difference of its means|.
+    """
+    was, were = grammar.NUMBER["was"], grammar.NUMBER["were"]
+    xs = net.embedding[asked.tokens[: MAX_DISTANCE + 2]]  # up to the word before the verb
+
+    def margin(ys: Array) -> Array:
+        logits = ys[-1] @ net.w + net.b
+        return (logits[:, was] - logits[:, were]).sum()
+
+    inside = slice(3, MAX_DISTANCE + 1)
+    values = memory(trace(cell, net.cell, xs).carry)[inside]
+    gradient = memory(gradient_flow(cell, net.cell, xs, margin))[inside]
+    one = (asked.right == was)[None, :, None]
+    difference = values.mean(axis=1, where=one) - values.mean(axis=1, where=~one)
+    return jnp.abs(gradient.mean(axis=1) * difference).mean(axis=0), values.mean(axis=(0, 1))
+
+
+def clamp(cell: Cell[Any, Any], units: Bool[Array, "hidden"], to: Float[Array, "hidden"]) -> Cell[Any, Any]:
+    """Make the cell that holds some units of its memory still."""
+
+    def gates(params: Any, carry: Any, z: Any, a: Any) -> Any:
+        new, _ = cell.gates(params, carry, z, a)
+        if hasattr(new, "c"):
+            assert cell.activations
+            c = jnp.where(units, to, new.c)
+            new = new._replace(c=c, h=cell.activations(params, carry, z, a).o * jnp.tanh(c))
+        else:
+            new = new._replace(h=jnp.where(units, to, new.h))
+        return new, new.h
+
+    return dataclasses.replace(cell, gates=gates, gates_jvp=None, activations=None)
+
+
+def clamping(name: str, nets: Net, seed: int) -> list[dict[str, Any]]:
+    """Find the units on one half of the clauses and clamp them on the other; a row a seed."""
+    cell = CELLS[name]
+    one_half, other_half = (questions("number", MAX_DISTANCE, seed + k) for k in range(2))
+
+    @jax.jit
+    def clamped(net: Net, units: Array, to: Array) -> Array:
+        held: Cell[Any, Any] = clamp(cell, units, to)
+        return accuracy(held, jax.tree.map(lambda leaf: leaf[None], net), other_half)[0]
+
+    rows = []
+    for n in range(len(nets.b)):
+        net = jax.tree.map(lambda leaf, n=n: leaf[n], nets)
+        attributed, to = attribution(cell, net, one_half)
+        order = np.argsort(-np.asarray(attributed))
+        held = lambda units, to=to: jnp.isin(jnp.arange(to.size), jnp.asarray(units))
+        hold = lambda units, net=net, to=to, held=held: round(float(clamped(net, held(units), to)), 4)
+        others = np.random.default_rng(n).permutation(order[NUM_CLAMPED:])[:NUM_RANDOM]
+        rows.append({
+            "units": order[:NUM_CLAMPED].tolist(),
+            "share": float(attributed.max() / attributed.sum()),
+            "free": hold([-1]),
+            "found": [hold(order[:k]) for k in range(1, NUM_CLAMPED + 1)],
+            "random": [hold([unit]) for unit in others],
+        })  # fmt: skip
+    return rows
+
+
+def summary(row: dict[str, Any]) -> tuple[float, float, float, float]:
+    """Return how often a net is right: free, without the unit found, without two, and without a random one."""
+    return row["free"], row["found"][0], row["found"][1], float(np.median(row["random"]))
+
+
+def read_clause(net: Net, unit: int) -> dict[str, Any]:
+    """Return the gates and the cell state of an LSTM's unit over the same clause with one subject and with many."""
+    said = "which already ate the queen once saw the rat secretly".split()
+    out: dict[str, Any] = {}
+    for number, words in (
+        ("one", ["the", "cat", *said, "was", "full"]),
+        ("many", ["the", "cats", *said, "were", "full"]),
+    ):
+        recorded = trace(LSTM, net.cell, net.embedding[np.array([grammar.NUMBER[word] for word in words])])
+        values = {**recorded.gates._asdict(), "c": recorded.carry.c}
+        out[number] = {"words": words, **{k: np.asarray(v[:, unit], float).tolist() for k, v in values.items()}}
+    return out
+
+
+def main(
+    *,
+    hidden_size: int = 32,
+    batch_size: int = 64,
+    steps: int = 12_000,
+    learning_rate: float = 5e-3,
+    seeds: int = 5,
+    block: int = 50,
+    workdir: str | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train all nets side by side, ask them, and find the unit.
+
+    Args:
+      hidden_size: units of a layer.
+      batch_size: texts in a batch.
+      steps: of Adam; gradients are clipped to norm 1, net by net.
+      learning_rate: the peak of the schedule: linear warm-up, then a cosine to a hundredth.
+      seeds: nets of each kind, each with texts of its own.
+      block: steps in one compiled call; only between two can the run be stopped and saved.
+      workdir: a new folder for the run; default runs/agreement/ and the time.
+      resume: go on with the run in --workdir.
+    """
+    config = {k: v for k, v in locals().items() if k not in ("workdir", "resume")}
+    folder = runs.open_folder("agreement", workdir, config, resume=resume)
+    log.info("writing %d texts for each of %d seeds ...", NUM_TEXTS, seeds)
+    texts, real = map(
+        np.stack, zip(*(grammar.corpus(seed, NUM_TEXTS, MAX_DISTANCE) for seed in range(seeds)), strict=True)
+    )
+
+    def batches(steps: range) -> Any:
+        chosen = np.stack([np.random.default_rng(step).integers(NUM_TEXTS, size=(seeds, batch_size)) for step in steps])
+        cut = lambda v: np.moveaxis(v[np.arange(seeds)[:, None], chosen], -1, -2)  # [step, seed, time, batch]
+        return cut(texts), cut(real)
+
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(100, steps // 10), steps, learning_rate / 100)
+    optimizer = trainer.each_alone(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)))
+    keys = jax.random.split(jax.random.key(0), seeds)
+    nets = {name: jax.vmap(lambda key, c=cell: init_net(key, c, hidden_size))(keys) for name, cell in CELLS.items()}
+    state = init_train_state(nets, optimizer, jax.random.key(1))
+    checked = {f"{question} at {d}": questions(question, d, 1) for question in QUESTIONS for d in (MAX_DISTANCE, 30)}
+
+    def examine(state: Any, metrics: trainer.Metrics, rate: float) -> runs.Row:
+        row = {f"{name}, {what}": np.asarray(accuracy(CELLS[name], own, asked)).tolist()
+               for name, own in state.params.items() for what, asked in checked.items()}  # fmt: skip
+        log.info("step %5d: %s", state.step, ", ".join(f"{what} {np.mean(right):.2f}" for what, right in row.items()))
+        return row
+
+    state = trainer.train(
+        "agreement", folder, make_train_step(loss_fn, optimizer), runs.restore(folder, state), batches, examine,
+        score="", steps=steps, block=block, save_every=500, keep=2,
+        evaluate_every=max(block, steps // 8 // block * block),
+    )  # fmt: skip
+    return report(folder, config, state.params)
+
+
+def report(folder: Path, config: dict[str, Any], nets: dict[str, Net]) -> dict[str, Any]:
+    """Ask the nets, write result.json and the pictures; say what came out."""
+    of_all = lambda asked: {
+        name: np.asarray(accuracy(CELLS[name], own, asked), float).tolist() for name, own in nets.items()
+    }
+    result: dict[str, Any] = {"config": config, "versions": runs.versions(), "device": devices.found()}
+    for question in QUESTIONS:
+        result[question] = {d: of_all(questions(question, d, 7)) for d in DISTANCES}
+    result["attractors"] = {k: of_all(questions("number", ATTRACTORS_AT, 8, k)) for k in ATTRACTORS}
+    result["second subject"] = {d: of_all(second_subject(d, 9)) for d in (MAX_DISTANCE, 30)}
+    result["clamping"] = {name: clamping(name, own, 10) for name, own in nets.items()}
+    sure = max(range(len(nets["LSTM"].b)), key=lambda n: result["clamping"]["LSTM"][n]["share"])
+    unit = result["clamping"]["LSTM"][sure]["units"][0]
+    clause = read_clause(jax.tree.map(lambda leaf: leaf[sure], nets["LSTM"]), unit)
+    result["clause"] = {"seed": sure, "unit": unit, **clause}
+    runs.write_json(folder / "result.json", result)
+    for name, rows in result["clamping"].items():
+        log.info("%s, number at %d words: free %s; the unit found held still %s; two of them %s; a random one %s", name,
+                 MAX_DISTANCE, *([f"{v:.2f}" for v in column] for column in zip(*map(summary, rows), strict=True)))  # fmt: skip
+    pictures = [
+        plots.agreement(folder / "agreement.png", result, MAX_DISTANCE, ATTRACTORS_AT),
+        plots.unit(folder / "unit.png", clause, f"Unit {unit} of the LSTM with seed {sure}"),
+    ]
+    log.info("%s\n%s", folder / "result.json", "\n".join(map(str, pictures)))
+    return result
+
+
+if __name__ == "__main__":
+    runs.cli("agreement", main)
