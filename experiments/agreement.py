@@ -293,8 +293,9 @@ def report(folder: Path, config: dict[str, Any], nets: dict[str, Net]) -> dict[s
     result["clause"] = {"seed": sure, "unit": unit, **clause}
     runs.write_json(folder / "result.json", result)
     for name, rows in result["clamping"].items():
-        log.info("%s, number at %d words: free %s; the unit found held still %s; two of them %s; a random one %s", name,
-                 MAX_DISTANCE, *([f"{v:.2f}" for v in column] for column in zip(*map(summary, rows), strict=True)))  # fmt: skip
+        free, found, two, random = ([f"{v:.2f}" for v in column] for column in zip(*map(summary, rows), strict=True))
+        log.info("%s, number at %d words: free %s; the unit found held still %s; two of them %s; a random one %s",
+                 name, MAX_DISTANCE, free, found, two, random)  # fmt: skip
     pictures = [
         plots.agreement(folder / "agreement.png", result, MAX_DISTANCE, ATTRACTORS_AT),
         plots.unit(folder / "unit.png", clause, f"Unit {unit} of the LSTM with seed {sure}"),

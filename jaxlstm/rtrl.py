@@ -205,8 +205,8 @@ def rtrl_gradient(
 def snap1_pattern(cell: Cell[Any, Any], params: PyTree, x: PyTree) -> SnAp1Pattern:
     """Return which numbers of the carry and of y each parameter reaches within one step, for SnAp-1.
 
-    For an LSTM that is the weights into a unit, and this unit's own h and c. It is found at random values, where no
-    derivative is 0 by chance.
+    For an LSTM that is the weights into a unit, and this unit's own h and c. It is found at small random values, where
+    no derivative is 0 by chance.
 
     Args:
       cell, params: as in `unroll`.
@@ -218,7 +218,8 @@ def snap1_pattern(cell: Cell[Any, Any], params: PyTree, x: PyTree) -> SnAp1Patte
     carry = jax.eval_shape(cell.initial_carry, params)
     leaves, treedef = jax.tree.flatten((params, carry, x))
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    random = [jax.random.normal(key, v.shape, v.dtype) for key, v in zip(keys, leaves, strict=True)]
+    # Small ones: a saturated gate is flat to the last digit.
+    random = [jax.random.normal(key, v.shape, v.dtype) / 10 for key, v in zip(keys, leaves, strict=True)]
     params, carry, x = jax.tree.unflatten(treedef, random)
     flat_params, unravel = ravel_pytree(params)
     out, pull = jax.vjp(lambda flat: ravel_pytree(cell.step(unravel(flat), carry, x))[0], flat_params)

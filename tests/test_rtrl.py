@@ -102,6 +102,14 @@ def test_eprop_loses_nothing_by_keeping_two_numbers_a_parameter(way):
     assert init_rtrl(cut, params, (B,), pattern=pattern).influence.shape == (B, 2, num_params(params))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_pattern_of_a_wide_layer_is_whole_in_few_digits(dtype):
+    params = LSTM.init(jax.random.key(0), 50, 40, dtype=dtype)
+    pattern = snap1_pattern(LSTM, params, jnp.zeros(50, dtype))
+    units = np.concatenate([np.tile(np.arange(160) % 40, rows) for rows in (50, 40, 1)])
+    assert (np.asarray(pattern.carry[0]) == units).all() and (np.asarray(pattern.y) == units).all()
+
+
 def test_what_snap1_has_no_room_for_is_refused():
     def project_h(params, carry, z, a):
         carry, y = LSTM.gates(params, carry, z, a)
