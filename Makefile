@@ -1,4 +1,4 @@
-# make, make train, make bench, make test, make lint: each sets up $(VENV) on first use, and again when pyproject.toml changes.
+# make, make train, make bench, make tour, make test, make lint: each sets up $(VENV) on first use, and again when pyproject.toml changes.
 #   PYTHON=python3.12                 chooses the interpreter
 #   ACCEL=cuda12 | cuda13 | tpu       adds JAX's accelerator packages
 #   ARGS="--hidden-size 256"          goes to the job
@@ -30,7 +30,7 @@ ifneq ($(VERSION),$(call version_of,$(BIN)/python))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: check train bench test test-full lint clean
+.PHONY: check train bench tour test test-full lint clean
 .DEFAULT_GOAL := check
 
 define GPU_HINT
@@ -50,6 +50,9 @@ train: $(STAMP)  ## five minutes: a character language model on real text
 bench: $(STAMP)  ## a quarter of an hour: side by side with other libraries, as far as they are installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	@$(BIN)/python -m experiments.benchmark $(ARGS)
+
+tour: $(STAMP)  ## two minutes: run docs/tour.py and write docs/tour.ipynb
+	@cd docs && ../$(BIN)/jupytext --quiet --to ipynb tour.py && ../$(BIN)/jupyter execute --inplace tour.ipynb
 
 # What these tests compile is run once or twice, so it is not optimised; in CI and in test-full it is.
 test: $(STAMP)  ## five minutes
