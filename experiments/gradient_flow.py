@@ -119,8 +119,10 @@ def flow_by_lag(cell: Cell[Any, Any], net: Net, tokens: Int[Array, "time+1 batch
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[-1]).sum()
 
     flow = gradient_flow(cell, net.cell, net.embedding[tokens[:-1]], last_loss)
-    squares = sum((leaf**2).sum(axis=(1, 2)) for leaf in jax.tree.leaves(flow))[::-1]
-    return jnp.sqrt(squares[: LAGS + 1] / squares[0])
+    each = jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(flow)], axis=-1)[::-1]
+    largest = jnp.abs(each).max(axis=-1, keepdims=True)  # taken out, or squares of small ones would be 0
+    norms = largest[:, 0] * jnp.linalg.norm(each / jnp.where(largest == 0, 1, largest), axis=-1)
+    return norms[: LAGS + 1] / norms[0]
 
 
 def gates_of(net: Net, tokens: Int[Array, "time+1 batch"]) -> dict[str, Any]:
@@ -155,7 +157,8 @@ def measure(nets: dict[str, Net], tokens: Int[Array, "time+1 batch"]) -> list[di
         place[setting.cell] += seeds
         row = {**setting._asdict(), "flow": of[setting.cell][own], "loss": losses[setting.cell][own]}
         rows.append(row | (jax.tree.map(lambda v, own=own: v[own], gates) if setting.cell == "LSTM" else {}))
-    return jax.tree.map(lambda v: np.asarray(v, np.float64).tolist() if isinstance(v, np.ndarray) else v, rows)
+    digits = np.vectorize(lambda v: float(f"{v:.4g}"))
+    return jax.tree.map(lambda v: digits(v).tolist() if isinstance(v, np.ndarray) else v, rows)
 
 
 def verdicts(rows: list[dict[str, Any]], lag: int) -> list[dict[str, Any]]:

@@ -267,7 +267,7 @@ def agreement(path: Path, result: dict[str, Any], trained: int, attractors_at: i
         rows = result["clamping"][name]
         columns = [
             [row["free"] for row in rows], [np.median(row["random"]) for row in rows],
-            [row["found"][0] for row in rows], [row["found"][1] for row in rows],
+            [row["without one"] for row in rows], [row["without two"] for row in rows],
         ]  # fmt: skip
         for x, column in enumerate(columns):
             middle = x + 0.25 * (place - 1)
@@ -299,7 +299,7 @@ def unit(path: Path, clause: dict[str, Any], title: str) -> Path:
             axes.set_ylim(-0.05, 1.05)
     both = zip(clause["one"]["words"], clause["many"]["words"], strict=True)
     rows[-1].set_xticks(range(len(clause["one"]["words"])), [a if a == b else f"{a}/\n{b}" for a, b in both])
-    rows[0].legend(loc="upper right", ncols=2)
+    figure.legend(*rows[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=12)
     figure.suptitle(title)
     figure.savefig(path, dpi=100)
     plt.close(figure)

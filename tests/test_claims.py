@@ -1,0 +1,178 @@
+"""What is said of LSTMs and what is true: the tests that docs/claims.md cites."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlstm import (
+    GRU,
+    LSTM,
+    RNN,
+    LSTMParams,
+    LSTMState,
+    carry_jacobians,
+    cell_state_terms,
+    gradient_flow,
+    lyapunov_exponents,
+    num_params,
+    unroll,
+)
+
+from cells import B, H, I, T, draw, normal, worst_error
+
+ROOT = Path(__file__).parents[1]
+CLAIMS = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+
+
+def with_biases(i=0.0, f=0.0, g=0.0, o=0.0):
+    """Return one unit whose gates are what their biases make them."""
+    return LSTMParams(jnp.zeros((1, 4)), jnp.zeros((1, 4)), jnp.array([i, f, g, o]))
+
+
+@pytest.mark.parametrize(
+    "bias, f, half_life, left",
+    [(0, 0.5, 1.0, 7.9e-31), (1, 0.731, 2.2, 2.5e-14), (2, 0.881, 5.5, 3.1e-6), (5, 0.993, 103, 0.51)],
+)
+def test_what_is_left_of_a_gradient_along_the_cell_state_is_a_product_of_forget_gates(bias, f, half_life, left):
+    xs = jnp.zeros((101, 1))
+    of_c = gradient_flow(LSTM, with_biases(f=bias), xs, lambda ys: ys[-1].sum()).c[:, 0]
+    lag = lambda n: float(of_c[-1 - n] / of_c[-1])
+    assert abs(lag(1) - f) < 5e-4
+    assert abs(math.log(0.5) / math.log(lag(1)) / half_life - 1) < 0.02
+    assert abs(lag(100) / left - 1) < 0.05
+    assert f"| {bias} | {f:.3f} | {half_life:.1f} | {left:.1e} |" in CLAIMS
+
+
+def test_the_gradient_of_an_lstm_vanishes_and_explodes():
+    params, xs = LSTM.init(jax.random.key(0), I, 16, dtype="float64", forget_bias=0.0), jnp.asarray(normal(1, 51, 4, I))
+    norm = lambda params: np.asarray(jnp.linalg.norm(jnp.concatenate(
+        gradient_flow(LSTM, params, 0.1 * xs, lambda ys: ys[-1].sum()), axis=-1).reshape(51, -1), axis=-1))  # fmt: skip
+    assert norm(params)[0] < 1e-6 * norm(params)[-1]
+    wild = params._replace(w_hh=8 * params.w_hh)
+    assert norm(wild)[0] > 1e3 * norm(wild)[-1]
+    assert lyapunov_exponents(LSTM, params, xs).max() < 0 < lyapunov_exponents(LSTM, wild, 0.1 * xs).min()
+
+
+def test_clipping_shortens_an_exploding_gradient_and_leaves_its_direction():
+    params, xs = LSTM.init(jax.random.key(0), I, 16, dtype="float64", forget_bias=0.0), jnp.asarray(normal(1, 51, 4, I))
+    wild = params._replace(w_hh=8 * params.w_hh)
+    gradient = jax.grad(lambda params: unroll(LSTM, params, 0.1 * xs)[1][-1].sum())(wild)
+    clip = optax.clip_by_global_norm(1.0)
+    clipped, _ = clip.update(gradient, clip.init(wild))
+    length = optax.tree.norm(gradient)
+    assert length > 1e3 and abs(optax.tree.norm(clipped) - 1) < 1e-12
+    assert worst_error(jax.tree.map(lambda g: g * length, clipped), gradient) < 1e-12
+
+
+def test_the_derivative_of_c_by_the_c_before_is_a_matrix_with_entries_of_either_sign():
+    params, xs, carry = draw(LSTM)
+    whole = np.asarray(sum(cell_state_terms(params, xs, carry)))[1:]
+    off = whole[..., ~np.eye(H, dtype=bool)]
+    assert (off > 0.001).any() and (off < -0.001).any()
+    assert np.asarray(cell_state_terms(params, xs, carry).carousel).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "i, f, after", [(-5, 5, {1: 0.993, 10: 0.935, 100: 0.511}), (-5, -5, {1: 0.007, 10: 0, 100: 0})]
+)
+def test_memory_holds_with_the_input_gate_shut_and_the_forget_gate_open(i, f, after):
+    carry = LSTMState(jnp.zeros(1), jnp.ones(1))
+    for num_steps, left in after.items():
+        final, _ = unroll(LSTM, with_biases(i=i, f=f, g=0.0), jnp.zeros((num_steps, 1)), carry)
+        assert abs(float(final.c[0]) - left) < 1e-3
+    row = " | ".join(f"{left:.3f}" for left in after.values())
+    assert f"| {'shut' if i < 0 else 'open'} | {'shut' if f < 0 else 'open'} | {row} |" in CLAIMS
+
+
+def test_an_open_input_gate_overwrites_or_adds():
+    carry = LSTMState(jnp.zeros(1), jnp.ones(1))
+    for f, sums in ((5, {1: 1.986, 10: 10.645, 100: 73.51}), (-5, {1: 0.999, 10: 0.999, 100: 0.999})):
+        for num_steps, value in sums.items():
+            final, _ = unroll(LSTM, with_biases(i=5, f=f, g=20.0), jnp.zeros((num_steps, 1)), carry)
+            assert abs(float(final.c[0]) / value - 1) < 2e-2, (f, num_steps, final.c)
+
+
+def test_weights_multiply_as_matrices_and_gates_element_by_element():
+    params, xs, carry = draw(LSTM)
+    z_by_h = jax.jacobian(lambda h: LSTM.recur(params, carry._replace(h=h))[0])(carry.h)[:, 0]
+    assert (np.asarray(z_by_h) != 0).all()  # [4H, H]: every unit reaches every gate
+    kept = jax.jacobian(
+        lambda c: LSTM.gates(params, carry._replace(c=c), LSTM.project(params, xs[0]), LSTM.recur(params, carry))[0].c[
+            0
+        ]
+    )
+    own = np.asarray(kept(carry.c)[:, 0])
+    assert (own[~np.eye(H, dtype=bool)] == 0).all() and (np.diag(own) > 0).all()
+
+
+def test_the_cell_state_is_a_vector_per_example_and_the_width_is_free():
+    for hidden in (1, 3, 50):
+        params = LSTM.init(jax.random.key(0), I, hidden)
+        carry, ys = unroll(LSTM, params, jnp.ones((T, B, I), jnp.float32))
+        assert carry.c.shape == (B, hidden) and ys.shape == (T, B, hidden)
+        assert np.abs(ys).max() < 1
+
+
+def test_four_is_the_number_of_gate_blocks():
+    count = {cell.name: num_params(cell.init(jax.random.key(0), 80, 12)) for cell in (RNN, GRU, LSTM)}
+    assert count == {"RNN(tanh)": 1116, "GRU": 3360, "LSTM": 4464}
+    assert count["LSTM"] == 4 * count["RNN(tanh)"] == 4 * (80 * 12 + 12 * 12 + 12)
+    assert count["LSTM"] + 48 == 4512  # with torch's second bias
+    for number in ("1,116", "3,360", "4,464", "4,512"):
+        assert number in CLAIMS
+
+
+def test_an_lstm_has_three_sigmoids_and_two_tanhs():
+    params, xs, carry = draw(LSTM)
+    jaxpr = jax.make_jaxpr(LSTM.gates)(params, carry, LSTM.project(params, xs[0]), LSTM.recur(params, carry))
+
+    def names(jaxpr):
+        for equation in jaxpr.eqns:
+            inner = [v for v in equation.params.values() if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
+            for v in inner:
+                yield from names(getattr(v, "jaxpr", v))
+            if not inner:
+                yield equation.primitive.name
+
+    found = list(names(jaxpr.jaxpr))
+    assert (found.count("logistic"), found.count("tanh")) == (3, 2)
+
+
+def test_a_sum_over_time_is_a_mean_with_a_larger_learning_rate_for_sgd_and_not_for_adam():
+    params, xs, _ = draw(LSTM)
+    losses = lambda params: (unroll(LSTM, params, xs)[1] ** 2).sum(axis=(1, 2))
+    of_sum, of_mean = (jax.grad(lambda params, by=by: by(losses(params)))(params) for by in (jnp.sum, jnp.mean))
+    assert worst_error(of_sum, jax.tree.map(lambda g: T * g, of_mean)) < 1e-13
+    steps = {}
+    for name, optimizer in (("sgd", optax.sgd(1e-2)), ("adam", optax.adam(1e-2, eps=1e-30))):
+        with jax.numpy_dtype_promotion("standard"):
+            steps[name] = [optimizer.update(g, optimizer.init(params))[0] for g in (of_sum, of_mean)]
+    assert worst_error(steps["adam"][0], steps["adam"][1]) < 1e-12
+    assert worst_error(steps["sgd"][0], jax.tree.map(lambda g: T * g, steps["sgd"][1])) < 1e-13
+
+
+def test_the_last_carry_does_not_depend_on_the_first_by_the_cell_states_alone():
+    """The product of dc_t/dc_{t-1} at fixed o is not dc_T/dc_0: c also acts through o."""
+    params, xs, carry = draw(LSTM)
+    whole = np.asarray(carry_jacobians(LSTM, params, xs, carry))[:, 0]
+    terms = np.asarray(sum(cell_state_terms(params, xs, carry)))[:, 0]
+    from_c = np.linalg.multi_dot(list(whole[::-1]))[H:, H:]
+    assert worst_error(np.linalg.multi_dot(list(terms[::-1])), from_c) > 0.01
+
+
+# What the experiments found.
+
+
+def result(experiment):
+    return json.loads((ROOT / "experiments" / "results" / experiment / "result.json").read_text(encoding="utf-8"))
+
+
+def found_of(rows, **setting):
+    (row,) = [row for row in rows if all(row[key] == value for key, value in setting.items())]
+    return row
