@@ -193,11 +193,11 @@ def clamping(name: str, nets: Net, seed: int) -> list[dict[str, Any]]:
         net = jax.tree.map(lambda leaf, n=n: leaf[n], nets)
         attributed, to = attribution(cell, net, one_half)
         each = np.eye(to.size, dtype=bool)
-        pointed_at = np.argsort(-np.asarray(attributed))[:SHORTLIST]
+        pointed_at = list(np.argsort(-np.asarray(attributed))[:SHORTLIST])
         found: list[int] = []
         for _ in range(2):
             together = each[pointed_at] | each[found].any(axis=0)
-            found.append(int(pointed_at[np.argmin(right(net, together, to, one_half))]))
+            found.append(int(pointed_at.pop(np.argmin(right(net, together, to, one_half)))))
         others = np.random.default_rng(n).permutation(np.setdiff1d(np.arange(to.size), found))[:NUM_RANDOM]
         held = np.stack([0 * each[0], each[found[0]], each[found[0]] | each[found[1]], *each[others]])
         free, without_one, without_two, *random = np.asarray(right(net, held, to, other_half)).round(4).tolist()
@@ -263,8 +263,10 @@ def main(
 
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(100, steps // 10), steps, learning_rate / 100)
     optimizer = trainer.each_alone(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)))
-    keys = jax.random.split(jax.random.key(0), seeds)
-    nets = {name: jax.vmap(lambda key, c=cell: init_net(key, c, hidden_size))(keys) for name, cell in CELLS.items()}
+    init = lambda cell: jax.vmap(lambda key: init_net(key, cell, hidden_size))(
+        jax.random.split(jax.random.key(0), seeds)
+    )
+    nets = {name: init(cell) for name, cell in CELLS.items()}
     state = init_train_state(nets, optimizer, jax.random.key(1))
     checked = {f"{question} at {d}": questions(question, d, 1) for question in QUESTIONS for d in (MAX_DISTANCE, 30)}
 

@@ -74,12 +74,11 @@ SETTINGS = [
 def init_net(key: Key[Array, ""], setting: Setting, num_symbols: int, hidden_size: int) -> Net:
     """Draw a net."""
     embedding_key, cell_key, recurrent_key, readout_key = jax.random.split(key, 4)
-    cell = CELLS[setting.cell]
-    params = cell.init(cell_key, EMBEDDING, hidden_size)
     if setting.forget == "chrono":
         params = init_chrono(cell_key, EMBEDDING, hidden_size, max_lag=LAGS)
-    elif isinstance(setting.forget, float):
-        params = LSTM.init(cell_key, EMBEDDING, hidden_size, forget_bias=setting.forget)
+    else:
+        options = {} if setting.forget is None else {"forget_bias": setting.forget}
+        params = CELLS[setting.cell].init(cell_key, EMBEDDING, hidden_size, **options)
     if setting.recurrent == "uniform":
         bound = hidden_size**-0.5
         params = params._replace(w_hh=jax.random.uniform(recurrent_key, params.w_hh.shape, minval=-bound, maxval=bound))

@@ -14,6 +14,13 @@ from jaxlstm import GRU, LSTM, RNN, trace, unroll
 
 from cells import draw, normal, worst_error
 
+
+@pytest.fixture
+def as_users_have_it():
+    with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False), jax.debug_nans(False):
+        yield
+
+
 # The small English.
 
 
@@ -48,7 +55,7 @@ def test_the_language_is_as_rich_as_it_should_be():
     assert tokens.shape == real.shape == (50, 40) and tokens.max() < len(grammar.WORDS)
     texts = [" ".join(grammar.WORDS[n] for n in row[own]) for row, own in zip(tokens, real, strict=True)]
     assert all(text.count(" .") == 2 and len(re.findall(r"\b(?:was|were)\b", text)) == 2 for text in texts)
-    assert {len(text.split()) for text in texts} > {20, 25, 30}  # of many lengths
+    assert len({len(text.split()) for text in texts}) > 10
 
 
 def test_questions_ask_for_the_word_that_agrees():
@@ -73,6 +80,7 @@ def a_net(cell, hidden=6):
     return jax.vmap(lambda key: agreement.init_net(key, cell, hidden))(jax.random.split(jax.random.key(0), 2))
 
 
+@pytest.mark.usefixtures("as_users_have_it")
 def test_accuracy_counts_the_questions_answered_rightly():
     nets, asked = a_net(GRU), agreement.questions("number", 4, 0)
     got = agreement.accuracy(GRU, nets, asked)
@@ -102,6 +110,7 @@ def test_a_clamped_unit_is_still_and_nothing_else_is_changed_by_hand(cell):
     assert worst_error(y, want) < 1e-15 and worst_error(new.h, want) < 1e-15
 
 
+@pytest.mark.usefixtures("as_users_have_it")
 def test_the_unit_that_decides_is_found():
     """Of a net whose answer hangs on unit 3 alone, made so by hand."""
     net = jax.tree.map(lambda leaf: leaf[0], a_net(RNN))
@@ -177,12 +186,6 @@ def test_gradient_by_lag_is_that_of_differences():
 
 
 # Each runs, and draws.
-
-
-@pytest.fixture
-def as_users_have_it():
-    with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False), jax.debug_nans(False):
-        yield
 
 
 @pytest.mark.slow
