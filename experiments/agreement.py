@@ -306,7 +306,11 @@ def report(folder: Path, config: dict[str, Any], nets: dict[str, Net]) -> dict[s
                  MAX_DISTANCE, *map(column, ("free", "without one", "without two", "random")))  # fmt: skip
     pictures = [
         plots.agreement(folder / "agreement.png", result, MAX_DISTANCE, ATTRACTORS_AT),
-        plots.unit(folder / "unit.png", clause, f"Unit {unit} of the LSTM with seed {sure}"),
+        plots.unit(
+            folder / "unit.png",
+            clause,
+            f"The unit that carries the number of the subject (unit {unit} of the LSTM with seed {sure})",
+        ),
     ]
     log.info("%s\n%s", folder / "result.json", "\n".join(map(str, pictures)))
     return result

@@ -205,6 +205,7 @@ def roads(path: Path, rows: list[dict[str, Any]], length: int, width: int) -> Pa
             for dtype, style in (("float64", "-"), ("float32", "--"), ("bfloat16", ":")):
                 for road, colour in colours.items():
                     own = [r for r in rows if (r["road"], r["dtype"], r[other]) == (road, dtype, at)]
+                    own.sort(key=lambda row: row[over])
                     if own and (kind == "error" or dtype == "float32"):
                         look = {"marker": markers[road], "linestyle": style, "color": colour, "markersize": 5}
                         axes.plot([r[over] for r in own], [r[kind] for r in own], label=road, **look)

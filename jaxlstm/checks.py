@@ -148,12 +148,20 @@ def check_step_loss(function: str, step_loss: Any, y: Any) -> None:
         raise ValueError(
             f"{function}: step_loss must take (y_t, t), the output of one step and its number: {error}."
         ) from error
-    out = jax.eval_shape(step_loss, y, time)
+    check_number(
+        function, "step_loss", jax.eval_shape(step_loss, y, time), ", the loss of a step summed over the batch"
+    )
+
+
+def check_number(function: str, name: str, out: Any, which: str = "") -> None:
+    """Check that what a loss returns, or will return, is one number.
+
+    Raises:
+      ValueError: it is something else.
+    """
     if getattr(out, "shape", None) != ():
         got = list(out.shape) if hasattr(out, "shape") else type(out).__name__
-        raise ValueError(
-            f"{function}: step_loss must return one number, the loss of a step summed over the batch, got {got}."
-        )
+        raise ValueError(f"{function}: {name} must return one number{which}, got {got}.")
 
 
 def check_size(function: str, name: str, size: Any) -> None:

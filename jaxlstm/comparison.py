@@ -5,7 +5,6 @@ Of the loss Σ_t step_loss(y_t, t). The reference is autodiff of the scan. A roa
 does not have. What a road does wrong at a masked step shows at the real step before it.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from jaxlstm.bptt import gradient_error, lstm_bptt
 from jaxlstm.cell import Cell, PyTree, leaf_path, project
 from jaxlstm.checks import check_sequence, check_step_loss, same_structure
-from jaxlstm.differences import central_differences
+from jaxlstm.differences import cast, central_differences
 from jaxlstm.lstm import LSTM
 from jaxlstm.recurrence import unroll
 from jaxlstm.rtrl import rtrl_gradient
@@ -86,17 +85,21 @@ def compare_gradients(
       by_step: whether to have the errors of every step too, which takes as long again.
 
     Raises:
-      TypeError, ValueError: as `unroll`; ValueError if a road has a name that is taken, returns another tree than the
-        gradient's, or `step_loss` is no number.
+      TypeError, ValueError: as `unroll`; TypeError if a road is no function; ValueError if it has a name that is taken
+        or returns another tree than the gradient's, or `step_loss` is no number.
     """
     dtype = jnp.dtype(dtype).name
     if dtype not in TOLERANCE:
         raise ValueError(f'compare_gradients: dtype must be "float64" or "float32", got {dtype!r}.')
+    if not isinstance(roads or {}, Mapping) or not all(map(callable, (roads or {}).values())):
+        raise TypeError(
+            "compare_gradients: roads must map a name to a function (params, xs, carry, d_ys) -> "
+            f"(d_params, d_xs, d_carry), got {roads!r}; those of the library are compared in any case."
+        )
     if taken := {REFERENCE, "bulk", "by hand", "rtrl", DIFFERENCES} & set(roads or ()):
         raise ValueError(f"compare_gradients: roads has {', '.join(sorted(taken))}, which is a road already.")
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        cast = functools.partial(jax.tree.map, lambda v: _cast(v, dtype))
-        params, xs, carry = cast(params), cast(xs), cast(carry)
+        params, xs, carry = jax.tree.map(lambda v: cast(v, dtype), (params, xs, carry))
         batch_shape = check_sequence("compare_gradients", cell, params, xs, carry)
         carry = cell.initial_carry(params, batch_shape) if carry is None else carry
         variables = (params, xs, carry)
@@ -147,11 +150,6 @@ def comparison_table(comparison: Comparison) -> str:
             lines.append(f"{road} departs in {departure.block}{at}: {departure.error:.1e}")
     lines.append(f"{'AGREE' if comparison.agree else 'DISAGREE'} in {comparison.dtype}")
     return "\n".join(lines)
-
-
-def _cast(value: Any, dtype: str) -> Array:
-    value = jnp.asarray(value)
-    return value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
 
 
 def _loss_cotangent(step_loss: Callable[[Array, Array], Array], ys: Array) -> Array:

@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import check_sequence
+from jaxlstm.checks import check_number, check_sequence
 from jaxlstm.derivative import where
 from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState
 from jaxlstm.recurrence import unroll
@@ -112,6 +112,7 @@ def gradient_flow(
     one = jax.eval_shape(lambda params: cell.initial_carry(params, batch_shape), params)
     probes = jax.tree.map(lambda leaf: jnp.zeros((num_steps, *leaf.shape), leaf.dtype), one)
     loss = lambda probes: loss_fn(unroll(_probed(cell), params, (xs, probes), carry, **options)[1])
+    check_number("gradient_flow", "loss_fn", jax.eval_shape(loss, probes))
     return jax.grad(loss)(probes)
 
 
@@ -331,4 +332,6 @@ def truncated_gradient(
       TypeError, ValueError: as `unroll`.
     """
     check_sequence("truncated_gradient", cell, params, *jax.tree.map(jnp.asarray, (xs, carry)))
-    return jax.grad(lambda params: loss_fn(unroll(cut_recurrence(cell), params, xs, carry, **options)[1]))(params)
+    loss = lambda params: loss_fn(unroll(cut_recurrence(cell), params, xs, carry, **options)[1])
+    check_number("truncated_gradient", "loss_fn", jax.eval_shape(loss, params))
+    return jax.grad(loss)(params)

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Key
 
 from jaxlstm.cell import PyTree, leaf_path
-from jaxlstm.checks import same_structure
+from jaxlstm.checks import check_number, same_structure
 
 # Relative errors allowed: of autodiff against differences, where they see so far; of a given gradient, by its dtype.
 TOLERANCE = 1e-6
@@ -110,7 +110,7 @@ def check_gradients(
         raise ValueError(f"check_gradients: num_directions must be at least 1, got {num_directions}.")
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         given = None if gradients is None else jax.tree.map(np.asarray, gradients)
-        params, args = jax.tree.map(_widen, (params, args))
+        params, args = jax.tree.map(cast, (params, args))
         paths = [leaf_path(path) or "params" for path, _ in jax.tree.leaves_with_path(params)]
         leaves = jax.tree.leaves(params)
         treedef: Any = jax.tree.structure(params)
@@ -122,12 +122,10 @@ def check_gradients(
         def loss(values: list[Array]) -> Array:
             new = dict(zip(active, values, strict=True))
             out = loss_fn(treedef.unflatten([new.get(n, leaf) for n, leaf in enumerate(leaves)]), *args)
-            return _widen(out)
+            return cast(out)
 
         values = [leaves[n] for n in active]
-        shape = jax.eval_shape(loss, values)
-        if getattr(shape, "shape", None) != ():
-            raise ValueError(f"check_gradients: loss_fn must return one number, got {shape}.")
+        check_number("check_gradients", "loss_fn", jax.eval_shape(loss, values))
         autodiff = jax.jit(jax.grad(loss))(values)
         errors, floors = jax.jit(lambda key: _along_directions(loss, values, autodiff, key, num_directions))(key)
         checks, wrong = {}, []
@@ -156,11 +154,12 @@ def check_table(check: GradientCheck) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _widen(value: Any) -> Any:
+def cast(value: Any, dtype: str = "float64") -> Any:
+    """Cast a leaf of a pytree to a floating type, if it is floating; what is no array stays."""
     if not hasattr(value, "dtype") and not isinstance(value, float):
         return value
     value = jnp.asarray(value)
-    return value.astype("float64") if jnp.issubdtype(value.dtype, jnp.floating) else value
+    return value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
 
 
 def _checked_given(given: Any, params: Any, leaves: list[Array]) -> list[np.ndarray] | None:

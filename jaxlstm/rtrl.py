@@ -28,7 +28,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import check_sequence, checked_flags
+from jaxlstm.checks import check_sequence, check_step_loss, checked_flags
 from jaxlstm.derivative import select, where
 
 MAX_BYTES = 4 << 30
@@ -176,7 +176,7 @@ def rtrl_gradient(
       max_bytes: as in `init_rtrl`.
 
     Raises:
-      TypeError, ValueError: as `unroll` and `init_rtrl`.
+      TypeError, ValueError: as `unroll` and `init_rtrl`; ValueError if `step_loss` is no such function.
 
     >>> import jax, jaxlstm
     >>> params = jaxlstm.LSTM.init(jax.random.key(0), 5, 7)
@@ -190,6 +190,8 @@ def rtrl_gradient(
     num_steps = jax.tree.leaves(xs)[0].shape[0]
     mask, reset = checked_flags("rtrl_gradient", mask, reset, num_steps, batch_shape)
     state = init_rtrl(cell, params, batch_shape, carry=carry, pattern=pattern, max_bytes=max_bytes)
+    x = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), xs)
+    check_step_loss("rtrl_gradient", step_loss, jax.eval_shape(cell.step, params, state.carry, x)[1])
 
     def step(so_far: Any, inputs: Any) -> Any:
         (state, loss, gradient), (t, x, mask, reset) = so_far, inputs

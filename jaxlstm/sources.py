@@ -73,11 +73,11 @@ def gradient_sources(
         ys = lax.scan(step, start, (copies, xs, mask, reset))[1]
         return jax.vmap(step_loss)(jax.tree.map(lambda v: v[:, 0], ys), times)
 
-    if num_steps:
-        y = jax.eval_shape(lambda: unroll(cell, params, xs, carry)[1])
-        check_step_loss(
-            "gradient_sources", step_loss, jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), y)
-        )
+    start = cell.initial_carry(params, batch_shape)
+    y = jax.eval_shape(
+        cell.step, params, start, jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), xs)
+    )[1]
+    check_step_loss("gradient_sources", step_loss, y)
     copies = jax.tree.map(lambda v: jnp.broadcast_to(v, (num_steps, *v.shape)), params)
     losses, pull = jax.vjp(losses_of, copies)
     row = jax.tree_util.Partial(_row, pull, losses)

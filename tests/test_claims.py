@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments import autodiff_vs_analytic
 from jaxlstm import (
     GRU,
     LSTM,
@@ -176,3 +177,119 @@ def result(experiment):
 def found_of(rows, **setting):
     (row,) = [row for row in rows if all(row[key] == value for key, value in setting.items())]
     return row
+
+
+def test_training_shortens_the_reach_of_a_large_forget_bias():
+    measured = result("gradient_flow")["measured"]
+    at_50 = lambda row: np.median(np.array(row["flow"])[:, 50])
+    assert list(measured) == ["0", "10", "100", "600"]
+    for before, after in zip(measured["0"], measured["600"], strict=True):
+        if before["forget"] in (3.0, "chrono"):
+            assert 0.06 < at_50(before) < 0.32 and 1e-4 < at_50(after) / at_50(before) < 1e-2
+    left = [at_50(row) for row in measured["600"] if row["cell"] == "LSTM"]
+    assert min(left) > 2e-5 and max(left) < 9e-4
+
+
+def test_what_the_page_says_of_reaches_is_in_the_result():
+    found = result("gradient_flow")
+    at_50 = {
+        f: [np.median(np.array(r["flow"])[:, 50]) for r in found["measured"]["0"] if r["forget"] == f] for f in (0, 1)
+    }
+    assert max(at_50[0]) < 1.5e-5 and f"{max(at_50[1]):.2f}" == "0.04" and f"{min(at_50[1]):.0e}" == "2e-04"
+    lstms = {
+        step: [r["than the RNN's"] for r in rows if r["cell"] == "LSTM"] for step, rows in found["verdicts"].items()
+    }
+    assert lstms["600"].count("larger") == 15 and lstms["600"].count("not told apart") == 1
+    small = {"recurrent": "orthogonal", "scale": 0.1}
+    verdict = lambda **setting: found_of(found["verdicts"]["0"], **setting)
+    row = verdict(cell="LSTM", forget=0.0, **small)
+    assert row["than the RNN's"] == "smaller" and row["lag"] == 50
+    assert (f"{row['median']:.0e}", f"{row['''RNN's median''']:.0e}") == ("8e-08", "5e-02")
+    assert lstms["0"].count("smaller") == 1
+    assert verdict(cell="LSTM", forget=1.0, **small)["than the RNN's"] == "not told apart"
+    assert verdict(cell="GRU", forget=None, **small)["than the RNN's"] == "smaller"
+    assert verdict(cell="LSTM", forget=0.0, recurrent="uniform", scale=0.1)["than the RNN's"] == "not told apart"
+    grown = np.array(found_of(found["measured"]["0"], cell="LSTM", forget=3.0, **small)["flow"])
+    assert np.median(grown[:, 100]) > np.median(grown[:, 50]) and round(grown[:, 100].max(), 1) == 8.7
+    for rows in found["measured"].values():
+        for row in rows:
+            if row["cell"] == "LSTM":
+                shares = {name: np.mean(own) for name, own in row["shares"].items()}
+                assert shares["carousel"] == max(shares.values())
+
+
+def test_how_many_gates_are_nearly_shut_or_open():
+    measured = result("gradient_flow")["measured"]
+    for step, said in (("0", "0.02 of i, 0.11 of f, 0.02 of o"), ("600", "0.76 of i, 0.50 of f, 0.66 of o")):
+        row = found_of(measured[step], cell="LSTM", forget=1.0, recurrent="orthogonal", scale=1.0)
+        shares = {name: np.mean(row["shut"][name]) + np.mean(row["open"][name]) for name in "ifo"}
+        assert ", ".join(f"{share:.2f} of {name}" for name, share in shares.items()) == said
+        assert said in CLAIMS
+
+
+def of_cell(found, cell):
+    return np.array(found[cell])
+
+
+def test_a_simple_rnn_carries_number_across_sixty_words_and_never_learns_gender():
+    found = result("agreement")
+    assert of_cell(found["number"]["60"], "RNN").min() > 0.99
+    assert of_cell(found["gender"]["12"], "RNN").max() < 0.6
+    assert all(of_cell(found["second subject"]["12"], cell).min() > 0.99 for cell in ("RNN", "GRU", "LSTM"))
+
+
+def test_an_lstm_carries_number_and_gender_where_it_was_trained():
+    found = result("agreement")
+    for question in ("number", "gender"):
+        for cell in ("LSTM", "GRU"):
+            assert all(of_cell(found[question][d], cell).min() > 0.99 for d in ("2", "4", "8", "12"))
+    means = lambda question, distance: {c: f"{np.mean(v):.2f}" for c, v in found[question][distance].items()}
+    assert means("number", "60") == {"RNN": "1.00", "GRU": "0.86", "LSTM": "0.86"}
+    assert f"{min(found['number']['60']['LSTM']):.2f}" == "0.50"
+    assert means("gender", "12") == {"RNN": "0.51", "GRU": "1.00", "LSTM": "1.00"}
+    assert (means("gender", "20")["LSTM"], means("gender", "20")["GRU"]) == ("0.97", "0.84")
+    assert all(np.mean(v) > 0.89 for by_cell in found["attractors"].values() for v in by_cell.values())
+
+
+def test_the_unit_that_carries_number_is_found_and_held_still():
+    found = result("agreement")["clamping"]
+    rounded = lambda cell, what: sorted(f"{row[what]:.2f}" for row in found[cell])
+    assert all(row["free"] > 0.99 and np.median(row["random"]) > 0.985 for rows in found.values() for row in rows)
+    assert rounded("LSTM", "without one") == ["0.50", "0.50", "0.50", "0.50", "0.61"]
+    assert rounded("LSTM", "without two")[-1] == "0.52"
+    assert (rounded("RNN", "without one")[0], rounded("RNN", "without one")[-1]) == ("0.49", "0.54")
+    assert rounded("GRU", "without one")[-1] == "0.98" and max(row["without two"] for row in found["GRU"]) < 0.52
+    assert sorted(round(min(row["random"]), 2) for row in found["RNN"])[:2] == [0.57, 0.69]
+    assert min(min(row["random"]) for cell in ("GRU", "LSTM") for row in found[cell]) > 0.8
+    gates = {name: [row["inside"][name] for row in found["LSTM"]] for name in "if"}
+    assert [f"{v:.2f}" for v in (min(gates["f"]), max(gates["f"]), min(gates["i"]), max(gates["i"]))] == [
+        "0.90", "1.00", "0.40", "0.97"
+    ]  # fmt: skip
+
+
+def test_what_is_said_of_roads_is_in_the_result():
+    found = result("autodiff_vs_analytic")
+    assert autodiff_vs_analytic.table(found) in (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    rows = found["rows"]
+    assert {r["num_steps"] for r in rows} == {10, 30, 100, 300, 1000} and {r["hidden"] for r in rows} == {
+        8,
+        16,
+        32,
+        64,
+        128,
+    }
+    worst = lambda dtype, *roads: max(r["error"] for r in rows if r["dtype"] == dtype and r["road"] in roads)
+    exact = ("autodiff", "rule", "by hand", "rtrl")
+    said = [
+        worst("float64", *exact),
+        worst("float32", *exact),
+        worst("float64", "differences"),
+        worst("float32", "differences"),
+    ]
+    assert [f"{error:.0e}" for error in said] == ["1e-15", "6e-07", "1e-11", "2e-04"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "to 1e-15 in float64 and 6e-07 in float32" in readme and "differences to 1e-11 and 2e-04" in readme
+    at = {(r["road"], r["num_steps"]): r for r in rows if r["hidden"] == 16 and r["dtype"] == "float32"}
+    assert round(at["rtrl", 100]["seconds"] / at["rule", 100]["seconds"]) == 62
+    assert at["differences", 100]["seconds"] / at["rule", 100]["seconds"] > 1000
+    assert at["rtrl", 1000]["temporaries"] < 1.01 * at["rtrl", 10]["temporaries"]

@@ -189,7 +189,9 @@ def test_a_nan_is_a_departure(compared):
     [
         ({"step_loss": lambda ys: ys.sum()}, r"step_loss must take \(y_t, t\)"),
         ({"step_loss": lambda y, t: y.sum(-1)}, rf"step_loss must return one number.* got \[{B}\]"),
-        ({"roads": {"bulk": None}}, "roads has bulk, which is a road already"),
+        ({"roads": ["by hand"]}, r"roads must map a name to a function .* got \['by hand'\]"),
+        ({"roads": {"mine": "by hand"}}, "roads must map a name to a function"),
+        ({"roads": {"bulk": len}}, "roads has bulk, which is a road already"),
         ({"roads": {"mine": lambda *v: [*v[:3]]}}, "road 'mine' must return"),
         ({"roads": {"mine": lambda p, x, c, d: (p._replace(b=p.b[1:]), x, c)}}, "d_params of road 'mine' must have"),
         ({"dtype": "bfloat16"}, 'dtype must be "float64" or "float32", got \'bfloat16\''),

@@ -341,3 +341,17 @@ def test_an_input_of_the_wrong_width_is_refused_by_name(call, request):
     name = request.node.callspec.id
     with pytest.raises(ValueError, match=f"{name}: xs has {I - 1} features, params.w_ih expects {I}"):
         call(params, xs[..., 1:])
+
+
+@pytest.mark.parametrize("call", [gradient_flow, truncated_gradient])
+@pytest.mark.parametrize("loss_fn, got", [(lambda ys: ys[-1], rf"\[{B}, {H}\]"), (lambda ys: None, "NoneType")])
+def test_a_loss_that_is_no_number_is_refused(call, loss_fn, got):
+    params, xs, _ = draw(LSTM)
+    with pytest.raises(ValueError, match=f"{call.__name__}: loss_fn must return one number, got {got}"):
+        call(LSTM, params, xs, loss_fn)
+
+
+def test_integer_inputs_are_refused():
+    params, xs, _ = draw(LSTM)
+    with pytest.raises(TypeError, match="gradient_flow: xs must be floating, got int"):
+        gradient_flow(LSTM, params, xs.astype(int), jnp.sum)
