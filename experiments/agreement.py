@@ -3,8 +3,7 @@
 "the cats which already ate the king ... were full because they slept": the nets read two such clauses a text, with up
 to twelve words between subject and verb, and are asked about up to sixty. The unit that carries number is found on one
 half of the clauses, by the gradient and by trial, and held still on the other half. To expect: all three carry
-number, the RNN farthest; gender comes later, and to the RNN hardly; one unit carries number, or two that stand in for
-each other.
+number; gender comes later, and to the RNN hardly; one unit carries number, or two that stand in for each other.
 """
 
 import dataclasses
@@ -25,11 +24,11 @@ from jaxlstm import GRU, LSTM, RNN, Cell, gradient_flow, init_train_state, make_
 CELLS: dict[str, Cell[Any, Any]] = {"RNN": RNN, "GRU": GRU, "LSTM": LSTM}
 MAX_DISTANCE = 12  # in training
 DISTANCES = (2, 4, 8, 12, 16, 20, 30, 40, 50, 60)
-ATTRACTORS, ATTRACTORS_AT = (0, 1, 2, 3, 4), 20
+NOUNS_BETWEEN, ATTRACTORS_AT = 4, 20
 QUESTIONS = {"number": ("verb", "was", "were"), "gender": ("pronoun", "he", "she")}
 NUM_TEXTS, EMBEDDING = 20_000, 32
 NUM_QUESTIONS = 400
-SHORTLIST, NUM_RANDOM = 16, 10  # units that are tried, and held still for comparison
+SHORTLIST, NUM_RANDOM = 16, 10  # units tried, and units held still for comparison
 
 log = logging.getLogger("agreement")
 
@@ -96,11 +95,17 @@ def ask(clauses: list[grammar.Clause], question: str, before: list[list[str]] | 
 
 
 def questions(question: str, distance: int, seed: int, attractors: int | None = None) -> Questions:
-    """Draw questions at a distance; half of the answers are the one, half the other."""
+    """Draw questions at a distance; half of the answers are the one, half the other.
+
+    With `attractors`, there are four nouns between, and so many of them have the other number than the subject.
+    """
     rng = np.random.default_rng([seed, distance, len(question)])
+    between = lambda number: (
+        None if attractors is None else [number ^ 1] * attractors + [number] * (NOUNS_BETWEEN - attractors)
+    )
     nouns = {answer: grammar.GENDERS[answer].split() for answer in ("he", "she")}
     draw = {
-        "number": lambda n: grammar.clause(rng, distance, attractors, number=n % 2),
+        "number": lambda n: grammar.clause(rng, distance, between(n % 2), number=n % 2),
         "gender": lambda n: grammar.clause(rng, distance, number=0, noun=str(rng.choice(nouns[("he", "she")[n % 2]]))),
     }[question]
     return ask([draw(n) for n in range(NUM_QUESTIONS)], question)
@@ -135,10 +140,8 @@ def memory(carry: Any) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def attribution(
-    cell: Cell[Any, Any], net: Net, asked: Questions
-) -> tuple[Float[Array, "hidden"], Float[Array, "hidden"]]:
-    """Return how much each unit has to do with the answer, and its mean, inside the relative clause.
+def attribution(cell: Cell[Any, Any], net: Net, asked: Questions) -> tuple[Float[Array, "hidden"], Any]:
+    """Return how much each unit has to do with the answer, and the mean carry, inside the relative clause.
 
     That is what moving it from one number's mean to the other's would change in the margin, to first order, the mean of
     all steps: |mean gradient of log P(was) / P(were) by the unit, times the difference of its means|.
@@ -150,26 +153,24 @@ def attribution(
         logits = ys[-1] @ net.w + net.b
         return (logits[:, was] - logits[:, were]).sum()
 
-    inside = slice(3, MAX_DISTANCE + 1)
-    values = memory(trace(cell, net.cell, xs).carry)[inside]
-    gradient = memory(gradient_flow(cell, net.cell, xs, margin))[inside]
+    carries, gradients = (
+        jax.tree.map(lambda leaf: leaf[3 : MAX_DISTANCE + 1], carry)
+        for carry in (trace(cell, net.cell, xs).carry, gradient_flow(cell, net.cell, xs, margin))
+    )
     one = (asked.right == was)[None, :, None]
+    values = memory(carries)
     difference = values.mean(axis=1, where=one) - values.mean(axis=1, where=~one)
-    return jnp.abs(gradient.mean(axis=1) * difference).mean(axis=0), values.mean(axis=(0, 1))
+    attributed = jnp.abs(memory(gradients).mean(axis=1) * difference).mean(axis=0)
+    return attributed, jax.tree.map(lambda leaf: leaf.mean(axis=(0, 1)), carries)
 
 
-def clamp(cell: Cell[Any, Any], units: Bool[Array, "hidden"], to: Float[Array, "hidden"]) -> Cell[Any, Any]:
-    """Make the cell that holds some units of its memory still."""
+def clamp(cell: Cell[Any, Any], units: Bool[Array, "hidden"], to: Any) -> Cell[Any, Any]:
+    """Make the cell that holds some units still, h and c alike, from the first step on; `to` is a carry, [hidden]."""
 
     def gates(params: Any, carry: Any, z: Any, a: Any) -> Any:
         new, _ = cell.gates(params, carry, z, a)
-        if hasattr(new, "c"):
-            assert cell.activations
-            c = jnp.where(units, to, new.c)
-            new = new._replace(c=c, h=cell.activations(params, carry, z, a).o * jnp.tanh(c))
-        else:
-            new = new._replace(h=jnp.where(units, to, new.h))
-        return new, new.h
+        held = jax.tree.map(lambda leaf, value: jnp.where(units, value, leaf), new, to)
+        return held, held.h
 
     return dataclasses.replace(cell, gates=gates, gates_jvp=None, activations=None)
 
@@ -178,13 +179,13 @@ def clamping(name: str, nets: Net, seed: int) -> list[dict[str, Any]]:
     """Find the units on one half of the clauses, and hold them still on the other; a row a seed.
 
     Of those that the gradient points at, the unit is taken without which the net is wrong most often; then the second,
-    with the first held still.
+    with the first held still. `rank` is its place by the gradient alone.
     """
     cell = CELLS[name]
     one_half, other_half = (questions("number", MAX_DISTANCE, seed + k) for k in range(2))
 
     @jax.jit
-    def right(net: Net, held: Bool[Array, "choice hidden"], to: Array, asked: Questions) -> Float[Array, "choice"]:
+    def right(net: Net, held: Bool[Array, "choice hidden"], to: Any, asked: Questions) -> Float[Array, "choice"]:
         one = jax.tree.map(lambda leaf: leaf[None], net)
         return jax.vmap(lambda units: accuracy(clamp(cell, units, to), one, asked)[0])(held)
 
@@ -192,16 +193,17 @@ def clamping(name: str, nets: Net, seed: int) -> list[dict[str, Any]]:
     for n in range(len(nets.b)):
         net = jax.tree.map(lambda leaf, n=n: leaf[n], nets)
         attributed, to = attribution(cell, net, one_half)
-        each = np.eye(to.size, dtype=bool)
-        pointed_at = list(np.argsort(-np.asarray(attributed))[:SHORTLIST])
+        each, order = np.eye(attributed.size, dtype=bool), np.argsort(-np.asarray(attributed)).tolist()
         found: list[int] = []
         for _ in range(2):
-            together = each[pointed_at] | each[found].any(axis=0)
-            found.append(int(pointed_at.pop(np.argmin(right(net, together, to, one_half)))))
-        others = np.random.default_rng(n).permutation(np.setdiff1d(np.arange(to.size), found))[:NUM_RANDOM]
+            choice = [unit for unit in order[:SHORTLIST] if unit not in found]
+            wrong = right(net, each[choice] | each[found].any(axis=0), to, one_half)
+            found.append(choice[int(np.argmin(wrong))])
+        others = np.random.default_rng(n).permutation(np.setdiff1d(order, found))[:NUM_RANDOM]
         held = np.stack([0 * each[0], each[found[0]], each[found[0]] | each[found[1]], *each[others]])
-        free, without_one, without_two, *random = np.asarray(right(net, held, to, other_half)).round(4).tolist()
-        row = {"units": found, "free": free, "without one": without_one, "without two": without_two, "random": random}
+        free, without_one, without_two, *random = np.asarray(right(net, held, to, other_half), float).round(4).tolist()
+        row = {"units": found, "rank": [1 + order.index(unit) for unit in found], "free": free}
+        row |= {"without one": without_one, "without two": without_two, "random": random}
         rows.append(row | ({"inside": inside(net, found[0], other_half)} if cell is LSTM else {}))
     return rows
 
@@ -292,7 +294,7 @@ def report(folder: Path, config: dict[str, Any], nets: dict[str, Net]) -> dict[s
     result: dict[str, Any] = {"config": config, "versions": runs.versions(), "device": devices.found()}
     for question in QUESTIONS:
         result[question] = {d: of_all(questions(question, d, 7)) for d in DISTANCES}
-    result["attractors"] = {k: of_all(questions("number", ATTRACTORS_AT, 8, k)) for k in ATTRACTORS}
+    result["attractors"] = {k: of_all(questions("number", ATTRACTORS_AT, 8, k)) for k in range(NOUNS_BETWEEN + 1)}
     result["second subject"] = {d: of_all(second_subject(d, 9)) for d in (MAX_DISTANCE, 30)}
     result["clamping"] = {name: clamping(name, own, 10) for name, own in nets.items()}
     sure = min(range(len(nets["LSTM"].b)), key=lambda n: result["clamping"]["LSTM"][n]["without one"])

@@ -134,6 +134,9 @@ def gates_of(net: Net, tokens: Int[Array, "time+1 batch"]) -> dict[str, Any]:
         "shut": {name: (getattr(gates, name) < 0.1).mean() for name in "ifo"},
         "open": {name: (getattr(gates, name) > 0.9).mean() for name in "ifo"},
         "mean_f": gates.f.mean(),
+        "histogram": {  # of all units, steps and texts, in twentieths
+            name: jnp.histogram(getattr(gates, name), bins=20, range=(0.0, 1.0))[0] / gates.i.size for name in "ifo"
+        },
     }
 
 
@@ -263,6 +266,7 @@ def report(folder: Path, config: dict[str, Any], measured: dict[str, Any], gates
         plots.gradient_flow(folder / "gradient_flow_uniform.png", measured, "uniform"),
         plots.flow_in_training(folder / "in_training.png", measured),
         plots.four_terms(folder / "four_terms.png", measured),
+        plots.gate_histograms(folder / "gate_histograms.png", measured),
         plots.gate_maps(folder / "gates.png", *gates),
     ]
     log.info("%s\n%s", folder / "result.json", "\n".join(map(str, pictures)))

@@ -5,6 +5,7 @@ subject. The nouns of the relative clause have numbers of their own: those of th
 attractors (Linzen, Dupoux & Goldberg, Assessing the ability of LSTMs to learn syntax-sensitive dependencies, 2016).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,43 +50,40 @@ class Clause(NamedTuple):
 
 
 def clause(
-    rng: np.random.Generator, distance: int, attractors: int | None = None, number: int | None = None, noun: str = ""
+    rng: np.random.Generator,
+    distance: int,
+    between: Sequence[int] | None = None,
+    number: int | None = None,
+    noun: str = "",
 ) -> Clause:
     """Write a clause.
 
     Args:
       rng: draws what is not given.
       distance: words between the subject and its verb: 0, or 2 and more.
-      attractors: how many nouns there are between, all of the other number; by default up to four, of any number.
-      number: of the subject, 0 for one, 1 for many.
+      between: the number of each noun between them, 0 for one, 1 for many; by default up to four, of any number. What
+        they leave of the distance is adverbs.
+      number: of the subject.
       noun: the subject.
     """
     pick = lambda words: words[rng.integers(len(words))]
     number = int(rng.integers(2)) if number is None else number
     noun = noun or pick(NOUNS)
-    room = max(distance - 1, 0) // 3
-    objects = (
-        [number ^ 1] * attractors
-        if attractors is not None
-        else list(rng.integers(2, size=rng.integers(min(4, room) + 1)))
-    )
-    if len(objects) > room:
-        raise ValueError(f"clause: {len(objects)} nouns take a distance of {3 * len(objects) + 1}, got {distance}.")
+    room = max(distance - 1, 0)
+    between = list(rng.integers(2, size=rng.integers(min(4, room // 2) + 1)) if between is None else between)
+    if 2 * len(between) > room:
+        raise ValueError(f"clause: {len(between)} nouns take a distance of {2 * len(between) + 1}, got {distance}.")
     form = lambda noun, many: plural(noun) if many else noun
     words = ["the", form(noun, number)]
     if distance:
-        pieces = [[pick(VERBS), "the", form(pick(NOUNS), many)] for many in objects] or [[pick(VERBS)]]
-        pieces += [[pick(ADVERBS)] for _ in range(distance - 1 - sum(map(len, pieces)))]
+        pieces = [[pick(VERBS), form(pick(NOUNS), many)] for many in between] or [[pick(VERBS)]]
+        articles = rng.integers(min(len(between), room - sum(map(len, pieces))) + 1)
+        pieces[:articles] = [[verb, "the", noun] for verb, noun in pieces[:articles]]
+        pieces += [[pick(ADVERBS)] for _ in range(room - sum(map(len, pieces)))]
         words += ["which", *(word for n in rng.permutation(len(pieces)) for word in pieces[n])]
     verb = len(words)
-    words += [
-        "were" if number else "was",
-        pick(ADJECTIVES),
-        "because",
-        "they" if number else PRONOUN[noun],
-        pick(VERBS),
-        ".",
-    ]
+    pronoun = "they" if number else PRONOUN[noun]
+    words += ["were" if number else "was", pick(ADJECTIVES), "because", pronoun, pick(VERBS), "."]
     return Clause(words, verb, verb + 3)
 
 

@@ -188,6 +188,27 @@ def four_terms(path: Path, measured: dict[str, Any]) -> Path:
     return path
 
 
+def gate_histograms(path: Path, measured: dict[str, Any]) -> Path:
+    """Draw how open the gates of an LSTM are, before and after training."""
+    titles = {"i": "input gate i", "f": "forget gate f", "o": "output gate o"}
+    first, *_, last = measured
+    figure, panels = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained", sharey=True)
+    edges = np.linspace(0, 1, 21)
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        for step, colour, when in ((first, "C1", "before training"), (last, "C0", f"after {last} steps")):
+            (row,) = [
+                r for r in measured[step] if (r["forget"], r["recurrent"], r["scale"]) == (1.0, "orthogonal", 1.0)
+            ]
+            axes.stairs(np.mean(row["histogram"][name], axis=0), edges, color=colour, fill=True, alpha=0.5, label=when)
+        axes.set(title=title, xlabel="0 is shut, 1 is open", xlim=(0, 1))
+    panels[0].set_ylabel("share of all units, steps and texts")
+    figure.suptitle("How open the gates of an LSTM are (forget bias 1, orthogonal, inputs of scale 1)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=12)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
 def roads(path: Path, rows: list[dict[str, Any]], length: int, width: int) -> Path:
     """Draw error, time and memory of every road, over the length of a sequence and over the width of a layer."""
     colours = {"autodiff": "0.35", "rule": "C0", "by hand": "C2", "rtrl": "C1", "differences": "C3"}
@@ -267,13 +288,13 @@ def agreement(path: Path, result: dict[str, Any], trained: int, attractors_at: i
     for place, (name, colour) in enumerate(colours.items()):
         rows = result["clamping"][name]
         columns = [
-            [row["free"] for row in rows], [np.median(row["random"]) for row in rows],
+            [row["free"] for row in rows], [right for row in rows for right in row["random"]],
             [row["without one"] for row in rows], [row["without two"] for row in rows],
         ]  # fmt: skip
         for x, column in enumerate(columns):
             middle = x + 0.25 * (place - 1)
             axes.bar(middle, np.mean(column), width=0.22, color=colour, alpha=0.35)
-            axes.plot(middle + np.linspace(-0.07, 0.07, len(column)), column, "o", color=colour, markersize=4)
+            axes.plot(middle + np.linspace(-0.09, 0.09, len(column)), column, "o", color=colour, markersize=4)
     axes.axhline(0.5, color="black", linewidth=1, linestyle="--")
     axes.set_xticks(range(4), ["none", "a random\nunit", "the unit\nfound", "the two\nfound"])
     axes.set(title=f"was or were, {trained} words away, held still:", ylim=(0.3, 1.03))

@@ -20,7 +20,6 @@ from jaxlstm.diagnostics import (
     Trace,
     carry_jacobians,
     cell_state_terms,
-    gradient_flow,
     jacobian_products,
     lyapunov_exponents,
     term_shares,
@@ -28,6 +27,7 @@ from jaxlstm.diagnostics import (
     truncated_gradient,
 )
 from jaxlstm.differences import Entry, GradientCheck, LeafCheck, central_differences, check_gradients, check_table
+from jaxlstm.flow import gradient_flow
 from jaxlstm.lstm import (
     LSTM,
     LSTMGates,

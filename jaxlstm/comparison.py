@@ -21,7 +21,7 @@ from jaxlstm.checks import check_sequence, check_step_loss, same_structure
 from jaxlstm.differences import cast, central_differences
 from jaxlstm.lstm import LSTM
 from jaxlstm.recurrence import unroll
-from jaxlstm.rtrl import rtrl_gradient
+from jaxlstm.rtrl import MAX_BYTES, influence_bytes, rtrl_gradient
 
 Road = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
 
@@ -73,9 +73,9 @@ def compare_gradients(
     """Have the gradient by every road there is, and by those of the caller.
 
     Autodiff of the scan ("scan", the reference), the library's rule ("bulk"), by hand ("by hand", for `LSTM` without
-    resets), real-time recurrent learning ("rtrl", parameters alone), and central differences of the loss
-    ("differences", up to 20,000 numbers). The error of a step is that of d_z_t, had from any road by its derivative by
-    inputs that are added to z: a road is called a second time, with more features.
+    resets), real-time recurrent learning ("rtrl", parameters alone, where it fits in 4 GiB), and central differences
+    of the loss ("differences", up to 20,000 numbers). The error of a step is that of d_z_t, had from any road by its
+    derivative by inputs that are added to z: a road is called a second time, with more features.
 
     Args:
       cell, params, xs, carry, mask, reset: as in `unroll`; of any floating dtype.
@@ -107,6 +107,8 @@ def compare_gradients(
         d_ys = _loss_cotangent(step_loss, ys)
         gradients = {}
         all_roads = dict(roads or {}) | _library_roads(cell, mask, reset)  # the caller's first: an error comes early
+        if influence_bytes(cell, params, batch_shape) > MAX_BYTES or not len(ys):
+            del all_roads["rtrl"]
         for name, road in all_roads.items():
             gradients[name] = _checked_gradient(name, road(*variables, d_ys), variables)
         if sum(leaf.size for leaf in jax.tree.leaves(variables)) <= MAX_DIFFERENCES:
@@ -117,10 +119,10 @@ def compare_gradients(
         errors = {name: _errors(own, gradients[REFERENCE], gates) for name, own in gradients.items()}
         of_steps = {}
         if by_step and gates and cell.project is project and hasattr(params, "_replace"):
-            d_zs = {name: _d_z(road, variables, d_ys) for name, road in all_roads.items()}
-            of_steps = {
-                name: _errors_by_step(own, d_zs[REFERENCE], gates) for name, own in d_zs.items() if own is not None
-            }
+            # A road without d_xs has no d_z either.
+            with_d_xs = {name: road for name, road in all_roads.items() if gradients[name][1] is not None}
+            d_zs = {name: _d_z(road, variables, d_ys) for name, road in with_d_xs.items()}
+            of_steps = {name: _errors_by_step(own, d_zs[REFERENCE], gates) for name, own in d_zs.items()}
     departures = {
         name: _departure(
             errors[name], of_steps.get(name, {}), (TOLERANCE_DIFFERENCES if name == DIFFERENCES else TOLERANCE)[dtype]
@@ -155,7 +157,7 @@ def comparison_table(comparison: Comparison) -> str:
 def _loss_cotangent(step_loss: Callable[[Array, Array], Array], ys: Array) -> Array:
     """Return the derivative of Σ_t step_loss(y_t, t) by the outputs."""
     times = jnp.arange(len(ys))
-    check_step_loss("compare_gradients", step_loss, ys[0])
+    check_step_loss("compare_gradients", step_loss, jax.ShapeDtypeStruct(ys.shape[1:], ys.dtype))
     d_ys: Array = jax.vmap(jax.grad(step_loss))(ys, times)
     return d_ys
 
@@ -196,7 +198,7 @@ def _gate_names(cell: Cell[Any, Any], variables: Any) -> tuple[str, ...]:
     if cell.activations is None:
         return ()
     params, xs, carry = variables
-    x = jax.tree.map(lambda v: v[0], xs)
+    x = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), xs)
     z, a = (jax.eval_shape(f, params, v) for f, v in ((cell.project, x), (cell.recur or (lambda *_: None), carry)))
     gates = jax.eval_shape(cell.activations, params, carry, z, a)
     widths = sum(leaf.shape[-1] for leaf in jax.tree.leaves(gates))
@@ -223,17 +225,19 @@ def _errors(gradient: Any, reference: Any, gates: tuple[str, ...]) -> dict[str, 
     return {name: float(gradient_error(leaf, want[name])) for name, leaf in own.items()}
 
 
-def _d_z(road: Road, variables: Any, d_ys: Array) -> Array | None:
+def _d_z(road: Road, variables: Any, d_ys: Array) -> Array:
     """Return the derivative by every pre-activation, from any road: that by inputs which are added to z as they are."""
     params, xs, carry = variables
     num_features, width = params.w_ih.shape
     wider = params._replace(w_ih=jnp.concatenate([params.w_ih, jnp.eye(width, dtype=xs.dtype)]))
-    d_xs = road(wider, jnp.concatenate([xs, jnp.zeros((*xs.shape[:-1], width), xs.dtype)], axis=-1), carry, d_ys)[1]
-    return None if d_xs is None else d_xs[..., num_features:]
+    d_xs: Array = road(
+        wider, jnp.concatenate([xs, jnp.zeros((*xs.shape[:-1], width), xs.dtype)], axis=-1), carry, d_ys
+    )[1]
+    return d_xs[..., num_features:]
 
 
 def _errors_by_step(d_z: Array, reference: Any, gates: tuple[str, ...]) -> dict[str, np.ndarray]:
-    norms = lambda v: np.linalg.norm(np.asarray(v).reshape(len(v), -1), axis=-1)
+    norms = lambda v: np.linalg.norm(np.asarray(v).reshape(len(v), math.prod(v.shape[1:])), axis=-1)
     scale = norms(reference)
     pieces = zip(gates, jnp.split(d_z - reference, len(gates), axis=-1), strict=True)
     return {gate: norms(piece) / np.where(scale == 0, 1, scale) for gate, piece in pieces}

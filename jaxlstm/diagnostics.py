@@ -1,4 +1,4 @@
-"""Look inside a recurrent net: its gates, where its gradient goes, and how a carry depends on the one before.
+"""Look inside a recurrent net: its gates, how a carry depends on the one before, and the gradient of 1997.
 
 Everything here runs `unroll` on a cell that has something added, and leaves the cell itself as it is. `options` are
 `unroll`'s own: mask, reset, reset_carry, reverse.
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Literal
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
@@ -73,84 +72,6 @@ def _recording(cell: Cell[Any, Any]) -> Cell[Any, Any]:
         return carry, Trace(start, z, a, names, carry, y)
 
     return dataclasses.replace(cell, gates=gates, gates_jvp=None, activations=None)
-
-
-def gradient_flow(
-    cell: Cell[Any, Any],
-    params: PyTree,
-    xs: PyTree,
-    loss_fn: Callable[[Array], Array],
-    carry: PyTree | None = None,
-    **options: Any,
-) -> PyTree:
-    """Return the derivative of a loss by the carry after every step, in one backward pass.
-
-    These are the d_h and d_c of the derivation by hand, complete: h_t counts where it is the output and where it goes
-    on, c_t also through the h_t that is made of it. They are had from probes, zeros added to each leaf of the carry
-    where the cell computes it, so that any cell will do.
-
-    Args:
-      cell, params, xs, carry, options: as in `unroll`.
-      loss_fn: of the outputs ys [time, *batch, hidden], a number. Of the last output alone, what is returned for step t
-        is the gradient at lag T − t.
-
-    Returns:
-      A pytree like the carry, its leaves [time, *batch, ...]; 0 at masked steps.
-
-    Raises:
-      TypeError, ValueError: as `unroll`.
-
-    >>> import jax, jaxlstm
-    >>> params = jaxlstm.LSTM.init(jax.random.key(0), 5, 7)
-    >>> d = jaxlstm.gradient_flow(jaxlstm.LSTM, params, jax.numpy.ones((11, 3, 5)), lambda ys: ys[-1].sum())
-    >>> d.c.shape
-    (11, 3, 7)
-    """
-    xs, carry = jax.tree.map(jnp.asarray, (xs, carry))
-    batch_shape = check_sequence("gradient_flow", cell, params, xs, carry)
-    num_steps = jax.tree.leaves(xs)[0].shape[0]
-    one = jax.eval_shape(lambda params: cell.initial_carry(params, batch_shape), params)
-    probes = jax.tree.map(lambda leaf: jnp.zeros((num_steps, *leaf.shape), leaf.dtype), one)
-    loss = lambda probes: loss_fn(unroll(_probed(cell), params, (xs, probes), carry, **options)[1])
-    check_number("gradient_flow", "loss_fn", jax.eval_shape(loss, probes))
-    return jax.grad(loss)(probes)
-
-
-@functools.cache
-def _probed(cell: Cell[Any, Any]) -> Cell[Any, Any]:
-    """Make the cell whose input has a probe for every leaf of the carry beside it."""
-
-    def project(params: PyTree, inputs: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        x, probe = inputs
-        return cell.project(params, x), probe
-
-    def gates(params: PyTree, carry: PyTree, z: tuple[PyTree, PyTree], a: PyTree) -> tuple[PyTree, PyTree]:
-        return _with_probes(cell.gates, (params, carry, z[0], a), z[1])
-
-    return dataclasses.replace(cell, project=project, gates=gates, gates_jvp=None, activations=None)
-
-
-def _with_probes(gates: Callable[..., tuple[PyTree, PyTree]], arguments: PyTree, probes: PyTree) -> Any:
-    """Evaluate `gates` operation by operation, adding to each leaf of the new carry as soon as it is known.
-
-    Whatever the step computes from it later, such as h from c, sees the sum.
-    """
-    closed, out = jax.make_jaxpr(gates, return_shape=True)(*arguments)
-    jaxpr = closed.jaxpr
-    known: dict[Any, Any] = {}
-    to_add = dict(zip(jaxpr.outvars, jax.tree.leaves(probes), strict=False))
-    read = lambda v: v.val if isinstance(v, Literal) else known[v]
-    known.update(zip(jaxpr.constvars, closed.consts, strict=True))
-    known.update(zip(jaxpr.invars, jax.tree.leaves(arguments), strict=True))
-    for equation in jaxpr.eqns:
-        settings = equation.primitive.get_bind_params(equation.params)
-        results = equation.primitive.bind(*map(read, equation.invars), **settings)
-        results = results if equation.primitive.multiple_results else [results]
-        for v, result in zip(equation.outvars, results, strict=True):
-            known[v] = result + to_add.pop(v) if v in to_add else result
-    # What is left is a leaf that the step hands on as it was.
-    outs = [read(v) + to_add[v] if v in to_add else read(v) for v in jaxpr.outvars]
-    return jax.tree.unflatten(jax.tree.structure(out), outs)
 
 
 def carry_jacobians(

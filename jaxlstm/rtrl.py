@@ -27,7 +27,7 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlstm.cell import Cell, PyTree
+from jaxlstm.cell import Cell, PyTree, num_params
 from jaxlstm.checks import check_sequence, check_step_loss, checked_flags
 from jaxlstm.derivative import select, where
 
@@ -69,18 +69,50 @@ def init_rtrl(
     Raises:
       ValueError: it would take more.
     """
-    one = jax.tree.leaves(jax.eval_shape(cell.initial_carry, params))
-    numbers, num_params = (sum(leaf.size for leaf in leaves) for leaves in (one, jax.tree.leaves(params)))
-    numbers = numbers if pattern is None else len(one)
-    num_bytes = math.prod(batch_shape) * numbers * num_params * one[0].dtype.itemsize
+    num_bytes = influence_bytes(cell, params, batch_shape, pattern)
     if num_bytes > max_bytes:
         raise ValueError(
-            f"init_rtrl: how {numbers} numbers of a carry depend on {num_params:,} parameters takes {num_bytes:,} bytes"
-            f" at batch shape {list(batch_shape)}, more than max_bytes={max_bytes:,}; take fewer units or examples, "
+            f"init_rtrl: how the carry depends on {num_params(params):,} parameters takes {num_bytes:,} bytes at batch "
+            f"shape {list(batch_shape)}, more than max_bytes={max_bytes:,}; take fewer units or examples, "
             "pattern=snap1_pattern(...), or backpropagation through time."
         )
-    carry = cell.initial_carry(params, batch_shape) if carry is None else carry
-    return RTRLState(carry, jnp.zeros((*batch_shape, numbers, num_params), one[0].dtype))
+    initial = _initial_state(cell, params, batch_shape, pattern)
+    return initial if carry is None else RTRLState(carry, jnp.zeros_like(initial.influence))
+
+
+def influence_bytes(
+    cell: Cell[Any, Any], params: PyTree, batch_shape: tuple[int, ...], pattern: SnAp1Pattern | None = None
+) -> int:
+    """Return how many bytes the influence takes."""
+    one = jax.tree.leaves(jax.eval_shape(cell.initial_carry, params))
+    numbers = sum(leaf.size for leaf in one) if pattern is None else len(one)
+    return math.prod(batch_shape) * numbers * num_params(params) * one[0].dtype.itemsize
+
+
+def _initial_state(
+    cell: Cell[Any, Any], params: PyTree, batch_shape: tuple[int, ...], pattern: SnAp1Pattern | None
+) -> RTRLState:
+    """Return the initial carry, and how it depends on the parameters: where it is learned, it does."""
+    flat, unravel = ravel_pytree(params)
+    one = lambda flat: ravel_pytree(cell.initial_carry(unravel(flat)))[0]
+    if pattern is None:
+        influence = jax.jacrev(one)(flat)
+    else:
+        sizes = [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(cell.initial_carry, params))]
+        influence = jnp.where(pattern.carry >= 0, _leaf_by_leaf(one, flat, sizes), 0)
+    carry = cell.initial_carry(params, batch_shape)
+    return RTRLState(carry, jnp.broadcast_to(influence, (*batch_shape, *influence.shape)))
+
+
+def _leaf_by_leaf(function: Callable[[Array], Array], flat: Array, sizes: list[int]) -> Float[Array, "leaves p"]:
+    """Return the derivative of the sum of each leaf, by one pullback a leaf.
+
+    As long as a parameter reaches one number of a leaf at most, that is the derivative of this number.
+    """
+    out, pull = jax.vjp(function, flat)
+    leaf_of = np.repeat(np.arange(len(sizes)), sizes)
+    (gradients,) = jax.vmap(pull)(jax.nn.one_hot(leaf_of, len(sizes), dtype=out.dtype, axis=0))
+    return gradients
 
 
 def rtrl_step(
@@ -108,8 +140,7 @@ def rtrl_step(
     batch_shape = state.influence.shape[:-2]
     unravel = ravel_pytree(params)[1]
     if reset is not None:
-        initial = RTRLState(cell.initial_carry(params, batch_shape), jnp.zeros_like(state.influence))
-        state = select(reset, initial, state)
+        state = select(reset, _initial_state(cell, params, batch_shape, pattern), state)
     advance = functools.partial(_advance, cell, params, pattern)
     for _ in batch_shape:
         advance = jax.vmap(advance)
@@ -137,10 +168,7 @@ def _advance(
     else:
         by_carry, (carry, y) = jax.jacrev(step, 1, has_aux=True)(flat_params, flat_carry)
         sizes = [leaf.size for leaf in jax.tree.leaves(state.carry)]
-        _, pull = jax.vjp(lambda flat_params: step(flat_params, flat_carry)[0], flat_params)
-        # A parameter reaches one number of a leaf at most: the sum over the leaf is the derivative of that one.
-        leaf_of = np.repeat(np.arange(len(sizes) + 1), [*sizes, y.size])
-        (by_params,) = jax.vmap(pull)(jax.nn.one_hot(leaf_of, len(sizes) + 1, dtype=y.dtype, axis=0))
+        by_params = _leaf_by_leaf(lambda flat: step(flat, flat_carry)[0], flat_params, [*sizes, y.size])
         reached = jnp.concatenate([pattern.carry, jnp.where(pattern.y >= 0, pattern.y + sum(sizes), -1)[None]])
         through = by_carry[reached[:, None], pattern.carry] * state.influence
         influence = jnp.where(reached >= 0, through.sum(axis=1) + by_params, 0)
@@ -191,7 +219,8 @@ def rtrl_gradient(
     mask, reset = checked_flags("rtrl_gradient", mask, reset, num_steps, batch_shape)
     state = init_rtrl(cell, params, batch_shape, carry=carry, pattern=pattern, max_bytes=max_bytes)
     x = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), xs)
-    check_step_loss("rtrl_gradient", step_loss, jax.eval_shape(cell.step, params, state.carry, x)[1])
+    y = jax.eval_shape(cell.step, params, state.carry, x)[1]
+    check_step_loss("rtrl_gradient", step_loss, y)
 
     def step(so_far: Any, inputs: Any) -> Any:
         (state, loss, gradient), (t, x, mask, reset) = so_far, inputs
@@ -199,7 +228,8 @@ def rtrl_gradient(
         e, d_y = jax.value_and_grad(step_loss)(y, t)
         return (state, loss + e, jax.tree.map(jnp.add, gradient, pull(d_y))), None
 
-    start = (state, jnp.zeros((), state.influence.dtype), jax.tree.map(jnp.zeros_like, params))
+    loss_dtype = jax.eval_shape(step_loss, y, jax.ShapeDtypeStruct((), jnp.arange(0).dtype)).dtype
+    start = (state, jnp.zeros((), loss_dtype), jax.tree.map(jnp.zeros_like, params))
     (_, loss, gradient), _ = lax.scan(step, start, (jnp.arange(num_steps), xs, mask, reset))
     return loss, gradient
 

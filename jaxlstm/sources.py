@@ -7,6 +7,8 @@ The loss is E = Σ_t E_t, and the weights W are used at every step s. With a cop
 so that a gradient is a sum over uses of the weights, and no chain that ends at the first state. G[t, s] is 0 for s > t.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,7 +70,7 @@ def gradient_sources(
             params, *one = jax.tree.map(lambda v: v[None], inputs)
             return unroll(cell, jax.tree.map(lambda v: v[0], params), one[0], carry, mask=one[1], reset=one[2])
 
-        of_first = jax.tree.map(lambda v: v[0], copies)
+        of_first = jax.tree.map(lambda v: v[0], copies) if num_steps else params
         start = cell.initial_carry(of_first, batch_shape) if carry is None else carry
         ys = lax.scan(step, start, (copies, xs, mask, reset))[1]
         return jax.vmap(step_loss)(jax.tree.map(lambda v: v[:, 0], ys), times)
@@ -86,15 +88,14 @@ def gradient_sources(
         of_t = row(t)
         # What lies after t is 0, so that it does not matter where a negative lag lands.
         by_lag = jax.tree.map(lambda total, g: total.at[t - times].add(g), by_lag, of_t)
-        norms = jax.tree.map(lambda g: jnp.sqrt((g**2).reshape(num_steps, -1).sum(axis=-1)), of_t)
-        return by_lag, (jax.tree.map(lambda g: g.sum(axis=0), of_t), norms)
+        return by_lag, (jax.tree.map(lambda g: g.sum(axis=0), of_t), jax.tree.map(_norms, of_t))
 
     by_lag, (by_loss, norms) = lax.scan(one_loss, jax.tree.map(jnp.zeros_like, copies), times)
     return GradientSources(losses, by_loss, by_lag, norms, row)
 
 
 def _row(pull: Callable[[Array], tuple[PyTree]], losses: Array, t: Array) -> PyTree:
-    return pull(jnp.zeros_like(losses).at[t].set(1))[0]
+    return pull((jnp.arange(losses.size) == t).astype(losses.dtype))[0]
 
 
 def gradient_cosine(gradient: PyTree, reference: PyTree) -> Array:
@@ -111,5 +112,19 @@ def gradient_cosine(gradient: PyTree, reference: PyTree) -> Array:
     0.707
     """
     dot = lambda a, b: sum(jax.tree.leaves(jax.tree.map(lambda a, b: (a * b).sum(), a, b)))
-    cosine: Array = dot(gradient, reference) / jnp.sqrt(dot(gradient, gradient) * dot(reference, reference))
+    a, b = _scaled(gradient), _scaled(reference)
+    cosine: Array = dot(a, b) / (jnp.sqrt(dot(a, a)) * jnp.sqrt(dot(b, b)))
     return cosine
+
+
+def _scaled(tree: PyTree) -> PyTree:
+    """Divide by the largest entry, so that squares of small ones are not 0."""
+    largest = functools.reduce(jnp.maximum, [jnp.abs(leaf).max() for leaf in jax.tree.leaves(tree)])
+    return jax.tree.map(lambda leaf: leaf / largest, tree)
+
+
+def _norms(g: Float[Array, "time ..."]) -> Float[Array, "time"]:
+    flat = g.reshape(len(g), math.prod(g.shape[1:]))
+    largest = jnp.abs(flat).max(axis=-1, initial=0.0)
+    scaled = flat / jnp.where(largest == 0, 1, largest)[:, None]
+    return largest * jnp.sqrt((scaled**2).sum(axis=-1))

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "bptt": {"cell", "checks", "lstm"},
     "rtrl": {"cell", "checks", "derivative"},
     "diagnostics": {"cell", "checks", "derivative", "lstm", "recurrence", "rtrl"},
+    "flow": {"cell", "checks", "recurrence"},
     "sources": {"cell", "checks", "recurrence"},
     "differences": {"cell", "checks"},
     "comparison": {"bptt", "cell", "checks", "differences", "lstm", "recurrence", "rtrl"},

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlstm import LSTM, LSTMState, bptt, compare_gradients, comparison_table, lstm_forward
+from jaxlstm import LSTM, LSTMState, bptt, compare_gradients, comparison, comparison_table, lstm_forward
 
 from cells import CELLS, HOLES, RESET, B, H, I, T, draw, normal, worst_error
 from sweeps import sweep
@@ -178,6 +178,20 @@ def test_float32_is_held_to_what_it_can():
     found = compare_gradients(LSTM, params, xs, lambda y, t: (jnp.cos(t.astype(y.dtype)) * y).sum(), dtype="float32")
     assert found.agree and found.gradients["bulk"][0].w_hh.dtype == np.float32
     assert 1e-8 < max(found.errors["bulk"].values()) < 1e-5
+
+
+def test_what_does_not_fit_is_left_out(monkeypatch):
+    params, xs, _ = draw(LSTM)
+    monkeypatch.setattr(comparison, "MAX_BYTES", 0)
+    monkeypatch.setattr(comparison, "MAX_DIFFERENCES", 0)
+    found = compare_gradients(LSTM, params, xs, step_loss, by_step=False)
+    assert found.agree and found.departures.keys() == {"bulk", "by hand"} and found.by_step == {}
+
+
+def test_no_step_is_no_difference():
+    params, xs, _ = draw(LSTM)
+    found = compare_gradients(LSTM, params, xs[:0], step_loss)
+    assert found.agree and max(found.errors["bulk"].values()) == 0
 
 
 def test_a_nan_is_a_departure(compared):

@@ -156,6 +156,16 @@ def test_gradient_flow_of_a_leaf_that_is_handed_on_as_it_is():
     assert worst_error(clock, each[::-1].cumsum(axis=0)[::-1] - each) < 1e-13
 
 
+def test_probes_reach_into_a_jitted_step_and_are_refused_where_they_cannot():
+    params, xs, carry = draw(LSTM)
+    want = gradient_flow(LSTM, params, xs, weighted, carry)
+    jitted = dataclasses.replace(LSTM, gates=jax.jit(LSTM.gates), gates_jvp=None)
+    assert worst_error(gradient_flow(jitted, params, xs, weighted, carry), want) < 1e-14
+    kept = dataclasses.replace(LSTM, gates=jax.checkpoint(LSTM.gates), gates_jvp=None)
+    with pytest.raises(ValueError, match=r"gradient_flow: the cell computes its carry inside a (?:checkpoint|remat)"):
+        gradient_flow(kept, params, xs, weighted, carry)
+
+
 # Jacobians.
 
 

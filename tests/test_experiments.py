@@ -24,28 +24,41 @@ def as_users_have_it():
 # The small English.
 
 
+NOUNS = {*grammar.NOUNS, *map(grammar.plural, grammar.NOUNS)}
+
+
 @pytest.mark.parametrize("distance", [0, 2, 3, 7, 12, 60])
 def test_a_clause_has_the_distance_asked_for_and_agrees(distance):
-    rng = np.random.default_rng(distance)
-    for number in (0, 1) * 20:
+    rng, counts = np.random.default_rng(distance), set()
+    for number in (0, 1) * 40:
         words, verb, pronoun = grammar.clause(rng, distance, number=number)
         assert verb - 2 == distance and words[verb] == ("was", "were")[number]
         subject = words[1]
         assert (subject in grammar.NOUNS) == (number == 0) and words[-1] == "." and words[0] == "the"
         assert words[pronoun] == ("they" if number else grammar.PRONOUN[subject])
-        between = [word for word in words[2:verb] if word in {*grammar.NOUNS, *map(grammar.plural, grammar.NOUNS)}]
-        assert len(between) <= 4 and not any(word in ("was", "were") for word in words[:verb])
+        assert not any(word in ("was", "were") for word in words[:verb])
+        counts.add(len([word for word in words[2:verb] if word in NOUNS]))
+    assert counts == set(range(min(4, max(distance - 1, 0) // 2) + 1))  # all of them, up to four
 
 
-def test_attractors_are_as_many_as_asked_for_and_of_the_other_number():
+def test_the_nouns_between_are_those_asked_for():
     rng = np.random.default_rng(0)
-    for number in (0, 1):
-        for count in range(5):
-            words, verb, _ = grammar.clause(rng, 20, count, number=number)
-            between = [word for word in words[2:verb] if word in {*grammar.NOUNS, *map(grammar.plural, grammar.NOUNS)}]
-            assert len(between) == count and all((word in grammar.NOUNS) == (number == 1) for word in between)
-    with pytest.raises(ValueError, match="4 nouns take a distance of 13, got 12"):
-        grammar.clause(rng, 12, 4)
+    for between in ([], [0], [1, 1], [0, 1, 1, 0]):
+        words, verb, _ = grammar.clause(rng, 12, between, number=0)
+        found = [word for word in words[2:verb] if word in NOUNS]
+        assert sorted(word not in grammar.NOUNS for word in found) == sorted(map(bool, between)) and verb == 14
+    with pytest.raises(ValueError, match="4 nouns take a distance of 9, got 8"):
+        grammar.clause(rng, 8, [0] * 4)
+
+
+def test_of_four_nouns_between_so_many_have_the_other_number():
+    words = np.array(grammar.WORDS)
+    for count in range(5):
+        asked = agreement.questions("number", agreement.ATTRACTORS_AT, 0, count)
+        for n in range(0, 100, 9):
+            own, many = words[asked.tokens[: asked.last[n] + 1, n]], words[asked.right[n]] == "were"
+            assert sum((word not in grammar.NOUNS) != many for word in own[2:] if word in NOUNS) == count
+            assert sum(word in NOUNS for word in own[2:]) == 4
 
 
 def test_the_language_is_as_rich_as_it_should_be():
@@ -83,42 +96,63 @@ def a_net(cell, hidden=6):
 @pytest.mark.usefixtures("as_users_have_it")
 def test_accuracy_counts_the_questions_answered_rightly():
     nets, asked = a_net(GRU), agreement.questions("number", 4, 0)
-    got = agreement.accuracy(GRU, nets, asked)
+    part = agreement.Questions(asked.tokens[:, :50], *(v[:50] for v in asked[1:]))
+    got = agreement.accuracy(GRU, nets, part)
+    (last,) = set(part.last)  # of one distance: all answers stand at the same place
+    read = jax.jit(lambda net, words: unroll(GRU, net.cell, net.embedding[words])[1][-1] @ net.w + net.b)
     for n in range(2):
         net = jax.tree.map(lambda leaf, n=n: leaf[n], nets)
-        right = 0
-        for column, last, yes, no in zip(asked.tokens.T[:50], asked.last, asked.right, asked.wrong, strict=False):
-            _, ys = unroll(GRU, net.cell, net.embedding[column[: last + 1]])
-            logits = ys[-1] @ net.w + net.b
-            right += int(logits[yes] > logits[no])
-        part = agreement.Questions(asked.tokens[:, :50], *(v[:50] for v in asked[1:]))
-        assert float(agreement.accuracy(GRU, nets, part)[n]) == pytest.approx(right / 50)
-    assert got.shape == (2,)
+        each = [read(net, column[: last + 1]) for column in part.tokens.T]
+        right = [logits[yes] > logits[no] for logits, yes, no in zip(each, part.right, part.wrong, strict=True)]
+        assert float(got[n]) == pytest.approx(np.mean(right))
 
 
 @pytest.mark.parametrize("cell", [LSTM, GRU], ids=["LSTM", "GRU"])
-def test_a_clamped_unit_is_still_and_nothing_else_is_changed_by_hand(cell):
+def test_a_clamped_unit_is_still_and_the_others_are_as_they_were(cell):
     params, xs, carry = draw(cell)
-    units, to = np.arange(4) == 2, np.full(4, 0.3)
-    held = agreement.clamp(cell, jnp.asarray(units), jnp.asarray(to))
-    new, y = held.step(params, carry, xs[0])
+    held = jnp.arange(4) == 2
+    to = jax.tree.map(lambda leaf: 0.3 + leaf[0], carry)
+    new, y = agreement.clamp(cell, held, to).step(params, carry, xs[0])
     free, _ = cell.step(params, carry, xs[0])
-    memory = np.asarray(agreement.memory(new))
-    assert (memory[:, 2] == 0.3).all() and worst_error(memory[:, ~units], agreement.memory(free)[:, ~units]) < 1e-15
-    gates = cell.activations(params, carry, cell.project(params, xs[0]), cell.recur(params, carry))
-    want = np.asarray(gates.o) * np.tanh(memory) if cell is LSTM else memory
-    assert worst_error(y, want) < 1e-15 and worst_error(new.h, want) < 1e-15
+    for leaf, value, other in zip(*map(jax.tree.leaves, (new, to, free)), strict=True):
+        assert (leaf[:, 2] == value[2]).all() and (leaf[:, ~held] == other[:, ~held]).all()
+    assert (y == new.h).all()
+
+
+FILLER, LENGTH = 5, agreement.MAX_DISTANCE + 2
+
+
+def a_latch(copies):
+    """Make an RNN whose units 3 (and 4, if there are two) remember which of two words came first, and decide alone."""
+    was, were = grammar.NUMBER["was"], grammar.NUMBER["were"]
+    units = [3, 4][:copies]
+    net = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), a_net(RNN))
+    net = net._replace(embedding=net.embedding.at[was, 0].set(1.0).at[were, 0].set(-1.0).at[:, 1].set(1.0))
+    cell = net.cell._replace(w_hh=net.cell.w_hh.at[jnp.array(units), jnp.array(units)].set(3.0))
+    cell = cell._replace(w_ih=cell.w_ih.at[0, jnp.array(units)].set(5.0).at[1, 0].set(1.0))  # unit 0 hums along
+    return net._replace(cell=cell, w=net.w.at[jnp.array(units), was].set(5.0), b=net.b.at[was].set(0.1))
 
 
 @pytest.mark.usefixtures("as_users_have_it")
-def test_the_unit_that_decides_is_found():
-    """Of a net whose answer hangs on unit 3 alone, made so by hand."""
-    net = jax.tree.map(lambda leaf: leaf[0], a_net(RNN))
-    was, were = grammar.NUMBER["was"], grammar.NUMBER["were"]
-    net = net._replace(w=net.w.at[:, was].set(0).at[:, were].set(0).at[3, was].set(5.0))
-    attributed, _ = agreement.attribution(RNN, net._replace(cell=net.cell._replace(w_hh=jnp.eye(6))),
-                                          agreement.questions("number", agreement.MAX_DISTANCE, 0))  # fmt: skip
-    assert np.argmax(attributed) == 3 and np.delete(np.asarray(attributed), 3).max() == 0
+@pytest.mark.parametrize("copies, without_one", [(1, 0.5), (2, 1.0)])
+def test_the_units_that_decide_are_found_and_tried_on_other_questions(copies, without_one, monkeypatch):
+    """The first word of a toy question is its own answer."""
+    seen = []
+
+    def toy(question, distance, seed):
+        seen.append(seed)
+        answers = np.array([grammar.NUMBER["was"], grammar.NUMBER["were"]])
+        right = np.random.default_rng(seed).permutation(np.tile([0, 1], 10))
+        tokens = np.concatenate([answers[right][None], np.full((LENGTH, 20), FILLER)])
+        return agreement.Questions(tokens, np.full(20, LENGTH - 1), answers[right], answers[1 - right])
+
+    monkeypatch.setattr(agreement, "questions", toy)
+    (row,) = agreement.clamping("RNN", jax.tree.map(lambda leaf: leaf[None], a_latch(copies)), 7)
+    assert seen == [7, 8]
+    assert set(row["units"][:copies]) == {3, 4}.intersection(range(3, 3 + copies)) and len(set(row["units"])) == 2
+    assert sorted(row["rank"][:copies]) == [1, 2][:copies]
+    assert (row["free"], row["without one"], row["without two"]) == (1.0, without_one, 0.5)
+    assert min(row["random"]) == 1.0
 
 
 def test_each_net_of_a_stack_is_trained_as_if_alone():
@@ -181,8 +215,8 @@ def test_gradient_by_lag_is_that_of_differences():
         )
         return -jax.nn.log_softmax(ys[-1] @ net.w + net.b)[0, tokens[-1, 0]]
 
-    by_lag = [jnp.linalg.norm(jax.grad(loss)(states[-1 - lag], len(states) - 1 - lag)) for lag in (0, 1, 4)]
-    assert worst_error(flow[jnp.array([0, 1, 4])], jnp.stack(by_lag) / by_lag[0]) < 1e-12
+    by_lag = [jnp.linalg.norm(jax.grad(loss)(states[-1 - lag], len(states) - 1 - lag)) for lag in (0, 4)]
+    assert worst_error(flow[jnp.array([0, 4])], jnp.stack(by_lag) / by_lag[0]) < 1e-12
 
 
 # Each runs, and draws.
@@ -213,7 +247,7 @@ def test_gradient_flow_runs_and_goes_on(tmp_path):
     assert result["measured"].keys() == {"0", "2", "4"} and len(result["measured"]["0"]) == len(gradient_flow.SETTINGS)
     again = run(milestones=(2, 4), resume=True)
     assert again == result
-    assert len(list((tmp_path / "new").glob("*.png"))) == 5
+    assert len(list((tmp_path / "new").glob("*.png"))) == 6
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Real-time recurrent learning against backpropagation through time, and its approximations against NumPy loops."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from jaxlstm import (
     LSTM,
+    LSTMState,
     OnlineState,
     cut_recurrence,
     init_rtrl,
@@ -59,6 +61,38 @@ def test_rtrl_is_the_gradient_of_a_numpy_loop():
 
     want = oracles.complex_step_gradient(loss, [np.asarray(leaf) for leaf in params])
     assert worst_error(list(rtrl_gradient(LSTM, params, xs, step_loss, carry)[1]), want) < 1e-13
+
+
+class Learned(NamedTuple):
+    """An LSTM's parameters, and the state that it starts from."""
+
+    w_ih: jax.Array
+    w_hh: jax.Array
+    b: jax.Array
+    h_0: jax.Array
+    c_0: jax.Array
+
+
+@pytest.mark.parametrize("way", OPTIONS)
+def test_what_a_carry_learned_at_the_start_and_at_resets_adds_to_the_gradient(way):
+    cell = dataclasses.replace(
+        LSTM,
+        initial_carry=lambda params, batch_shape=(): LSTMState(
+            *(jnp.broadcast_to(leaf, (*batch_shape, H)) for leaf in (params.h_0, params.c_0))
+        ),
+        gates_jvp=None,
+    )
+    params, xs, _ = draw(LSTM)
+    params = Learned(*params, *(jnp.asarray(normal(k, H)) for k in (60, 61)))
+    want = jax.grad(lambda params: loss_of(unroll(cell, params, xs, **OPTIONS[way])[1]))(params)
+    got = rtrl_gradient(cell, params, xs, step_loss, **OPTIONS[way])[1]
+    assert worst_error(got, want) < 1e-13 and all(np.asarray(leaf).any() for leaf in got[3:])
+
+
+def test_a_loss_may_have_more_digits_than_the_net():
+    params, xs, carry = draw(LSTM, dtype=np.float32)
+    loss, gradient = rtrl_gradient(LSTM, params, xs, lambda y, t: (y.astype(np.float64) * WEIGHT[t]).sum(), carry)
+    assert loss.dtype == np.float64 and gradient.b.dtype == np.float32
 
 
 def test_one_sequence_and_two_batch_axes_are_as_good():

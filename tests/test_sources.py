@@ -26,7 +26,7 @@ def rows(found):
     return jax.vmap(found.row)(jnp.arange(T))
 
 
-@pytest.mark.parametrize("way", OPTIONS)
+@pytest.mark.parametrize("way", [pytest.param("plain", marks=pytest.mark.slow), "masked and reset"])
 @pytest.mark.parametrize("name", ["LSTM", "leaky", pytest.param("GRU", marks=pytest.mark.slow)])
 def test_the_parts_add_up_to_the_gradient(name, way):
     cell = CELLS[name][0]
@@ -95,3 +95,18 @@ def test_a_loss_that_is_no_sum_over_steps_is_refused(loss, message):
     params, xs, _ = draw(LSTM)
     with pytest.raises(ValueError, match=f"gradient_sources: .*{message}"):
         gradient_sources(LSTM, params, xs, loss)
+
+
+def test_small_gradients_have_norms_and_angles_in_float32():
+    params, xs, carry = draw(LSTM, dtype=np.float32)
+    small = lambda y, t: np.float32(1e-25) * (jnp.sin(y) * WEIGHT.astype(np.float32)[t]).sum()
+    of = lambda loss: gradient_sources(LSTM, params, xs, loss, carry)
+    tiny, whole = of(small), of(lambda y, t: (jnp.sin(y) * WEIGHT.astype(np.float32)[t]).sum())
+    assert worst_error(jax.tree.map(lambda v: v * np.float32(1e25), tiny.norms), whole.norms) < 1e-5
+    assert abs(float(gradient_cosine(tiny.by_loss, whole.by_loss)) - 1) < 1e-5
+
+
+def test_no_step_has_no_source():
+    params, xs, _ = draw(LSTM)
+    found = gradient_sources(LSTM, params, xs[:0], step_loss)
+    assert found.losses.shape == (0,) and found.by_lag.w_hh.shape == (0, H, 4 * H) and found.norms.b.shape == (0, 0)
