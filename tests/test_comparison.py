@@ -188,6 +188,7 @@ def test_what_does_not_fit_is_left_out(monkeypatch):
     assert found.agree and found.departures.keys() == {"bulk", "by hand"} and found.by_step == {}
 
 
+@jax.debug_nans(False)  # 0 / 0 on the way to ‖g‖ where r = 0
 def test_no_step_is_no_difference():
     params, xs, _ = draw(LSTM)
     found = compare_gradients(LSTM, params, xs[:0], step_loss)
