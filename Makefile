@@ -56,7 +56,7 @@ tour: $(STAMP)  ## two minutes: run docs/tour.py and write docs/tour.ipynb
 
 # What these tests compile is run once or twice, so it is not optimised; in CI and in test-full it is.
 test: $(STAMP)  ## five minutes
-	@XLA_FLAGS="$${XLA_FLAGS---xla_backend_optimization_level=0}" $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	@XLA_FLAGS="$${XLA_FLAGS---xla_backend_optimization_level=0}" $(BIN)/python -m pytest -n 2 -m "not slow and not ci" $(ARGS)
 
 test-full: $(STAMP)  ## every seed of every sweep; leaves tests/results/
 	@JAX_CHECK_TRACER_LEAKS=1 $(BIN)/python -m pytest -n 2 --results tests/results $(ARGS)

@@ -33,7 +33,7 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
-    # A tenth of them runs by default: one of each kind comes first.
+    # A tenth of them runs in CI: one of each kind comes first.
     Fault("two gates in the wrong order", "jaxlstm/lstm.py", "z_i, z_f, z_g, z_o = jnp.split(z + a",
           "z_i, z_g, z_f, z_o = jnp.split(z + a", "test_recurrence.py"),
     Fault("off by one in the reverse scan", "jaxlstm/bptt.py", "w_hh=jnp.tensordot(previous.h, d_zs,",

@@ -142,6 +142,7 @@ def stopped(run):
     return run.folder / "cut"
 
 
+@pytest.mark.ci
 def test_two_processes_stopped_and_resumed_are_bit_for_bit_one_with_two_devices(run, stopped):
     codes, said = ends(two_processes(run, "cut", "--resume"))
     assert codes == [0, 0], said

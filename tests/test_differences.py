@@ -54,6 +54,7 @@ def test_a_given_gradient_is_held_to_its_own_precision(params):
     assert 1e-9 < lstm.given < 1e-5
 
 
+@pytest.mark.ci
 def test_one_wrong_entry_is_named(params):
     gradients = jax.grad(loss_of_model)(params, SYMBOLS)
     lstm = gradients["params"]["lstm"]

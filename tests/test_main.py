@@ -15,6 +15,7 @@ from jaxlstm import __main__ as check
 BLOCKS = [f"{name} {gate}" for name in ("w_ih", "w_hh", "b") for gate in "ifgo"] + ["xs", "h_0", "c_0"]
 
 
+@pytest.mark.ci  # half a minute on two cores
 def test_the_gradients_agree_on_this_machine():
     done = subprocess.run([sys.executable, "-m", "jaxlstm"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

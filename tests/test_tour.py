@@ -22,7 +22,7 @@ def test_the_notebook_is_made_of_the_script_and_has_its_pictures():
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
 
 
-@pytest.mark.slow  # a minute; CI runs it by name
+@pytest.mark.ci  # a minute
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_tour_runs(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(DOCS.parent))
