@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -191,7 +192,10 @@ def read_config(folder: Path) -> Row:
 def write_json(path: Path, content: Any) -> None:
     """Write beside and rename: the file is whole or not there."""
     beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    # A list of numbers in one line; no string has a line break in it.
+    text = re.sub(r"\[\n[\s\d.,eE+-]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
+    beside.write_text(text + "\n", encoding="utf-8")
     beside.replace(path)
 
 
