@@ -38,7 +38,8 @@ def gradient_flow(
       A pytree like the carry, its leaves [time, *batch, ...]; 0 at masked steps.
 
     Raises:
-      TypeError, ValueError: as `unroll`.
+      TypeError, ValueError: as `unroll`; ValueError if `loss_fn` returns no number, or the cell computes several leaves
+        of its carry inside one `jax.checkpoint` or custom derivative, where no probe reaches.
 
     >>> import jax, jaxlstm
     >>> params = jaxlstm.LSTM.init(jax.random.key(0), 5, 7)
