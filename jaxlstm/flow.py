@@ -100,10 +100,10 @@ def _evaluate(closed: Any, arguments: list[Any], to_add: list[Any]) -> list[Any]
         settings = equation.primitive.get_bind_params(equation.params)
         values = [read(v) for v in equation.invars]
         own = [probes.get(v) for v in equation.outvars]
-        inner = equation.params.get("jaxpr")
-        if any(probe is not None for probe in own) and len(own) > 1 and equation.primitive.name in ("jit", "pjit"):
-            results = _evaluate(inner, values, own)
-        elif any(probe is not None for probe in own) and len(own) > 1 and any(map(_is_jaxpr, equation.params.values())):
+        several = len(own) > 1 and any(probe is not None for probe in own)  # one may be made of another
+        if several and equation.primitive.name in ("jit", "pjit"):
+            results = _evaluate(equation.params["jaxpr"], values, own)
+        elif several and any(map(_is_jaxpr, equation.params.values())):
             raise ValueError(
                 f"gradient_flow: the cell computes its carry inside a {equation.primitive.name}, where a probe cannot "
                 "reach what is made of it; take that away for this, or have it compute one leaf at a time."
