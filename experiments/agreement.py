@@ -3,7 +3,7 @@
 "the cats which already ate the king ... were full because they slept": the nets read two such clauses a text, with up
 to twelve words between subject and verb, and are asked about up to sixty. The unit that carries number is found on one
 half of the clauses, by the gradient and by trial, and held still on the other half. To expect: all three carry
-number; gender comes later, and to the RNN hardly; one unit carries number, or two that stand in for each other.
+number; gender comes later, and to the RNN hardly; one unit carries number.
 """
 
 import dataclasses

@@ -267,7 +267,7 @@ def agreement(path: Path, result: dict[str, Any], trained: int, attractors_at: i
             panels[1, 0],
             result["attractors"],
             f"was or were, {attractors_at} words away?",
-            "nouns of the other number between",
+            "of four nouns between, so many have the other number",
         ),
     )
     for axes, found, title, label in curves:

@@ -245,40 +245,52 @@ def of_cell(found, cell):
     return np.array(found[cell])
 
 
-def test_a_simple_rnn_carries_number_across_sixty_words_and_never_learns_gender():
+def means(found, question, distance):
+    return {cell: f"{np.mean(right):.2f}" for cell, right in found[question][distance].items()}
+
+
+def ends(values):
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def test_a_simple_rnn_carries_number_across_sixty_words_and_gender_hardly():
     found = result("agreement")
-    assert of_cell(found["number"]["60"], "RNN").min() > 0.99
-    assert of_cell(found["gender"]["12"], "RNN").max() < 0.6
+    far = found["number"]["60"]
+    assert means(found, "number", "60") == {"RNN": "0.90", "GRU": "0.91", "LSTM": "0.98"}
+    assert [ends(far[cell]) for cell in ("RNN", "GRU", "LSTM")] == ["0.75 to 1.00", "0.73 to 1.00", "0.94 to 1.00"]
+    assert min(far["LSTM"]) < max(far["RNN"])  # not told apart
+    learned, *others = sorted(zip(*(found["gender"][d]["RNN"] for d in ("2", "12", "20")), strict=True), reverse=True)
+    assert [f"{right:.2f}" for right in learned] == ["1.00", "0.77", "0.56"]
+    assert max(max(other) for other in others) < 0.55
     assert all(of_cell(found["second subject"]["12"], cell).min() > 0.99 for cell in ("RNN", "GRU", "LSTM"))
 
 
 def test_an_lstm_carries_number_and_gender_where_it_was_trained():
     found = result("agreement")
-    for question in ("number", "gender"):
-        for cell in ("LSTM", "GRU"):
-            assert all(of_cell(found[question][d], cell).min() > 0.99 for d in ("2", "4", "8", "12"))
-    means = lambda question, distance: {c: f"{np.mean(v):.2f}" for c, v in found[question][distance].items()}
-    assert means("number", "60") == {"RNN": "1.00", "GRU": "0.86", "LSTM": "0.86"}
-    assert f"{min(found['number']['60']['LSTM']):.2f}" == "0.50"
-    assert means("gender", "12") == {"RNN": "0.51", "GRU": "1.00", "LSTM": "1.00"}
-    assert (means("gender", "20")["LSTM"], means("gender", "20")["GRU"]) == ("0.97", "0.84")
-    assert all(np.mean(v) > 0.89 for by_cell in found["attractors"].values() for v in by_cell.values())
+    within = ("2", "4", "8", "12")
+    assert all(of_cell(found["number"][d], cell).min() > 0.995 for d in within for cell in ("RNN", "GRU", "LSTM"))
+    assert all(of_cell(found["gender"][d], "LSTM").min() > 0.995 for d in within)
+    assert sum(of_cell(found["gender"]["12"], "GRU") > 0.995) == 4
+    assert means(found, "gender", "60")["LSTM"] == "0.94"
+    for distance in ("12", "60"):
+        assert min(found["gender"][distance]["LSTM"]) > max(found["gender"][distance]["RNN"])
+    assert f"{min(min(right) for right in found['attractors']['4'].values()):.2f}" == "0.92"
 
 
 def test_the_unit_that_carries_number_is_found_and_held_still():
     found = result("agreement")["clamping"]
-    rounded = lambda cell, what: sorted(f"{row[what]:.2f}" for row in found[cell])
-    assert all(row["free"] > 0.99 and np.median(row["random"]) > 0.985 for rows in found.values() for row in rows)
-    assert rounded("LSTM", "without one") == ["0.50", "0.50", "0.50", "0.50", "0.61"]
-    assert rounded("LSTM", "without two")[-1] == "0.52"
-    assert (rounded("RNN", "without one")[0], rounded("RNN", "without one")[-1]) == ("0.49", "0.54")
-    assert rounded("GRU", "without one")[-1] == "0.98" and max(row["without two"] for row in found["GRU"]) < 0.52
-    assert sorted(round(min(row["random"]), 2) for row in found["RNN"])[:2] == [0.57, 0.69]
-    assert min(min(row["random"]) for cell in ("GRU", "LSTM") for row in found[cell]) > 0.8
-    gates = {name: [row["inside"][name] for row in found["LSTM"]] for name in "if"}
-    assert [f"{v:.2f}" for v in (min(gates["f"]), max(gates["f"]), min(gates["i"]), max(gates["i"]))] == [
-        "0.90", "1.00", "0.40", "0.97"
-    ]  # fmt: skip
+    assert all(row["free"] > 0.995 and len(set(row["units"])) == 2 for rows in found.values() for row in rows)
+    one = {cell: ends([row["without one"] for row in rows]) for cell, rows in found.items()}
+    assert one == {"LSTM": "0.39 to 0.65", "GRU": "0.48 to 0.53", "RNN": "0.43 to 0.59"}
+    two = {cell: max(row["without two"] for row in rows) for cell, rows in found.items()}
+    assert f"{max(two.values()):.2f}" == "0.54" and f"{two['LSTM']:.2f}" == "0.51"
+    assert sum(row["rank"][0] == 1 for rows in found.values() for row in rows) == 12
+    worst = {cell: min(min(row["random"]) for row in rows) for cell, rows in found.items()}
+    assert min(worst["LSTM"], worst["GRU"]) > 0.965 and f"{worst['RNN']:.2f}" == "0.72"
+    inside = {name: ends([row["inside"][name] for row in found["LSTM"]]) for name in "if"}
+    assert inside == {"f": "0.93 to 1.00", "i": "0.19 to 0.80"}
+    for said in (*inside.values(), *one.values()):
+        assert said in (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
 
 
 def test_what_is_said_of_roads_is_in_the_result():
