@@ -286,11 +286,11 @@ def test_the_unit_that_carries_number_is_found_and_held_still():
     assert f"{max(two.values()):.2f}" == "0.54" and f"{two['LSTM']:.2f}" == "0.51"
     assert sum(row["rank"][0] == 1 for rows in found.values() for row in rows) == 12
     worst = {cell: min(min(row["random"]) for row in rows) for cell, rows in found.items()}
-    assert min(worst["LSTM"], worst["GRU"]) > 0.965 and f"{worst['RNN']:.2f}" == "0.72"
+    assert min(worst["LSTM"], worst["GRU"]) > 0.965 and f"{worst['RNN']:.2f}" == "0.71"
     inside = {name: ends([row["inside"][name] for row in found["LSTM"]]) for name in "if"}
     assert inside == {"f": "0.93 to 1.00", "i": "0.19 to 0.80"}
-    for said in (*inside.values(), *one.values()):
-        assert said in (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    page = " ".join((ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").split())
+    assert all(said in page for said in (*inside.values(), *one.values()))
 
 
 def test_what_is_said_of_roads_is_in_the_result():
