@@ -66,6 +66,7 @@ def test_a_library_that_computes_something_else_stops_the_benchmark():
         benchmark.compare({"jaxlstm": Wrong(1.0), "other": Wrong(1.01)}, SHAPE)
 
 
+@pytest.mark.ci
 def test_the_command_measures_draws_and_tells(tmp_path):
     names = ["--peers", "jaxlstm", "Flax linen", "--shapes", *map(str, SHAPE)]
     small = ["--workdir", tmp_path / "b", "--starts", 2, "--rounds", 1, "--seconds", 0.01, "--no-costs"]

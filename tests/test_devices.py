@@ -50,6 +50,7 @@ def distance(tree, other):
 
 
 @pytest.mark.documented  # in float32 throughout
+@pytest.mark.ci
 def test_a_hundred_steps_on_two_devices_are_those_on_one(mesh):
     with jax.set_mesh(mesh):
         state, losses, traces = train(mesh)

@@ -193,6 +193,7 @@ def test_a_verdict_takes_all_seeds():
     ]  # fmt: skip
 
 
+@pytest.mark.ci
 def test_gradient_by_lag_is_that_of_differences():
     key = jax.random.key(0)
     net = gradient_flow.init_net(key, gradient_flow.Setting("RNN", "uniform", 1.0, None), 11, 5)

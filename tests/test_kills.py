@@ -68,6 +68,7 @@ def killed(job, folder, rng, trial, seconds):
 
 
 @sweep("runs killed at a random moment that ended in the same bits", 40)
+@pytest.mark.ci
 def test_a_killed_run_goes_on_and_ends_in_the_same_bits(trial, seed, job, uninterrupted, tmp_path, record_property):
     expected, seconds = uninterrupted
     rng = np.random.default_rng([seed, trial])
@@ -83,6 +84,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bits(trial, seed, job, uninte
     assert outcome(folder) == expected
 
 
+@pytest.mark.ci
 def test_what_the_outcome_compares_would_show_a_difference(uninterrupted):
     (rows, result, step, bits), _ = uninterrupted
     assert len(rows) > 300 and step == 300 and {"loss", "step", "grad_norm"} <= rows[0].keys()
