@@ -164,15 +164,34 @@ def attribution(cell: Cell[Any, Any], net: Net, asked: Questions) -> tuple[Float
     return attributed, jax.tree.map(lambda leaf: leaf.mean(axis=(0, 1)), carries)
 
 
-def clamp(cell: Cell[Any, Any], units: Bool[Array, "hidden"], to: Any) -> Cell[Any, Any]:
-    """Make the cell that holds some units still, h and c alike, from the first step on; `to` is a carry, [hidden]."""
+class Clamped(NamedTuple):
+    """A cell's parameters, and the units that are held still, h and c alike, from the first step on."""
 
-    def gates(params: Any, carry: Any, z: Any, a: Any) -> Any:
-        new, _ = cell.gates(params, carry, z, a)
-        held = jax.tree.map(lambda leaf, value: jnp.where(units, value, leaf), new, to)
+    params: Any
+    units: Bool[Array, "hidden"]
+    to: Any  # a carry, [hidden]
+
+
+@functools.cache
+def clamp(cell: Cell[Any, Any]) -> Cell[Any, Any]:
+    """Make the cell whose parameters are `Clamped`: what is held is an input, so that all choices compile once."""
+
+    def gates(clamped: Clamped, carry: Any, z: Any, a: Any) -> Any:
+        new, _ = cell.gates(clamped.params, carry, z, a)
+        held = jax.tree.map(lambda leaf, value: jnp.where(clamped.units, value, leaf), new, clamped.to)
         return held, held.h
 
-    return dataclasses.replace(cell, gates=gates, gates_jvp=None, activations=None)
+    assert cell.recur
+    recur = cell.recur
+    return dataclasses.replace(
+        cell,
+        initial_carry=lambda clamped, batch_shape=(): cell.initial_carry(clamped.params, batch_shape),
+        project=lambda clamped, xs: cell.project(clamped.params, xs),
+        recur=lambda clamped, carry: recur(clamped.params, carry),
+        gates=gates,
+        gates_jvp=None,
+        activations=None,
+    )
 
 
 def clamping(name: str, nets: Net, seed: int) -> list[dict[str, Any]]:
@@ -186,8 +205,8 @@ def clamping(name: str, nets: Net, seed: int) -> list[dict[str, Any]]:
 
     @jax.jit
     def right(net: Net, held: Bool[Array, "choice hidden"], to: Any, asked: Questions) -> Float[Array, "choice"]:
-        one = jax.tree.map(lambda leaf: leaf[None], net)
-        return jax.vmap(lambda units: accuracy(clamp(cell, units, to), one, asked)[0])(held)
+        clamped = jax.vmap(lambda units: net._replace(cell=Clamped(net.cell, units, to)))(held)
+        return accuracy(clamp(cell), clamped, asked)
 
     rows = []
     for n in range(len(nets.b)):

@@ -112,7 +112,7 @@ def test_a_clamped_unit_is_still_and_the_others_are_as_they_were(cell):
     params, xs, carry = draw(cell)
     held = jnp.arange(4) == 2
     to = jax.tree.map(lambda leaf: 0.3 + leaf[0], carry)
-    new, y = agreement.clamp(cell, held, to).step(params, carry, xs[0])
+    new, y = agreement.clamp(cell).step(agreement.Clamped(params, held, to), carry, xs[0])
     free, _ = cell.step(params, carry, xs[0])
     for leaf, value, other in zip(*map(jax.tree.leaves, (new, to, free)), strict=True):
         assert (leaf[:, 2] == value[2]).all() and (leaf[:, ~held] == other[:, ~held]).all()
