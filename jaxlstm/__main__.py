@@ -29,6 +29,7 @@ from jaxlstm import (
     Comparison,
     compare_gradients,
     comparison_table,
+    length_mask,
     unroll,
 )
 
@@ -39,7 +40,6 @@ MODES: tuple[Mode, ...] = ("bulk", "scan")
 LOSSES = ("sum", "random")
 NUM_STEPS, BATCH, INPUT_SIZE, HIDDEN_SIZE = 12, 3, 5, 7
 LENGTHS = (12, 9, 4)
-MASK = np.asarray(LENGTHS)[None] > np.arange(NUM_STEPS)[:, None]
 TOLERANCE = 1e-5  # of float32 against float64
 
 
@@ -64,7 +64,14 @@ def compare(cell: Cell[Any, Any], dtype: str) -> Comparison:
     params, xs, carry = problem(cell, dtype)
     step_loss = lambda y, t: (y * weights[t]).sum()
     return compare_gradients(
-        cell, params, xs, step_loss, carry=carry, mask=jnp.asarray(MASK), dtype=dtype, by_step=False
+        cell,
+        params,
+        xs,
+        step_loss,
+        carry=carry,
+        mask=length_mask(jnp.array(LENGTHS), NUM_STEPS),
+        dtype=dtype,
+        by_step=False,
     )
 
 
@@ -100,7 +107,7 @@ def gradients_of(cell: Cell[Any, Any], way: str, mode: Mode, params: Any, xs: Ar
     hidden_size = jax.tree.leaves(carry)[0].shape[-1]
     random = np.random.default_rng(2).normal(size=(*xs.shape[:-1], hidden_size))
     d_ys = {"sum": jnp.ones(random.shape, xs.dtype), "random": jnp.asarray(random, xs.dtype)}
-    mask = jnp.arange(NUM_STEPS)[:, None] < jnp.resize(jnp.asarray(LENGTHS), (xs.shape[1],))
+    mask = length_mask(jnp.resize(jnp.array(LENGTHS), (xs.shape[1],)), NUM_STEPS)
     d_params, d_xs, d_carry = WAYS[way](both, params, xs, mask, d_ys, carry)
     return {loss: (d_params[loss], d_xs[loss], d_carry[loss]) for loss in LOSSES}
 

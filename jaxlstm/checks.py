@@ -55,7 +55,7 @@ def check_sequence(
 
     # One step, traced on shapes alone, says the rest: whatever fails would fail inside the loop.
     params_type = jax.tree.map(_struct, params)
-    x_type = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
+    x_type = of_one_step(xs)
     given = f"params {describe(params)}; xs {describe(xs)}"
     try:
         z_type = jax.eval_shape(cell.project, params_type, x_type)
@@ -133,6 +133,11 @@ def checked_flags(
         if flags is not None:
             check_steps(function, name, flags, num_steps, batch_shape)
     return mask, reset
+
+
+def of_one_step(xs: PyTree) -> PyTree:
+    """Return the shapes and dtypes of one step of a sequence."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
 
 
 def check_step_loss(function: str, step_loss: Any, y: Any) -> None:

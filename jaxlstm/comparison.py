@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxlstm.bptt import gradient_error, lstm_bptt
 from jaxlstm.cell import Cell, PyTree, leaf_path, project
-from jaxlstm.checks import check_sequence, check_step_loss, same_structure
+from jaxlstm.checks import check_sequence, check_step_loss, of_one_step, same_structure
 from jaxlstm.differences import cast, central_differences
 from jaxlstm.lstm import LSTM
 from jaxlstm.recurrence import unroll
@@ -157,7 +157,7 @@ def comparison_table(comparison: Comparison) -> str:
 def _loss_cotangent(step_loss: Callable[[Array, Array], Array], ys: Array) -> Array:
     """Return the derivative of Σ_t step_loss(y_t, t) by the outputs."""
     times = jnp.arange(len(ys))
-    check_step_loss("compare_gradients", step_loss, jax.ShapeDtypeStruct(ys.shape[1:], ys.dtype))
+    check_step_loss("compare_gradients", step_loss, of_one_step(ys))
     d_ys: Array = jax.vmap(jax.grad(step_loss))(ys, times)
     return d_ys
 
@@ -198,8 +198,10 @@ def _gate_names(cell: Cell[Any, Any], variables: Any) -> tuple[str, ...]:
     if cell.activations is None:
         return ()
     params, xs, carry = variables
-    x = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), xs)
-    z, a = (jax.eval_shape(f, params, v) for f, v in ((cell.project, x), (cell.recur or (lambda *_: None), carry)))
+    z, a = (
+        jax.eval_shape(f, params, v)
+        for f, v in ((cell.project, of_one_step(xs)), (cell.recur or (lambda *_: None), carry))
+    )
     gates = jax.eval_shape(cell.activations, params, carry, z, a)
     widths = sum(leaf.shape[-1] for leaf in jax.tree.leaves(gates))
     return tuple(gates._fields) if getattr(z, "shape", (0,))[-1] == widths else ()

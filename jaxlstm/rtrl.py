@@ -28,7 +28,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlstm.cell import Cell, PyTree, num_params
-from jaxlstm.checks import check_sequence, check_step_loss, checked_flags
+from jaxlstm.checks import check_sequence, check_step_loss, checked_flags, of_one_step
 from jaxlstm.derivative import select, where
 
 MAX_BYTES = 4 << 30
@@ -218,8 +218,7 @@ def rtrl_gradient(
     num_steps = jax.tree.leaves(xs)[0].shape[0]
     mask, reset = checked_flags("rtrl_gradient", mask, reset, num_steps, batch_shape)
     state = init_rtrl(cell, params, batch_shape, carry=carry, pattern=pattern, max_bytes=max_bytes)
-    x = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), xs)
-    y = jax.eval_shape(cell.step, params, state.carry, x)[1]
+    y = jax.eval_shape(cell.step, params, state.carry, of_one_step(xs))[1]
     check_step_loss("rtrl_gradient", step_loss, y)
 
     def step(so_far: Any, inputs: Any) -> Any:

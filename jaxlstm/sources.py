@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import check_sequence, check_step_loss, checked_flags
+from jaxlstm.checks import check_sequence, check_step_loss, checked_flags, of_one_step
 from jaxlstm.recurrence import unroll
 
 
@@ -67,18 +67,16 @@ def gradient_sources(
 
     def losses_of(copies: PyTree) -> Array:
         def step(carry: PyTree, inputs: Any) -> tuple[PyTree, PyTree]:
-            params, *one = jax.tree.map(lambda v: v[None], inputs)
-            return unroll(cell, jax.tree.map(lambda v: v[0], params), one[0], carry, mask=one[1], reset=one[2])
+            params, *of_step = inputs
+            x, mask, reset = jax.tree.map(lambda v: v[None], of_step)
+            return unroll(cell, params, x, carry, mask=mask, reset=reset)
 
         of_first = jax.tree.map(lambda v: v[0], copies) if num_steps else params
         start = cell.initial_carry(of_first, batch_shape) if carry is None else carry
         ys = lax.scan(step, start, (copies, xs, mask, reset))[1]
         return jax.vmap(step_loss)(jax.tree.map(lambda v: v[:, 0], ys), times)
 
-    start = cell.initial_carry(params, batch_shape)
-    y = jax.eval_shape(
-        cell.step, params, start, jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), xs)
-    )[1]
+    y = jax.eval_shape(cell.step, params, cell.initial_carry(params, batch_shape), of_one_step(xs))[1]
     check_step_loss("gradient_sources", step_loss, y)
     copies = jax.tree.map(lambda v: jnp.broadcast_to(v, (num_steps, *v.shape)), params)
     losses, pull = jax.vjp(losses_of, copies)
