@@ -121,9 +121,7 @@ def gradient_flow(path: Path, measured: dict[str, Any], recurrent: str) -> Path:
                 if (found["recurrent"], found["scale"]) == (recurrent, scale):
                     label, colour = NETS[found["cell"], found["forget"]]
                     _band(axes, np.array(found["flow"]), label, colour)
-            axes.set_title(f"{when}, inputs of scale {scale:g}")
-            axes.set(yscale="log", ylim=(1e-9, 1e2), xlim=(0, 100))
-            axes.grid(color="0.92")
+            _by_lag(axes, f"{when}, inputs of scale {scale:g}")
     for axes in panels[:, 0]:
         axes.set_ylabel("|gradient by the carry|, over that at lag 0")
     for axes in panels[1]:
@@ -141,19 +139,27 @@ def _band(axes: Any, flow: np.ndarray, label: str, colour: Any) -> None:
     axes.fill_between(range(flow.shape[1]), flow.min(axis=0), flow.max(axis=0), color=colour, alpha=0.25, linewidth=0)
 
 
+def _by_lag(axes: Any, title: str) -> None:
+    axes.set(title=title, yscale="log", ylim=(1e-9, 1e2), xlim=(0, 100))
+    axes.grid(color="0.92")
+
+
+def _orthogonal(rows: list[dict[str, Any]], cell: str, forget: float | str | None) -> dict[str, Any]:
+    """Return the row of a net with orthogonal recurrent weights and inputs of scale 1."""
+    wanted = (cell, forget, "orthogonal", 1.0)
+    (found,) = [row for row in rows if (row["cell"], row["forget"], row["recurrent"], row["scale"]) == wanted]
+    return found
+
+
 def flow_in_training(path: Path, measured: dict[str, Any]) -> Path:
     """Draw a panel a net: the gradient by lag after more and more steps of training."""
     figure, panels = plt.subplots(2, 3, figsize=(12, 7), layout="constrained", sharex=True, sharey=True)
     colours = plt.get_cmap("plasma")(np.linspace(0, 0.85, len(measured)))
     for axes, (key, (label, _)) in zip(panels.flat, NETS.items(), strict=True):
         for (step, rows), colour in zip(measured.items(), colours, strict=True):
-            (found,) = [
-                r for r in rows if (r["cell"], r["forget"], r["recurrent"], r["scale"]) == (*key, "orthogonal", 1.0)
-            ]
+            found = _orthogonal(rows, *key)
             _band(axes, np.array(found["flow"]), f"{step} steps", colour)
-        axes.set_title(label)
-        axes.set(yscale="log", ylim=(1e-9, 1e2), xlim=(0, 100))
-        axes.grid(color="0.92")
+        _by_lag(axes, label)
     for axes in panels[:, 0]:
         axes.set_ylabel("gradient, over that at lag 0")
     for axes in panels[1]:
@@ -175,8 +181,7 @@ def four_terms(path: Path, measured: dict[str, Any]) -> Path:
         for name, label in names.items():
             shares = []
             for rows in measured.values():
-                (found,) = [r for r in rows if (r["forget"], r["recurrent"], r["scale"]) == (forget, "orthogonal", 1.0)]
-                shares.append(np.mean(found["shares"][name]))
+                shares.append(np.mean(_orthogonal(rows, "LSTM", forget)["shares"][name]))
             axes.bar(range(len(measured)), shares, bottom=below, label=label, width=0.8)
             below += shares
         axes.set_xticks(range(len(measured)), list(measured))
@@ -196,9 +201,7 @@ def gate_histograms(path: Path, measured: dict[str, Any]) -> Path:
     edges = np.linspace(0, 1, 21)
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for step, colour, when in ((first, "C1", "before training"), (last, "C0", f"after {last} steps")):
-            (row,) = [
-                r for r in measured[step] if (r["forget"], r["recurrent"], r["scale"]) == (1.0, "orthogonal", 1.0)
-            ]
+            row = _orthogonal(measured[step], "LSTM", 1.0)
             axes.stairs(np.mean(row["histogram"][name], axis=0), edges, color=colour, fill=True, alpha=0.5, label=when)
         axes.set(title=title, xlabel="0 is shut, 1 is open", xlim=(0, 1))
     panels[0].set_ylabel("share of all units, steps and texts")
