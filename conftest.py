@@ -5,6 +5,8 @@ NaN on purpose says so: `@jax.debug_nans(False)`. In CI and in `make test-full` 
 look for them is to trace everything anew. What one process has compiled, the others load. `make test` has XLA compile
 without optimisation; CI and `make test-full` let it optimise.
 
+Hypothesis tries 5 examples of a property in `make test`, 20 in CI and 200 in `make test-full`, always the same ones.
+
 `make test-full` leaves its evidence in tests/results/: what was run, of which commit, with which seed, and what failed.
 """
 
@@ -28,6 +30,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # What a process was killed while writing, JAX cannot read: it says so, and compiles.
 os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry"
 
+import hypothesis
 import jax
 import pytest
 
@@ -51,6 +54,15 @@ def documented_code_runs_as_users_run_it(request):
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="of the sweeps")
     parser.addoption("--results", type=Path, metavar="FOLDER", help="where to leave a file of what was run")
+
+
+def pytest_configure(config):
+    selected = config.getoption("markexpr", "")
+    examples = 5 if "not ci" in selected else 20 if "not slow" in selected else 200
+    hypothesis.settings.register_profile(
+        "jaxlstm", max_examples=examples, deadline=None, derandomize=True, database=None
+    )
+    hypothesis.settings.load_profile("jaxlstm")
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +94,7 @@ def pytest_terminal_summary(terminalreporter, config):
             "python": python_version(),
             **{name: version(name) for name in ("jax", "jaxlib", "optax", "flax")},
         },
+        "examples of each property": hypothesis.settings.default.max_examples,
         "tests": {kind: len(terminalreporter.stats.get(kind, [])) for kind in ("passed", "failed", "error", "skipped")},
         "failed": sorted(report.nodeid for report in reports if report.failed),
         "sweeps": {name: f"{passed[name]}/{tried[name]}" for name in sorted(tried)},

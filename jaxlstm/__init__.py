@@ -12,6 +12,7 @@ from jaxlstm.baselines import (
     init_rnn,
     make_rnn,
 )
+from jaxlstm.bidirectional import Bidirectional, init_bidirectional, unroll_bidirectional
 from jaxlstm.bptt import LSTMResiduals, gradient_error, lstm_backward, lstm_bptt, lstm_forward
 from jaxlstm.cell import Cell, num_params, summary
 from jaxlstm.comparison import Comparison, Departure, compare_gradients, comparison_table
@@ -28,6 +29,7 @@ from jaxlstm.diagnostics import (
 )
 from jaxlstm.differences import Entry, GradientCheck, LeafCheck, central_differences, check_gradients, check_table
 from jaxlstm.flow import gradient_flow
+from jaxlstm.layers import generate, init_stack, step_stack, unroll_stack
 from jaxlstm.lstm import (
     LSTM,
     LSTMGates,
@@ -42,6 +44,17 @@ from jaxlstm.lstm import (
     split_gates,
 )
 from jaxlstm.recurrence import length_mask, segment_resets, unroll, unroll_chunked
+from jaxlstm.regularize import (
+    Locked,
+    Noisy,
+    dropout_mask,
+    embedding_dropout,
+    recurrent_dropout,
+    variational_dropout,
+    weight_drop,
+    zoneout,
+    zoneout_noise,
+)
 from jaxlstm.rtrl import (
     OnlineState,
     RTRLState,
@@ -62,6 +75,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Bidirectional",
     "Cell",
     "CellStateTerms",
     "Comparison",
@@ -77,6 +91,8 @@ __all__ = [
     "LSTMResiduals",
     "LSTMState",
     "LeafCheck",
+    "Locked",
+    "Noisy",
     "OnlineState",
     "RNNParams",
     "RNNState",
@@ -93,11 +109,15 @@ __all__ = [
     "compare_gradients",
     "comparison_table",
     "cut_recurrence",
+    "dropout_mask",
+    "embedding_dropout",
     "fit",
+    "generate",
     "gradient_cosine",
     "gradient_error",
     "gradient_flow",
     "gradient_sources",
+    "init_bidirectional",
     "init_chrono",
     "init_flax",
     "init_glorot_orthogonal",
@@ -105,6 +125,7 @@ __all__ = [
     "init_keras",
     "init_rnn",
     "init_rtrl",
+    "init_stack",
     "init_torch",
     "init_train_state",
     "jacobian_products",
@@ -118,15 +139,23 @@ __all__ = [
     "make_rnn",
     "make_train_step",
     "num_params",
+    "recurrent_dropout",
     "rtrl_gradient",
     "rtrl_step",
     "segment_resets",
     "snap1_pattern",
     "split_gates",
+    "step_stack",
     "summary",
     "term_shares",
     "trace",
     "truncated_gradient",
     "unroll",
+    "unroll_bidirectional",
     "unroll_chunked",
+    "unroll_stack",
+    "variational_dropout",
+    "weight_drop",
+    "zoneout",
+    "zoneout_noise",
 ]

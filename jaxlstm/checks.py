@@ -21,16 +21,38 @@ def check_init(function: str, key: Any, input_size: Any, hidden_size: Any, dtype
       TypeError: `key` is no typed key, or `dtype` no floating type.
       ValueError: a size is no positive integer.
     """
-    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        got = f"{key.dtype}[{_dims(key)}]" if hasattr(key, "dtype") else type(key).__name__
-        raise TypeError(f"{function}: key must be a typed key, got {got}; make one with jax.random.key(seed).")
-    if key.shape != ():
-        raise ValueError(f"{function}: key must be one key, got {key.shape[0]} of them; use jax.vmap for many.")
+    check_key(function, key)
     for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
         if isinstance(size, bool) or not hasattr(size, "__index__") or operator.index(size) < 1:
             raise ValueError(f"{function}: {name} must be a positive int, got {size!r}.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{function}: dtype must be a floating type, got {jnp.dtype(dtype).name}.")
+
+
+def check_key(function: str, key: Any) -> None:
+    """Check that this is one typed key.
+
+    Raises:
+      TypeError: it is something else.
+      ValueError: it is more than one.
+    """
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        got = f"{key.dtype}[{_dims(key)}]" if hasattr(key, "dtype") else type(key).__name__
+        raise TypeError(f"{function}: key must be a typed key, got {got}; make one with jax.random.key(seed).")
+    if key.shape != ():
+        raise ValueError(f"{function}: key must be one key, got {key.shape[0]} of them; use jax.vmap for many.")
+
+
+def check_rate(function: str, name: str, rate: Any) -> None:
+    """Check a probability of dropping something; one that is traced, inside `jit`, cannot be looked at.
+
+    Raises:
+      ValueError: it is no number in [0, 1).
+    """
+    if isinstance(rate, jax.core.Tracer):
+        return
+    if isinstance(rate, bool) or not hasattr(rate, "__float__") or not 0 <= float(rate) < 1:
+        raise ValueError(f"{function}: {name} must lie in [0, 1), got {rate!r}.")
 
 
 def check_sequence(

@@ -147,12 +147,12 @@ def run(plan: Plan, params: PyTree, steps: Steps, carry: PyTree, reset_carry: Py
 
     def step(carry: PyTree, inputs: tuple[Steps, Any]) -> tuple[PyTree, Any]:
         now, z = inputs
-        params, start = transpose(stored), _start(now, carry, reset_carry)
+        params, start = transpose(stored), start_of(now, carry, reset_carry)
         z = cell.project(params, now.x) if z is None else z
         a = recur(params, start)
         if plan.num_gates:
             z, a = _gate_by_gate(z, a)
-        carry, y = _hold(now, start, *cell.gates(params, start, z, a))
+        carry, y = hold(now, start, *cell.gates(params, start, z, a))
         if not plan.returns_kept:
             return carry, (y, None)
         gates = _activations(cell, params, start, z, a) if plan.keep_gates else None
@@ -200,8 +200,8 @@ def _derivative(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
         def step(d_carry: PyTree, inputs: Any) -> tuple[PyTree, Any]:
             now, start, advance, forcing = inputs
-            d_start = _start(now, d_carry, d_reset_carry)
-            d_carry, d_y = _hold(now, d_start, *advance(d_start, push_a(start, d_start), forcing))
+            d_start = start_of(now, d_carry, d_reset_carry)
+            d_carry, d_y = hold(now, d_start, *advance(d_start, push_a(start, d_start), forcing))
             return d_carry, (d_y, d_start if plan.returns_kept else None)
 
         each = (now._replace(x=None, reset_carry=d_now.reset_carry), kept.carry, advance, forcing)
@@ -345,14 +345,14 @@ def _at_once(plan: Plan) -> tuple[Callable[..., PyTree], Callable[..., PyTree]]:
 # Masks and resets, of values and of tangents alike; None where a tangent is zero.
 
 
-def _start(now: Steps, carry: PyTree, reset_carry: PyTree) -> PyTree:
+def start_of(now: Steps, carry: PyTree, reset_carry: PyTree) -> PyTree:
     """Return the carry that a step starts from."""
     if now.reset is None:
         return carry
     return select(now.reset, reset_carry if now.reset_carry is None else now.reset_carry, carry)
 
 
-def _hold(now: Steps, carry: PyTree, new_carry: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+def hold(now: Steps, carry: PyTree, new_carry: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
     """Return the carry after a step and its output; where masked, the carry before it and 0."""
     if now.mask is None:
         return new_carry, y

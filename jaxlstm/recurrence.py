@@ -70,11 +70,20 @@ def unroll(
     >>> ys.shape, carry.c.shape
     ((11, 3, 7), (3, 7))
     """
-    cell, params, steps, carry, reset_carry = _checked(
-        "unroll", cell, params, xs, carry, mask, reset, reset_carry, gradient, compute_dtype
+    return run_sequence(
+        "unroll",
+        cell,
+        params,
+        xs,
+        carry,
+        mask=mask,
+        reset=reset,
+        reset_carry=reset_carry,
+        reverse=reverse,
+        gradient=gradient,
+        block_size=block_size,
+        compute_dtype=compute_dtype,
     )
-    check_size("unroll", "block_size", block_size)
-    return _run(cell, params, steps, carry, reset_carry, gradient, block_size, reverse)
 
 
 def unroll_chunked(
@@ -170,6 +179,29 @@ def _checked(
     return cell, params, steps, carry, None if one_per_step else reset_carry
 
 
+def run_sequence(
+    function: str,
+    cell: Cell[Params, Carry],
+    params: Params,
+    xs: PyTree,
+    carry: Carry | None = None,
+    *,
+    mask: Any = None,
+    reset: Any = None,
+    reset_carry: Carry | None = None,
+    reverse: bool = False,
+    gradient: str = "bulk",
+    block_size: int | None = None,
+    compute_dtype: DTypeLike | None = None,
+) -> tuple[Carry, Array]:
+    """Do what `unroll` does, for a function that errors are to name."""
+    cell, params, steps, carry, reset_carry = _checked(
+        function, cell, params, xs, carry, mask, reset, reset_carry, gradient, compute_dtype
+    )
+    check_size(function, "block_size", block_size)
+    return _run(cell, params, steps, carry, reset_carry, gradient, block_size, reverse)
+
+
 def _run(
     cell: Cell[Params, Carry],
     params: Params,
@@ -197,6 +229,8 @@ def length_mask(lengths: ArrayLike | Sequence[int], num_steps: int) -> Bool[Arra
 
     Raises:
       TypeError: `lengths` are not integers.
+      ValueError: a length is negative or beyond `num_steps`. Inside `jit` they cannot be
+        looked at: there a negative one counts as 0, and one beyond as `num_steps`.
 
     >>> import jaxlstm
     >>> print(1 * jaxlstm.length_mask([3, 0, 1], 3))
@@ -207,6 +241,11 @@ def length_mask(lengths: ArrayLike | Sequence[int], num_steps: int) -> Bool[Arra
     lengths = jnp.asarray(lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"length_mask: lengths must be integers, got {lengths.dtype}; cast with lengths.astype(int).")
+    if lengths.size and not isinstance(lengths, jax.core.Tracer):
+        least, most = int(lengths.min()), int(lengths.max())
+        if least < 0 or most > num_steps:
+            got = f"lengths from {least} to {most}"
+            raise ValueError(f"length_mask: lengths must lie between 0 and num_steps = {num_steps}, got {got}.")
     steps = jnp.arange(num_steps).reshape(num_steps, *[1] * lengths.ndim)
     return steps < lengths
 

@@ -183,7 +183,7 @@ def test_length_mask_and_segment_resets_of_any_batch_rank():
     want = [[[t < n for n in row] for row in lengths] for t in range(4)]
     np.testing.assert_array_equal(length_mask(lengths, 4), want)
     assert length_mask(3, 5).tolist() == [True, True, True, False, False]
-    assert length_mask(lengths, 0).shape == (0, 2, 3)
+    assert length_mask(jnp.zeros((2, 3), int), 0).shape == (0, 2, 3)
     ids = np.array([[3, 0], [3, 1], [2, 1]])
     assert segment_resets(ids).tolist() == [[False, False], [False, True], [True, False]]
     assert segment_resets(ids, reverse=True).tolist() == [[False, True], [True, False], [False, False]]

@@ -3,6 +3,7 @@
 python tests/golden/generate.py         needs torch; test_torch.py regenerates it in memory and compares
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,19 @@ LENGTHS = (4, 7, 2)
 MODULES = {"LSTM": ("LSTM", {}), "GRU": ("GRU", {}), "RNN": ("RNN", {}), "RNN(relu)": ("RNN", {"nonlinearity": "relu"})}
 SEEDS = range(20)
 FLOAT32_SHAPE = (30, 4, 6, 8)
+STACKS = list(
+    itertools.product((1, 2, 3), (1, 2), (None, (6, 1, 4, 5)), (False, True))
+)  # layers, directions, lengths, carry
+STACK_SHAPE = (6, 4, 2, 3)
 
 
-def draw(seed, parameter_shapes, shape, *, directions=1, num_states=2):
+def draw(seed, parameter_shapes, shape, *, directions=1, num_states=2, num_layers=1):
     """Draw (parameters, states, derivatives by the final states, xs, derivatives by ys) of one case."""
     num_steps, batch, input_size, hidden = shape
     normal = np.random.default_rng(seed).normal
     parameters = [normal(size=parameter_shape) / 2 for parameter_shape in parameter_shapes]
-    states, d_states = ([normal(size=(directions, batch, hidden)) for _ in range(num_states)] for _ in range(2))
+    state_shape = (num_layers * directions, batch, hidden)
+    states, d_states = ([normal(size=state_shape) for _ in range(num_states)] for _ in range(2))
     xs, d_ys = normal(size=(num_steps, batch, input_size)), normal(size=(num_steps, batch, directions * hidden))
     return parameters, states, d_states, xs, d_ys
 
@@ -72,6 +78,32 @@ def case(name, *, lengths=None, bidirectional=False, shape=(T, B, I, H), seed=0,
     return results | {"d_ys": d_ys.numpy()} | {f"d_final{k}": d.numpy() for k, d in enumerate(d_states)}
 
 
+def draw_stack(num_layers, directions):
+    """Draw one case of `STACKS`; the parameters, a layer and a direction after another, are w_ih, w_hh, b_ih, b_hh."""
+    *_, input_size, hidden = STACK_SHAPE
+    shapes = []
+    for layer in range(num_layers):
+        width = input_size if layer == 0 else directions * hidden
+        one = [(4 * hidden, width), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,)]
+        shapes += directions * one
+    return draw(2, shapes, STACK_SHAPE, directions=directions, num_layers=num_layers)
+
+
+def stack(num_layers, directions, lengths, carry):
+    """Run a stack of LSTMs; return what can't be drawn again: outputs, final states, and all gradients but b_hh's."""
+    import torch
+
+    *_, input_size, hidden = STACK_SHAPE
+    module = torch.nn.LSTM(input_size, hidden, num_layers, bidirectional=directions == 2, dtype=torch.float64)
+    parameters, states, d_states, xs, d_ys = draw_stack(num_layers, directions)
+    for parameter, value in zip(module.parameters(), parameters, strict=True):
+        parameter.data = torch.tensor(value)
+    states = [torch.tensor(state if carry else 0 * state) for state in states]
+    results = run(module, torch.tensor(xs), states, torch.tensor(d_ys), [torch.tensor(d) for d in d_states], lengths)
+    kept = lambda name: name in ("ys", "final0", "final1") or (name.startswith("d_") and "bias_hh" not in name)
+    return {name: value for name, value in results.items() if kept(name)}
+
+
 def float32_error(seed):
     """Return the relative error of torch's float32 weight gradients of an LSTM against its own in float64."""
     single, double = (case("LSTM", shape=FLOAT32_SHAPE, seed=seed, dtype=dtype) for dtype in ("float32", "float64"))
@@ -84,6 +116,7 @@ def generate():
     """Return everything that torch.npz holds."""
     cases = {name: case(name) for name in MODULES}
     cases |= {f"packed {name}": case(name, lengths=LENGTHS, bidirectional=True, seed=1) for name in MODULES}
+    cases |= {f"stack {n}": stack(*options) for n, options in enumerate(STACKS)}
     arrays = {f"{name}/{key}": value for name, results in cases.items() for key, value in results.items()}
     return arrays | {"float32 errors": np.array([float32_error(seed) for seed in SEEDS])}
 
