@@ -214,7 +214,9 @@ def step_stack(
     """
     function = "step_stack"
     num_layers = _checked_layers(function, params)
-    x = jax.tree.map(jnp.asarray, x)
+    if carries is None:
+        raise TypeError(f"{function}: carries must be a list with one entry a layer, such as cell.initial_carry makes.")
+    carries, x = jax.tree.map(jnp.asarray, (carries, x))
     each = zip(
         params,
         _one_a_layer(function, "carries", carries, num_layers),

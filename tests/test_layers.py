@@ -346,7 +346,10 @@ def test_dropout_between_layers_keeps_the_mean_and_is_drawn_anew_for_every_step_
     kept = (np.asarray(three) > 0) | ~np.asarray(two > 0)  # where the first mask kept, what did the second do?
     again = dropped(jax.random.key(1))[1]
     assert abs(correlation(kept[both], again[both])) < 4 / np.sqrt(both.sum()), "keys are independent"
-    masks = [np.asarray(dropout_mask(jax.random.fold_in(jax.random.key(0), d), 0.3, first.shape)) for d in (1, 2)]
+    masks = [
+        np.asarray(dropout_mask(jax.random.fold_in(jax.random.key(0), d), 0.3, first.shape, first.dtype))
+        for d in (1, 2)
+    ]
     assert (first == masks[0]).all() and np.allclose(three, masks[0] * masks[1]), "as documented: fold_in(key, layer)"
     assert abs(correlation(*masks)) < 4 / np.sqrt(n), "layers are independent"
 
@@ -436,7 +439,7 @@ BAD = {
     "a step of both directions": (lambda: step_stack(LSTM, BOTH, [None], XS[0]), TypeError,
         r"step_stack, layer 0: a bidirectional layer has no step"),
     "a step without carries": (lambda: step_stack(LSTM, PARAMS, None, XS[0]), TypeError,
-        r"step_stack: carries must be a list with one entry a layer, got NoneType"),
+        r"step_stack: carries must be a list with one entry a layer"),
     "a step's mask": (lambda: step_stack(LSTM, PARAMS, [LSTM.initial_carry(p, (B,)) for p in PARAMS], XS[0], mask=HOLES), ValueError,
         r"step_stack, layer 0: mask"),
     "sizes that are one number": (lambda: init_stack(jax.random.key(0), LSTM, I, 7), TypeError,
