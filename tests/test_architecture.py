@@ -50,6 +50,15 @@ def test_imports_run_one_way():
         assert found <= allowed, f"{module} imports {found - allowed}"
 
 
+def test_adapters_know_public_names_and_nobody_knows_them():
+    for path in (PACKAGE / "adapters").glob("*.py"):
+        for module, name in imports(path):
+            if module.startswith("jaxlstm") and module != "jaxlstm.adapters":
+                assert module == "jaxlstm" and name in jaxlstm.__all__, f"{path.name}: {module}.{name}"
+    for path in PACKAGE.glob("*.py"):
+        assert not any("adapters" in f"{module}.{name}" for module, name in imports(path)), path.name
+
+
 def test_nothing_private_of_jax_and_no_pickle():
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]:
         for module, _ in imports(path):

@@ -1,0 +1,141 @@
+"""What `linen` and `nnx` share: Flax's gate functions, its layout [batch, time, features], its dtypes."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import serialization
+from jax.typing import DTypeLike
+from jaxtyping import Array, Key
+
+from jaxlstm import (
+    GRU,
+    LSTM,
+    Bidirectional,
+    Cell,
+    GRUParams,
+    GRUState,
+    LSTMParams,
+    LSTMState,
+    init_stack,
+    length_mask,
+    unroll_stack,
+)
+
+Function = Callable[[Array], Array]
+
+
+# One step, as Flax's cells take it: `low` are parameters, h and x in the dtype of the matmuls.
+
+
+def step_lstm(
+    cell: Any, carry: tuple[Array, Array], low: tuple[LSTMParams, Array, Array]
+) -> tuple[tuple[Array, Array], Array]:
+    """Take one step with Flax's carry, (c, h)."""
+    c, h = carry
+    state, y = _step(_lstm(cell.gate_fn, cell.activation_fn), LSTMState(h, c), *low)
+    return (state.c, state.h), y
+
+
+def step_gru(cell: Any, h: Array, low: tuple[GRUParams, Array, Array]) -> tuple[Array, Array]:
+    """Take one step with Flax's carry, h."""
+    state, y = _step(_gru(cell.gate_fn, cell.activation_fn), GRUState(h), *low)
+    return state.h, y
+
+
+def _step(cell: Cell[Any, Any], state: Any, params: Any, h: Array, x: Array) -> tuple[Any, Array]:
+    a = cell.recur and cell.recur(params, state._replace(h=h))
+    return cell.gates(params, state, cell.project(params, x), a)
+
+
+@functools.cache
+def _lstm(gate_fn: Function, activation_fn: Function) -> Cell[LSTMParams, LSTMState]:
+    """Return the LSTM with these functions for σ and tanh."""
+    if _are_usual(gate_fn, activation_fn):
+        return LSTM
+
+    def gates(params: LSTMParams, state: LSTMState, z: Array, a: Array) -> tuple[LSTMState, Array]:
+        z_i, z_f, z_g, z_o = jnp.split(z + a, 4, axis=-1)
+        c = gate_fn(z_f) * state.c + gate_fn(z_i) * activation_fn(z_g)
+        h = gate_fn(z_o) * activation_fn(c)
+        return LSTMState(h, c), h
+
+    return dataclasses.replace(LSTM, gates=gates, activations=None, gates_jvp=None)
+
+
+@functools.cache
+def _gru(gate_fn: Function, activation_fn: Function) -> Cell[GRUParams, GRUState]:
+    """Return the GRU with these functions for σ and tanh."""
+    if _are_usual(gate_fn, activation_fn):
+        return GRU
+
+    def gates(params: GRUParams, state: GRUState, z: Array, a: Array) -> tuple[GRUState, Array]:
+        z_r, z_u, z_n = jnp.split(z, 3, axis=-1)
+        a_r, a_u, a_n = jnp.split(a, 3, axis=-1)
+        u = gate_fn(z_u + a_u)
+        h = (1 - u) * activation_fn(z_n + gate_fn(z_r + a_r) * (a_n + params.b_hn)) + u * state.h
+        return GRUState(h), h
+
+    return dataclasses.replace(GRU, gates=gates, activations=None)
+
+
+def _are_usual(gate_fn: Function, activation_fn: Function) -> bool:
+    return gate_fn is jax.nn.sigmoid and activation_fn in (jnp.tanh, jax.nn.tanh)
+
+
+# A layer, as Flax's users call it.
+
+
+def init_layers(
+    key: Key[Array, ""],
+    cell: Cell[Any, Any],
+    input_size: int,
+    features: int,
+    num_layers: int,
+    bidirectional: bool,
+    dtype: DTypeLike,
+) -> dict[str, Any]:
+    """Draw the parameters of a stack as nested dicts: `layer_0: {forward: {w_ih, ...}, ...}`."""
+    layers = init_stack(key, cell, input_size, [features] * num_layers, bidirectional=bidirectional, dtype=dtype)
+    return {f"layer_{depth}": serialization.to_state_dict(layer) for depth, layer in enumerate(layers)}
+
+
+def layers_of(cell: Cell[Any, Any], tree: Any, bidirectional: bool) -> list[Any]:
+    """Return the stack whose parameters `init_layers` made."""
+    like = jax.eval_shape(lambda: cell.init(jax.random.key(0), 1, 1))
+    like = Bidirectional(like, like) if bidirectional else like
+    return [serialization.from_state_dict(like, tree[f"layer_{depth}"]) for depth in range(len(tree))]
+
+
+def run_layers(
+    cell: Cell[Any, Any],
+    layers: list[Any],
+    inputs: Array,
+    *,
+    initial_carry: list[Any] | None,
+    seq_lengths: Array | None,
+    mask: Array | None,
+    reset: Array | None,
+    dropout: float,
+    key: Key[Array, ""] | None,
+    time_major: bool,
+    return_carry: bool,
+    dtype: DTypeLike | None,
+) -> Any:
+    """Run a stack on [*batch, time, features], or [time, *batch, features]."""
+    to_time_major = lambda v: v if v is None or time_major else jnp.moveaxis(v, v.ndim - 2, 0)
+    flags_first = lambda v: v if v is None or time_major else jnp.moveaxis(v, -1, 0)
+    (own,) = {leaf.dtype for leaf in jax.tree.leaves(layers)}
+    xs, mask, reset = to_time_major(inputs.astype(own)), flags_first(mask), flags_first(reset)
+    if seq_lengths is not None:
+        real = length_mask(seq_lengths, len(xs))
+        mask = real if mask is None else mask & real
+    carries, ys = unroll_stack(
+        cell, layers, xs, initial_carry, mask=mask, reset=reset, dropout=dropout, key=key, compute_dtype=dtype
+    )
+    outputs = ys if time_major else jnp.moveaxis(ys, 0, -2)
+    outputs = outputs if dtype is None else outputs.astype(dtype)
+    return (carries, outputs) if return_carry else outputs
