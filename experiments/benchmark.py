@@ -41,7 +41,7 @@ MEMORY_OF: dict[str, Any] = {"batch": 16, "input_size": 256, "hidden": 256, "len
 COMPILED: dict[str, Any] = {"batch": 16, "input_size": 64, "hidden": 64, "lengths": [10, 10_000]}
 DOUBLED: Shape = (10_000, 1, 8, 8)
 TRAINED: Shape = (100, 64, 128, 256)
-STREAMED: dict[str, Any] = {"input_size": 64, "hidden": 64, "calls": 2000}
+STREAMED: dict[str, Any] = {"input_size": 64, "hidden": 64, "streams": [1, 64, 1024, 8192]}
 SPREAD: tuple[Shape, ...] = ((100, 32, 64, 64), (100, 64, 128, 256))
 TOLERANCE = 1e-4  # relative, float32, over a thousand steps
 
@@ -158,7 +158,7 @@ def own_costs(rounds: int, seconds: float) -> dict[str, Any]:
             "compiling": one.ask(measure="compiling", **COMPILED, repeats=rounds),
             "doubling": one.ask(measure="doubling", shape=DOUBLED, rounds=rounds, seconds=seconds),
             "training": one.ask(measure="training", shape=TRAINED, rounds=rounds, seconds=seconds),
-            "streaming": one.ask(measure="streaming", **STREAMED),
+            "streaming": one.ask(measure="streaming", **STREAMED, seconds=4 * seconds),
             "matmul": one.ask(measure="matmul", seconds=5 * seconds),
             "devices": {},
         }
@@ -261,9 +261,13 @@ def costs_table(result: dict[str, Any]) -> str:
             )
             for shape, times in costs["devices"].items()
         ),
-        (
-            f"one step of one stream, I={STREAMED['input_size']}, H={STREAMED['hidden']}, a call each, µs",
-            named(costs["streaming"], lambda v: f"{1e6 * v:.0f}"),
+        *(
+            (
+                f"one step of {int(streams):,} stream{'s' * (streams != '1')}, I={STREAMED['input_size']}, "
+                f"H={STREAMED['hidden']}, a call each: median and p99, µs; steps a second",
+                f"{1e6 * times['median']:.0f}, {1e6 * times['p99']:.0f}; {int(streams) / times['median']:,.0f}",
+            )
+            for streams, times in costs["streaming"].items()
         ),
     ]
     return "\n".join(f"| {what} | {value} |" if what != "---" else "|---|---|" for what, value in lines)

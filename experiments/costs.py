@@ -21,7 +21,7 @@ from jax.sharding import AxisType
 
 from experiments import devices
 from experiments.peers import Shape, measure
-from jaxlstm import LSTM, fit, init_train_state, make_train_step, unroll, unroll_chunked
+from jaxlstm import LSTM, fit, init_stack, init_train_state, make_train_step, step_stack, unroll, unroll_chunked
 
 Loss = Callable[..., jax.Array]
 SMALLEST: Shape = (1, 1, 1, 1)
@@ -121,18 +121,35 @@ def training(shape: Shape, rounds: int, seconds: float, steps: int = 10) -> dict
     return dict(zip(("a call each", "fit"), map(statistics.median, zip(*times, strict=True)), strict=True))
 
 
-def streaming(input_size: int, hidden: int, calls: int) -> dict[str, float]:
-    """Measure the latency of one step of one stream, a call each, in seconds."""
-    _, params, xs = layer((1, 1, input_size, hidden))
-    step = jax.jit(LSTM.step)
-    carry = LSTM.initial_carry(params)
-    times = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        carry, _ = jax.block_until_ready(step(params, carry, xs[0, 0]))
-        times.append(time.perf_counter() - start)
-    *_, p99 = statistics.quantiles(times[calls // 10 :], n=100)
-    return {"median": statistics.median(times), "p99": p99}
+def streaming(input_size: int, hidden: int, seconds: float, streams: list[int]) -> dict[str, dict[str, float]]:
+    """Measure one step of some numbers of streams, each reset on its own: what a call takes, in seconds.
+
+    The latency of a step is that of its call; as many steps are taken in it as there are streams.
+    """
+
+    def latencies(number: int) -> list[float]:
+        step, layers, carries, x = stream(input_size, hidden, number)
+        begun = jax.random.bernoulli(jax.random.key(1), 0.01, (number,))
+        times: list[float] = []
+        while sum(times) < seconds or len(times) < 20:
+            start = time.perf_counter()
+            carries, _ = jax.block_until_ready(step(layers, carries, x, reset=begun))
+            times.append(time.perf_counter() - start)
+        return times[len(times) // 10 :]  # compiling, and what follows it
+
+    measured = {number: latencies(number) for number in streams}
+    return {
+        str(number): {"median": statistics.median(times), "p99": statistics.quantiles(times, n=100)[-1]}
+        for number, times in measured.items()
+    }
+
+
+def stream(input_size: int, hidden: int, number: int) -> tuple[Callable[..., Any], Any, Any, jax.Array]:
+    """Return a jitted step that uses its carries up, the parameters, the carries, and the input of one step."""
+    layers = init_stack(jax.random.key(0), LSTM, input_size, [hidden])
+    carries = [LSTM.initial_carry(layer, (number,)) for layer in layers]
+    step = jax.jit(functools.partial(step_stack, LSTM), donate_argnums=1)
+    return step, layers, carries, jnp.ones((number, input_size))
 
 
 def sharded(shape: Shape, library: str, seconds: float) -> dict[str, float]:

@@ -329,3 +329,21 @@ def unit(path: Path, clause: dict[str, Any], title: str) -> Path:
     figure.savefig(path, dpi=100)
     plt.close(figure)
     return path
+
+
+def attention(path: Path, texts: list[str], written: list[str], looked: np.ndarray, exact_match: float) -> Path:
+    """Draw where a reader looks: a panel a text, a row a symbol it writes, a column a character it reads."""
+    figure, rows = plt.subplots(len(texts), 1, figsize=(10, 2.9 * len(texts)), layout="constrained")
+    for axes, text, answer, weights in zip(rows, texts, written, looked, strict=True):
+        image = axes.imshow(weights[:, : len(text)], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.set_xticks(range(len(text)), list(text), family="monospace", fontsize=12)
+        axes.set_yticks(range(len(answer)), list(answer), family="monospace", fontsize=10)
+        axes.set_title(f"{text}   →   {answer}", family="monospace", fontsize=12)
+        axes.set_ylabel("written")
+    figure.colorbar(image, ax=rows, label="attention", shrink=0.3)
+    figure.suptitle(
+        f"Where the reader looks as it writes ({100 * exact_match:.1f} % of held-out strings exactly right)"
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
