@@ -125,33 +125,33 @@ def unroll_layer(
         return run_sequence(
             function, cell, params, noisy(noise), carry, mask=mask, reset=reset, reset_carry=reset_carry, **options
         )
-    resets = (reset, None if reset is None else _last_of_segments(jnp.asarray(reset)))
-    halves = [
-        run_sequence(
+
+    def half(direction: str, reset: Any) -> tuple[Any, Array]:
+        own, own_noise, own_carry, own_reset_carry = (
+            getattr(pair, direction) for pair in (params, noises, carries, reset_carries)
+        )
+        return run_sequence(
             f"{function}, {direction}",
             cell,
-            *(half, noisy(half_noise), half_carry),
+            own,
+            noisy(own_noise),
+            own_carry,
             mask=mask,
-            reset=half_reset,
-            reset_carry=half_reset_carry,
+            reset=reset,
+            reset_carry=own_reset_carry,
             reverse=direction == "backward",
             **options,
         )
-        for direction, half, half_noise, half_carry, half_reset, half_reset_carry in zip(
-            Bidirectional._fields,
-            params,
-            _pair(function, "noise", noise),
-            _pair(function, "carry", carry),
-            resets,
-            _pair(function, "reset_carry", reset_carry),
-            strict=True,
-        )
-    ]
-    carries, outputs = zip(*halves, strict=True)
-    ys = merge(*outputs)
+
+    noises = _pair(function, "noise", noise)
+    carries = _pair(function, "carry", carry)
+    reset_carries = _pair(function, "reset_carry", reset_carry)
+    forward_carry, forward_ys = half("forward", reset)
+    backward_carry, backward_ys = half("backward", None if reset is None else _last_of_segments(jnp.asarray(reset)))
+    ys = merge(forward_ys, backward_ys)
     if mask is not None and merge is not concatenate:
         ys = where(jnp.asarray(mask), ys, jnp.zeros_like(ys))
-    return Bidirectional(*carries), ys
+    return Bidirectional(forward_carry, backward_carry), ys
 
 
 def _last_of_segments(reset: Bool[Array, "time *batch"]) -> Bool[Array, "time *batch"]:

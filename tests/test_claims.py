@@ -21,9 +21,11 @@ from jaxlstm import (
     carry_jacobians,
     cell_state_terms,
     gradient_flow,
+    init_bidirectional,
     lyapunov_exponents,
     num_params,
     unroll,
+    unroll_bidirectional,
 )
 
 from cells import B, H, I, T, draw, normal, worst_error
@@ -326,3 +328,22 @@ def test_what_is_said_of_roads_is_in_the_result():
     assert round(at["rtrl", 100]["seconds"] / at["rule", 100]["seconds"]) == 62
     assert at["differences", 100]["seconds"] / at["rule", 100]["seconds"] > 1000
     assert at["rtrl", 1000]["temporaries"] < 1.01 * at["rtrl", 10]["temporaries"]
+
+
+def test_a_bidirectional_net_is_two_nets_that_meet_at_the_same_step():
+    params = init_bidirectional(jax.random.key(0), LSTM, I, H, dtype=jnp.float64)
+    assert num_params(params) == 2 * num_params(params.forward)
+    xs = jnp.asarray(normal(0, T, I))
+    ys = unroll_bidirectional(LSTM, params, xs)[1]
+    assert (ys[:, :H] == unroll(LSTM, params.forward, xs)[1]).all()
+    # The same net, fed the sequence the other way round: neither its values nor their places.
+    other_way = unroll(LSTM, params.forward, xs[::-1])[1]
+    assert not np.allclose(ys[:, H:], other_way) and not np.allclose(ys[:, H:], other_way[::-1])
+
+    jacobian = jax.jacobian(lambda xs: unroll_bidirectional(LSTM, params, xs)[1])(xs)  # [t, unit, s, feature]
+    reach = lambda units: np.linalg.norm(jacobian[:, units], axis=(1, 3))
+    forward, backward, both = reach(slice(H)), reach(slice(H, None)), reach(slice(None))
+    later = np.triu(np.ones((T, T), bool), 1)  # s > t
+    assert (forward[later] == 0).all() and (forward[~later] > 0).all()
+    assert (backward[later.T] == 0).all() and (backward[~later.T] > 0).all()
+    assert (both > 0).all()

@@ -128,7 +128,8 @@ def test_the_benchmarks_table_is_that_of_its_committed_result():
     # As the README says below the table, where a twentieth is noise.
     *ahead, level = [found["fastest JAX library"] for found in gradients]
     assert min(ahead) > 1.05 and abs(level - 1) < 0.05
-    assert all(found["torch"] > 0.95 for found in gradients)
+    torch = [found["torch"] for found in gradients]
+    assert f"{min(torch):.2f} to {max(torch):.2f} times as long" in README and torch.index(max(torch)) == 4
     forward = [benchmark.ratios(row, "forward")["fastest JAX library"] for row in result["shapes"]]
     assert min(forward) > 0.93 and benchmark.geometric_mean(forward) > 1
 

@@ -128,8 +128,9 @@ def run_layers(
     """Run a stack on [*batch, time, features], or [time, *batch, features]."""
     to_time_major = lambda v: v if v is None or time_major else jnp.moveaxis(v, v.ndim - 2, 0)
     flags_first = lambda v: v if v is None or time_major else jnp.moveaxis(v, -1, 0)
-    (own,) = {leaf.dtype for leaf in jax.tree.leaves(layers)}
-    xs, mask, reset = to_time_major(inputs.astype(own)), flags_first(mask), flags_first(reset)
+    if jnp.issubdtype(inputs.dtype, jnp.floating):
+        inputs = inputs.astype(jax.tree.leaves(layers)[0].dtype)
+    xs, mask, reset = to_time_major(inputs), flags_first(mask), flags_first(reset)
     if seq_lengths is not None:
         real = length_mask(seq_lengths, len(xs))
         mask = real if mask is None else mask & real
