@@ -60,7 +60,8 @@ class Reader(nnx.Module):
 
 def init(key: Key[Array, ""], num_symbols: int, num_outputs: int, hidden_size: int) -> Any:
     """Draw the parameters."""
-    return nnx.state(Reader(num_symbols, num_outputs, hidden_size, rngs=nnx.Rngs(key)), nnx.Param).to_pure_dict()
+    reader = Reader(num_symbols, num_outputs, hidden_size, rngs=nnx.Rngs(key))
+    return nnx.to_pure_dict(nnx.state(reader, nnx.Param))
 
 
 def predict(

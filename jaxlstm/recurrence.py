@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Int
@@ -242,7 +243,7 @@ def length_mask(lengths: ArrayLike | Sequence[int], num_steps: int) -> Bool[Arra
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"length_mask: lengths must be integers, got {lengths.dtype}; cast with lengths.astype(int).")
     if lengths.size and not isinstance(lengths, jax.core.Tracer):
-        least, most = int(lengths.min()), int(lengths.max())
+        least, most = np.asarray(lengths).min(), np.asarray(lengths).max()
         if least < 0 or most > num_steps:
             got = f"lengths from {least} to {most}"
             raise ValueError(f"length_mask: lengths must lie between 0 and num_steps = {num_steps}, got {got}.")

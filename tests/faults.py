@@ -84,7 +84,7 @@ FAULTS = [
           "test_recurrence.py"),
     Fault("peepholes have no gradient", "jaxlstm/derivative.py", "_filled(start, None), d_z, d_a)), from_params)",
           "_filled(start, None), d_z, d_a)), None)", "test_derivative.py"),
-    Fault("tangents pass through resets", "jaxlstm/derivative.py", "d_start = _start(now, d_carry, d_reset_carry)",
+    Fault("tangents pass through resets", "jaxlstm/derivative.py", "d_start = start_of(now, d_carry, d_reset_carry)",
           "d_start = d_carry", "test_derivative.py"),
     Fault("no second derivative through what is kept", "jaxlstm/derivative.py", "        return Kept(d_start, None)",
           "        return Kept(jax.tree.map(jnp.zeros_like, d_start), None)", "test_derivative.py"),

@@ -75,10 +75,12 @@ def forms_of(reader):
     return {"functions": reader, "linen": in_linen(reader, as_linen), "nnx": in_linen(reader, as_nnx)}
 
 
+@pytest.mark.ci
 def test_the_reader_is_the_same_in_every_form():
     with jax.numpy_dtype_promotion("standard"), jax.debug_key_reuse(False):
         reader = dates_functions.init(jax.random.key(0), *SIZES)
-        reader = jax.tree.map(lambda v: jnp.asarray(normal(v.size, *v.shape)), reader)
+        # Embeddings that float32 holds, to which nnx.Embed rounds them, and their gradients.
+        reader = jax.tree.map(lambda v: jnp.asarray(normal(v.size, *v.shape).astype("float32"), float), reader)
         chars = np.random.default_rng(0).integers(SIZES[0], size=(3, 7))
         previous = np.random.default_rng(1).integers(SIZES[1] + 1, size=(3, 4))
         weight = normal(2, 3, 4, SIZES[1])
@@ -106,7 +108,9 @@ def test_the_reader_is_the_same_in_every_form():
         for form in ("linen", "nnx"):
             assert worst_error(outs[form][:2], outs["functions"][:2]) < 1e-12
             assert (outs[form][2] == outs["functions"][2]).all()
-            assert worst_error(outs[form][3], want[form]) < 1e-11
+            for name, gradient in outs[form][3].items():
+                rounded = form == "nnx" and name in ("read", "written")
+                assert worst_error(gradient, want[form][name]) < (1e-6 if rounded else 1e-11)
         looked = np.asarray(outs["functions"][1])
         assert (looked[:, :, 4:][[1, 2]] == 0).all(), "nobody looks at padding"
         np.testing.assert_allclose(looked.sum(axis=-1), 1, rtol=1e-12)

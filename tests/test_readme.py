@@ -27,7 +27,9 @@ def python_blocks(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
 
 
-BLOCKS = {f"{page} {n}": code for page in PAGES for n, code in enumerate(python_blocks(page), 1)}
+# The README's blocks stand each by itself; a page of the docs is read from the top.
+BLOCKS = {f"README.md {n}": code for n, code in enumerate(python_blocks("README.md"), 1)}
+BLOCKS |= {page: "\n".join(python_blocks(page)) for page in PAGES[1:] if python_blocks(page)}
 
 
 @pytest.mark.documented
