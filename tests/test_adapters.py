@@ -155,7 +155,7 @@ def flax_layer(cell, reverse=False):
     return nn.RNN(cell(H, param_dtype=jnp.float64), return_carry=True, reverse=reverse, keep_order=True)
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("kind", ["LSTM", pytest.param("GRU", marks=pytest.mark.ci)])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_the_layers_equal_flaxs_rnn_on_shared_weights(kind, bidirectional):
     cell, flax_cell, convert = {
@@ -202,7 +202,10 @@ def test_the_layers_equal_flaxs_rnn_on_shared_weights(kind, bidirectional):
             assert worst_error(state, want) < 1e-13
 
 
-@pytest.mark.parametrize("name", CELLS)
+SOME = [name if name == "LSTM" else pytest.param(name, marks=pytest.mark.ci) for name in CELLS]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_the_layers_take_every_cell_and_are_unroll_stack(name):
     cell = CELLS[name][0]
     linen = ours_linen.Recurrent(H, num_layers=2, bidirectional=True, cell=cell, param_dtype=jnp.float64)
@@ -237,6 +240,7 @@ def test_dropout_follows_flaxs_habits():
     assert (module(xs) == module(xs)).all()
 
 
+@pytest.mark.ci
 def test_layouts_carries_and_dtypes():
     linen = ours_linen.Recurrent(H, return_carry=True)
     xs = XS.astype("float32")

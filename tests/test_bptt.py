@@ -122,6 +122,7 @@ def test_wrong_input_is_named():
 # The autodiff side, to second order and in both modes.
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("mask", [pytest.param("all", marks=pytest.mark.slow), "holes"])
 def test_check_grads_of_unroll_to_second_order_in_both_modes(mask):
     f = jax.jit(lambda *v: loss(unroll_lstm, v, MASKS[mask]))

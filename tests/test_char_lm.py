@@ -245,6 +245,7 @@ def test_sample_names_what_is_wrong(run, tmp_path):
         assert re.search(message, said(done))
 
 
+@pytest.mark.ci
 def test_sample_passes_over_a_damaged_checkpoint_and_says_when_none_is_left(run, tmp_path):
     folder = Path(shutil.copytree(run[0], tmp_path / "copy"))
     args = (folder, "--num-characters", 20)
@@ -365,6 +366,7 @@ def test_ctrl_c_before_the_training_is_one_line(corpus_file, tmp_path):
     assert started.returncode == 128 + signal.SIGINT and err.endswith("char_lm: interrupted.\n")
 
 
+@pytest.mark.ci
 def test_ctrl_c_saves_the_run_although_whoever_read_its_output_is_gone(corpus_file, tmp_path):
     # As `2>&1 | tee log`: the terminal sends the signal to both, and tee dies first.
     folder = tmp_path / "run"

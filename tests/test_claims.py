@@ -63,6 +63,7 @@ def test_the_gradient_of_an_lstm_vanishes_and_explodes():
     assert lyapunov_exponents(LSTM, params, xs).max() < 0 < lyapunov_exponents(LSTM, wild, 0.1 * xs).min()
 
 
+@pytest.mark.ci
 def test_clipping_keeps_a_step_along_an_exploding_gradient_short():
     params, xs = LSTM.init(jax.random.key(0), I, 16, dtype="float64", forget_bias=0.0), jnp.asarray(normal(1, 51, 4, I))
     wild = params._replace(w_hh=8 * params.w_hh)
@@ -120,7 +121,7 @@ def test_weights_multiply_as_matrices_and_gates_element_by_element():
 
 
 def test_the_cell_state_is_a_vector_per_example_and_the_width_is_free():
-    for hidden in (1, 3, 50):
+    for hidden in (1, 50):
         params = LSTM.init(jax.random.key(0), I, hidden)
         carry, ys = unroll(LSTM, params, jnp.ones((T, B, I), jnp.float32))
         assert carry.c.shape == (B, hidden) and ys.shape == (T, B, hidden)

@@ -17,6 +17,7 @@ def test_every_fault_has_one_place():
 caught = {}  # fault -> test
 
 
+@pytest.mark.ci
 @sweep("faults caught", len(FAULTS))
 def test_a_fault_is_caught(trial, tmp_path, record_property):
     fault = FAULTS[trial]
@@ -25,6 +26,7 @@ def test_a_fault_is_caught(trial, tmp_path, record_property):
     assert caught[fault.name], f"no test fails with: {fault.name}"
 
 
+@pytest.mark.ci
 def test_what_caught_them_passes_without_them(tmp_path):
     if not caught:
         pytest.skip("no fault was put in")

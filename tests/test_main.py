@@ -63,6 +63,7 @@ def test_a_wrong_mode_is_convicted_by_name(how, monkeypatch, full_precision):
     assert [line.partition(":")[0] for line in lines] == ["RNN per example, bulk sum", "RNN per example, bulk random"]
 
 
+@pytest.mark.ci
 def test_a_disagreement_is_in_the_exit_code_and_a_nan_is_one(monkeypatch, capsys, full_precision):
     agreeing = check.compare(RNN, "float64")
     monkeypatch.setattr(check, "compare", lambda *args: agreeing)

@@ -163,6 +163,7 @@ def corridor():
     return namespace
 
 
+@pytest.mark.ci
 def test_the_policy_that_learns_is_the_policy_that_acted(corridor, as_users_have_it):
     """Across episodes that end in the middle of a rollout, and rollouts that begin in the middle of an episode."""
     agent = corridor["agent"]._replace(policy=jax.random.normal(jax.random.key(3), (32, 2)))
@@ -209,6 +210,7 @@ class Model(NamedTuple):
     after_reset: LSTMState
 
 
+@pytest.mark.ci
 def test_learned_first_and_reset_carries_have_the_gradients_of_differences():
     params, xs, _ = draw(LSTM)
     state = lambda seed: LSTMState(jnp.asarray(normal(seed, H)), jnp.asarray(normal(seed + 1, H)))

@@ -72,7 +72,11 @@ def test_one_step_rounds_x_h_and_weights_and_nothing_else(cell, dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves((got_carry, got))} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("cell", [LSTM, RNN, pytest.param(GRU, marks=pytest.mark.slow)], ids=lambda cell: cell.name)
+@pytest.mark.parametrize(
+    "cell",
+    [LSTM, pytest.param(RNN, marks=pytest.mark.ci), pytest.param(GRU, marks=pytest.mark.slow)],
+    ids=lambda cell: cell.name,
+)
 def test_the_rule_and_the_scan_agree_in_mixed_precision(cell):
     params, xs, carry = draw(cell, dtype=np.float32)
     loss = lambda how: lambda *v: (unroll(cell, *v, gradient=how, compute_dtype="bfloat16")[1] ** 2).sum()

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,6 +66,7 @@ def test_appended_padding_changes_nothing(form, seed, lengths, garbage):
     assert (ys_padded[T:] == 0).all()
 
 
+@pytest.mark.ci
 @given(forms, seeds, st.permutations(range(B)))
 def test_permuting_the_batch_permutes_the_results(form, seed, order):
     params, run, xs, carries, mask, reset = drawn(form, seed)
@@ -75,6 +77,7 @@ def test_permuting_the_batch_permutes_the_results(form, seed, order):
     assert worst_error(got, (jax.tree.map(lambda v: v[order], last), ys[:, order])) <= 1e-14
 
 
+@pytest.mark.ci
 @given(causal, seeds)
 def test_pieces_with_the_carry_handed_on_are_one_run(form, seed):
     params, run, xs, carries, mask, reset = drawn(form, seed)
@@ -102,6 +105,7 @@ def test_packed_sequences_are_run_apart(form, seed, first_length, gap):
     assert worst_error(packed, want) <= 1e-14
 
 
+@pytest.mark.ci
 @given(forms, seeds)
 def test_vmap_is_a_batch(form, seed):
     params, run, xs, carries, mask, reset = drawn(form, seed)
@@ -111,6 +115,7 @@ def test_vmap_is_a_batch(form, seed):
     assert worst_error(mapped, (last, ys)) <= 1e-14
 
 
+@pytest.mark.ci
 @given(forms, seeds, st.permutations(range(SIZES[0])))
 def test_hidden_units_permuted_consistently_change_nothing(form, seed, order):
     """Permute the units of the first layer, forward, and the rows of w_ih that read them: the output is the same."""

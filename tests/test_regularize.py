@@ -126,7 +126,7 @@ def base_of(cell):
     return GRU if "GRU" in cell.name else LSTM
 
 
-@pytest.mark.parametrize("gradient", ["bulk", "scan"])
+@pytest.mark.parametrize("gradient", ["bulk", pytest.param("scan", marks=pytest.mark.ci)])
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_equal_a_loop_with_the_same_noise(name, gradient):
     cell, wrap_params, wrap_xs, step, noise = CASES[name]
@@ -182,6 +182,7 @@ def test_noise_is_no_parameter_its_masks_have_symbolic_zeros_and_may_be_batched(
     assert worst_error(mapped, unroll(cell, lock(params), Noisy(xs, HELD))[1]) < 1e-14
 
 
+@pytest.mark.ci
 def test_masks_of_several_batch_axes_and_blocks_of_time():
     params, _, _ = draw(LSTM)
     xs = jnp.asarray(normal(0, T, 2, 3, I))

@@ -27,7 +27,9 @@ def rows(found):
 
 
 @pytest.mark.parametrize("way", [pytest.param("plain", marks=pytest.mark.slow), "masked and reset"])
-@pytest.mark.parametrize("name", ["LSTM", "leaky", pytest.param("GRU", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["LSTM", pytest.param("leaky", marks=pytest.mark.ci), pytest.param("GRU", marks=pytest.mark.slow)]
+)
 def test_the_parts_add_up_to_the_gradient(name, way):
     cell = CELLS[name][0]
     params, xs, carry = draw(cell)
@@ -97,6 +99,7 @@ def test_a_loss_that_is_no_sum_over_steps_is_refused(loss, message):
         gradient_sources(LSTM, params, xs, loss)
 
 
+@pytest.mark.ci
 def test_small_gradients_have_norms_and_angles_in_float32():
     params, xs, carry = draw(LSTM, dtype=np.float32)
     small = lambda y, t: np.float32(1e-25) * (jnp.sin(y) * WEIGHT.astype(np.float32)[t]).sum()

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 USER_CODE = """\
 import jax
 import jaxlstm
@@ -21,6 +23,7 @@ jaxlstm.unroll(jaxlstm.LSTM, params, ys, gru_carry)
 """
 
 
+@pytest.mark.ci
 def test_mypy_knows_the_carry_of_a_cell_and_refuses_another_cells(tmp_path):
     path = tmp_path / "user.py"
     path.write_text(USER_CODE)
