@@ -37,7 +37,7 @@ SYMBOLS = "\0 '-,./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxy
 OUTPUTS = "0123456789-"
 WIDTH, STEPS = 32, 10
 NUM_STRINGS, NUM_HELD_OUT = 60_000, 5_000
-SHOWN = ("Wednesday, 3 May 1989", "the 21st of October, 2015", "Dec. 1, '99", "2/11/1990", "11.2.1990")
+SHOWN = ("Wednesday, 3 May 1989", "the 21st of October, 2015", "Dec. 1, '99", "1997 August 8", "2/11/1990", "11.2.1990")
 
 log = logging.getLogger("dates")
 

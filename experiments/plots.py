@@ -342,7 +342,7 @@ def attention(path: Path, texts: list[str], written: list[str], looked: np.ndarr
         axes.set_ylabel("written")
     figure.colorbar(image, ax=rows, label="attention", shrink=0.3)
     figure.suptitle(
-        f"Where the reader looks as it writes ({100 * exact_match:.1f} % of held-out strings exactly right)"
+        f"Where the reader looks as it writes ({100 * exact_match:.2f} % of held-out strings exactly right)"
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)

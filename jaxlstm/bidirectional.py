@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import check_key
+from jaxlstm.checks import check_cell, check_key
 from jaxlstm.derivative import where
 from jaxlstm.recurrence import run_sequence
 from jaxlstm.regularize import Noisy
@@ -42,6 +42,7 @@ def init_bidirectional(
     Raises:
       TypeError, ValueError: as `cell.init`.
     """
+    check_cell("init_bidirectional", cell)
     check_key("init_bidirectional", key)
     keys = jax.random.split(key)
     return Bidirectional(*(cell.init(key, input_size, hidden_size, **options) for key in keys))

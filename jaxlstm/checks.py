@@ -23,7 +23,7 @@ def check_init(function: str, key: Any, input_size: Any, hidden_size: Any, dtype
     """
     check_key(function, key)
     for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-        if isinstance(size, bool) or not hasattr(size, "__index__") or operator.index(size) < 1:
+        if not _is_positive(size):
             raise ValueError(f"{function}: {name} must be a positive int, got {size!r}.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{function}: dtype must be a floating type, got {jnp.dtype(dtype).name}.")
@@ -43,31 +43,44 @@ def check_key(function: str, key: Any) -> None:
         raise ValueError(f"{function}: key must be one key, got {key.shape[0]} of them; use jax.vmap for many.")
 
 
-def check_rate(function: str, name: str, rate: Any) -> None:
-    """Check a probability of dropping something; one that is traced, inside `jit`, cannot be looked at.
+def checked_rate(function: str, name: str, rate: Any) -> Any:
+    """Check a probability of dropping something; return it as a float, or as it is if it is traced, inside `jit`.
 
     Raises:
       ValueError: it is no number in [0, 1).
     """
     if isinstance(rate, jax.core.Tracer):
-        return
-    if isinstance(rate, bool) or not hasattr(rate, "__float__") or not 0 <= float(rate) < 1:
+        return rate
+    is_number = not isinstance(rate, bool) and hasattr(rate, "__float__") and getattr(rate, "ndim", 0) == 0
+    if not is_number or not 0 <= float(rate) < 1:
         raise ValueError(f"{function}: {name} must lie in [0, 1), got {rate!r}.")
+    return float(rate)
+
+
+def check_cell(function: str, cell: Any) -> None:
+    """Check that this is a cell.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    if not isinstance(cell, Cell):
+        raise TypeError(f"{function}: cell must be a Cell, such as jaxlstm.LSTM, got {kind_of(cell)}.")
 
 
 def check_sequence(
-    function: str, cell: Cell[Any, Any], params: PyTree, xs: PyTree, carry: PyTree | None
+    function: str, cell: Cell[Any, Any], params: PyTree, xs: PyTree, carry: PyTree | None, *, one_step: bool = False
 ) -> tuple[int, ...]:
     """Check that a cell, its parameters, a sequence and a carry belong together; return the batch shape.
+
+    With `one_step`, the sequence is one step that a user knows as x, without a time axis.
 
     Raises:
       TypeError: dtypes are mixed, inputs are integers, or the carry is another cell's.
       ValueError: a shape is wrong.
     """
-    if not isinstance(cell, Cell):
-        raise TypeError(f"{function}: cell must be a Cell, such as jaxlstm.LSTM, got {_kind(cell)}.")
+    check_cell(function, cell)
     if cell.project is project:
-        _check_input(function, cell, params, xs)
+        _check_input(function, cell, params, xs, one_step)
     if cell.recur is recur:
         _check_recurrent_weights(function, cell, params)
     leaves = jax.tree.leaves(xs)
@@ -97,10 +110,10 @@ def check_sequence(
                 f"{function}: the initial carry of {cell.name} is {describe(expected)}; every leaf must start with the "
                 f"batch axes {list(batch_shape)}."
             )
-    if not _alike(stepped, expected):
+    if not alike(stepped, expected):
         raise ValueError(
-            f"{function}: one step of {cell.name} turns carry {_kind(expected)}: {describe(expected)} into "
-            f"{_kind(stepped)}: {describe(stepped)}, with {given}. Are these another cell's params?"
+            f"{function}: one step of {cell.name} turns carry {kind_of(expected)}: {describe(expected)} into "
+            f"{kind_of(stepped)}: {describe(stepped)}, with {given}. Are these another cell's params?"
         )
     if carry is not None:
         check_carry(function, "carry", cell, carry, expected)
@@ -116,7 +129,7 @@ def check_carry(function: str, name: str, cell: Cell[Any, Any], carry: PyTree, e
     """
     if not same_structure(carry, expected):
         raise TypeError(
-            f"{function}: {name} of {cell.name} must be {_kind(expected)}, got {_kind(carry)}; "
+            f"{function}: {name} of {cell.name} must be {kind_of(expected)}, got {kind_of(carry)}; "
             f"{cell.name}.initial_carry(params, batch_shape) makes one."
         )
     for got, want in zip(*map(jax.tree.leaves, (carry, expected)), strict=True):
@@ -127,8 +140,8 @@ def check_carry(function: str, name: str, cell: Cell[Any, Any], carry: PyTree, e
             raise TypeError(message + f"cast with jax.tree.map(lambda v: v.astype('{want.dtype}'), {name}).")
 
 
-def check_steps(function: str, name: str, flags: Any, num_steps: int, batch_shape: tuple[int, ...]) -> None:
-    """Check a mask or reset: bool, one flag per step and batch element.
+def check_steps(function: str, name: str, flags: Any, num_steps: int | None, batch_shape: tuple[int, ...]) -> None:
+    """Check a mask or reset: bool, one flag per step and batch element; of a single step if `num_steps` is None.
 
     Raises:
       TypeError: it is not boolean.
@@ -136,16 +149,15 @@ def check_steps(function: str, name: str, flags: Any, num_steps: int, batch_shap
     """
     if flags.dtype != jnp.bool_:
         raise TypeError(f"{function}: {name} must be bool, got {flags.dtype}; write {name} != 0.")
-    if flags.shape != (num_steps, *batch_shape):
-        raise ValueError(
-            f"{function}: {name} must be [time, *batch] = {[num_steps, *batch_shape]}, got {list(flags.shape)}."
-        )
+    axes, shape = ("[*batch]", batch_shape) if num_steps is None else ("[time, *batch]", (num_steps, *batch_shape))
+    if flags.shape != shape:
+        raise ValueError(f"{function}: {name} must be {axes} = {list(shape)}, got {list(flags.shape)}.")
 
 
 def checked_flags(
-    function: str, mask: Any, reset: Any, num_steps: int, batch_shape: tuple[int, ...]
+    function: str, mask: Any, reset: Any, num_steps: int | None, batch_shape: tuple[int, ...]
 ) -> tuple[Any, Any]:
-    """Check a mask and resets, either of which may be None; return them as arrays.
+    """Check a mask and resets, of a sequence or a single step, either of which may be None; return them as arrays.
 
     Raises:
       TypeError, ValueError: as `check_steps`.
@@ -197,8 +209,22 @@ def check_size(function: str, name: str, size: Any) -> None:
     Raises:
       ValueError: it is no positive integer.
     """
-    if size is not None and (isinstance(size, bool) or not hasattr(size, "__index__") or operator.index(size) < 1):
+    if size is not None and not _is_positive(size):
         raise ValueError(f"{function}: {name} must be a positive int or None, got {size!r}.")
+
+
+def check_num_steps(function: str, num_steps: Any) -> None:
+    """Check how many steps are to be taken; none is a number too.
+
+    Raises:
+      ValueError: it is negative, or no integer.
+    """
+    if not hasattr(num_steps, "__index__") or operator.index(num_steps) < 0:
+        raise ValueError(f"{function}: num_steps must be an int and not negative, got {num_steps!r}.")
+
+
+def _is_positive(size: Any) -> bool:
+    return not isinstance(size, bool) and hasattr(size, "__index__") and operator.index(size) >= 1
 
 
 def check_compute_dtype(function: str, dtype: Any) -> None:
@@ -228,27 +254,31 @@ def same_structure(one: PyTree, other: PyTree) -> bool:
     return bool(structures[0] == structures[1])
 
 
-def _alike(one: PyTree, other: PyTree) -> bool:
+def alike(one: PyTree, other: PyTree) -> bool:
+    """Say whether two pytrees have the same structure, shapes and dtypes."""
     types = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
     return same_structure(one, other) and types(one) == types(other)
 
 
-def _check_input(function: str, cell: Cell[Any, Any], params: Any, xs: Any) -> None:
+def _check_input(function: str, cell: Cell[Any, Any], params: Any, xs: Any, one_step: bool) -> None:
+    name, axes = ("x", "[*batch, input]") if one_step else ("xs", "[time, *batch, input]")
     if not hasattr(xs, "ndim"):
-        raise TypeError(f"{function}: xs must be one array [time, *batch, input], got {_kind(xs)}.")
+        raise TypeError(f"{function}: {name} must be one array {axes}, got {kind_of(xs)}.")
+    shape = list(xs.shape[one_step:])
     _check_names(function, cell, params, "w_ih", "b")
     if not jnp.issubdtype(xs.dtype, jnp.inexact):
         raise TypeError(
-            f"{function}: xs must be floating, got {xs.dtype}; embed symbols, or use jax.nn.one_hot(xs, num_symbols)."
+            f"{function}: {name} must be floating, got {xs.dtype}; embed symbols, or use "
+            f"jax.nn.one_hot({name}, num_symbols)."
         )
     if xs.ndim < 2:
-        raise ValueError(f"{function}: xs must be [time, *batch, input], got {list(xs.shape)}.")
+        raise ValueError(f"{function}: {name} must be {axes}, got {shape}.")
     if params.w_ih.ndim != 2 or params.b.shape != params.w_ih.shape[1:]:
         raise ValueError(f"{function}: params must have w_ih [input, n] and b [n], got {describe(params)}.")
     if xs.shape[-1] != params.w_ih.shape[0]:
         raise ValueError(
-            f"{function}: xs has {xs.shape[-1]} features, params.w_ih expects {params.w_ih.shape[0]}; "
-            f"xs is [time, *batch, input], got {list(xs.shape)}."
+            f"{function}: {name} has {xs.shape[-1]} features, params.w_ih expects {params.w_ih.shape[0]}; "
+            f"{name} is {axes}, got {shape}."
         )
 
 
@@ -263,7 +293,7 @@ def _check_recurrent_weights(function: str, cell: Cell[Any, Any], params: Any) -
 def _check_names(function: str, cell: Cell[Any, Any], params: Any, *names: str) -> None:
     if not all(hasattr(getattr(params, name, None), "shape") for name in names):
         raise TypeError(
-            f"{function}: {cell.name} expects params with {' and '.join(names)}, got {_kind(params)}; "
+            f"{function}: {cell.name} expects params with {' and '.join(names)}, got {kind_of(params)}; "
             f"{cell.name}.init makes them."
         )
 
@@ -284,7 +314,8 @@ def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def _kind(tree: PyTree) -> str:
+def kind_of(tree: PyTree) -> str:
+    """Return the name of a pytree's type, and of its fields."""
     fields = getattr(type(tree), "_fields", None)
     return f"{type(tree).__name__}({', '.join(fields)})" if fields else type(tree).__name__
 

@@ -15,10 +15,23 @@ from jaxtyping import Array, Bool, Key
 
 from jaxlstm.bidirectional import Bidirectional, Merge, concatenate, init_bidirectional, unroll_layer
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import check_init, check_key, check_rate, check_sequence, checked_flags, describe
+from jaxlstm.checks import (
+    alike,
+    check_carry,
+    check_cell,
+    check_compute_dtype,
+    check_init,
+    check_key,
+    check_num_steps,
+    check_sequence,
+    checked_flags,
+    checked_rate,
+    describe,
+    kind_of,
+)
 from jaxlstm.derivative import Steps, hold, start_of, where
 from jaxlstm.precision import in_compute_dtype
-from jaxlstm.regularize import draw_mask
+from jaxlstm.regularize import Noisy, draw_mask
 
 Params = TypeVar("Params")
 Carry = TypeVar("Carry")
@@ -59,9 +72,11 @@ def init_stack(
     >>> layers[1].backward.w_ih.shape
     (14, 12)
     """
-    check_init("init_stack", key, input_size, 1, jnp.float32)
-    if not isinstance(hidden_sizes, Sequence | tuple):
+    check_cell("init_stack", cell)
+    if not hasattr(hidden_sizes, "__len__"):
         raise TypeError(f"init_stack: hidden_sizes must be a sequence, one size a layer, got {hidden_sizes!r}.")
+    for hidden_size in (1, *hidden_sizes):  # the key and the input size, also where there is no layer
+        check_init("init_stack", key, input_size, hidden_size, jnp.float32)
     layers: list[Any] = []
     for layer_key, hidden_size in zip(jax.random.split(key, len(hidden_sizes)), hidden_sizes, strict=True):
         init = init_bidirectional if bidirectional else _init_layer
@@ -137,8 +152,12 @@ def unroll_stack(
     """
     function = "unroll_stack"
     num_layers = _checked_layers(function, params)
-    check_rate(function, "dropout", dropout)
-    drops = num_layers > 1 and not (isinstance(dropout, float | int) and dropout == 0)
+    dropout = checked_rate(function, "dropout", dropout)
+    if isinstance(xs, Noisy) and num_layers > 1:
+        raise ValueError(
+            f"{function}: xs is Noisy, which the first layer alone would take; pass noise=[...], one a layer."
+        )
+    drops = num_layers > 1 and not (isinstance(dropout, float) and dropout == 0)
     if drops:
         if key is None:
             raise ValueError(f"{function}: dropout={dropout!r} needs a key; pass key=..., or dropout=0 for evaluation.")
@@ -186,6 +205,7 @@ def step_stack(
     mask: Bool[Array, "*batch"] | None = None,
     reset: Bool[Array, "*batch"] | None = None,
     reset_carries: Sequence[Carry] | None = None,
+    noise: Sequence[Any] | None = None,
     compute_dtype: DTypeLike | None = None,
 ) -> tuple[list[Carry], Array]:
     """Take one step of a stack: what a stream, a sampler or an environment calls. Steps equal `unroll_stack`.
@@ -197,6 +217,7 @@ def step_stack(
       mask: True where the step is real; elsewhere the carries are held and the output is 0.
       reset: True where the carries are replaced before the step.
       reset_carries: by what, one a layer; default the cell's initial carry.
+      noise: for a regularised cell, one a layer: what `Noisy` has beside x, of this step. None: evaluation.
       compute_dtype: as in `unroll`.
 
     Returns:
@@ -216,15 +237,17 @@ def step_stack(
     num_layers = _checked_layers(function, params)
     if carries is None:
         raise TypeError(f"{function}: carries must be a list with one entry a layer, such as cell.initial_carry makes.")
-    carries, x = jax.tree.map(jnp.asarray, (carries, x))
+    carries, reset_carries, x = jax.tree.map(jnp.asarray, (carries, reset_carries, x))
     each = zip(
         params,
         _one_a_layer(function, "carries", carries, num_layers),
         _one_a_layer(function, "reset_carries", reset_carries, num_layers),
+        _one_a_layer(function, "noise", noise, num_layers),
         strict=True,
     )
     stepped = []
-    for depth, (layer, carry, reset_carry) in enumerate(each):
+    for depth, (layer, carry, reset_carry, layer_noise) in enumerate(each):
+        x = x if layer_noise is None else Noisy(x, layer_noise)
         carry, x = _step_layer(
             f"{function}, layer {depth}", cell, layer, carry, x, mask, reset, reset_carry, compute_dtype
         )
@@ -236,7 +259,7 @@ def _step_layer(
     function: str,
     cell: Cell[Params, Carry],
     params: Params,
-    carry: Carry,
+    carry: Carry | None,
     x: PyTree,
     mask: Any,
     reset: Any,
@@ -246,19 +269,22 @@ def _step_layer(
     """Take one step of one layer."""
     if isinstance(params, Bidirectional):
         raise TypeError(f"{function}: a bidirectional layer has no step, its backward half starts at the end.")
-    batch_shape = check_sequence(function, cell, params, jax.tree.map(_as_sequence, x), carry)
-    expand = lambda flags: None if flags is None else jnp.asarray(flags)[None]
-    mask, reset = (
-        None if f is None else f[0] for f in checked_flags(function, expand(mask), expand(reset), 1, batch_shape)
-    )
-    if reset is not None and reset_carry is None:
-        reset_carry = cell.initial_carry(params, batch_shape)
+    if carry is None:
+        raise TypeError(f"{function}: carry is None; {cell.name}.initial_carry(params, batch_shape) makes one.")
+    if reset_carry is not None and reset is None:
+        raise ValueError(f"{function}: reset_carry is given without reset, which says where it applies.")
+    batch_shape = check_sequence(function, cell, params, jax.tree.map(_as_sequence, x), carry, one_step=True)
+    mask, reset = checked_flags(function, mask, reset, None, batch_shape)
+    initial_carry = cell.initial_carry(params, batch_shape)
+    if reset_carry is not None:
+        check_carry(function, "reset_carry", cell, reset_carry, initial_carry)
     if compute_dtype is not None:
+        check_compute_dtype(function, compute_dtype)
         cell = in_compute_dtype(cell, jnp.dtype(compute_dtype))
     if mask is not None:
         x = jax.tree.map(lambda v: where(mask, v, jnp.zeros_like(v)), x)
     now = Steps(x, mask, reset)
-    start = start_of(now, carry, reset_carry)
+    start = start_of(now, carry, initial_carry if reset_carry is None else reset_carry)
     carry, y = cell.step(params, start, x)
     return hold(now, start, carry, y)
 
@@ -297,16 +323,12 @@ def generate(
     [ 8  9 10]
     """
     check_key("generate", key)
-    if num_steps < 0:
-        raise ValueError(f"generate: num_steps must not be negative, got {num_steps}.")
+    check_num_steps("generate", num_steps)
     carry, x0 = jax.tree.map(jnp.asarray, (carry, x0))
-    given, returned = (carry, x0), jax.eval_shape(step_fn, carry, x0, key)
-    types = lambda tree: jax.tree.map(lambda v: (v.shape, v.dtype), tree)
-    if types(given) != types(returned):
-        raise TypeError(
-            f"generate: step_fn must return (carry, x) like those it is given, {describe(given)}; "
-            f"got {describe(returned)}."
-        )
+    for name, given, got in zip(("carry", "x"), (carry, x0), jax.eval_shape(step_fn, carry, x0, key), strict=True):
+        if not alike(given, got):
+            like, came = (f"{kind_of(tree)}: {describe(tree)}" for tree in (given, got))
+            raise TypeError(f"generate: step_fn must return a {name} like the one it is given, {like}; got {came}.")
 
     def step(state: Any, t: Array) -> Any:
         state = step_fn(state[0], state[1], jax.random.fold_in(key, t))

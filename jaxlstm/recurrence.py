@@ -230,8 +230,8 @@ def length_mask(lengths: ArrayLike | Sequence[int], num_steps: int) -> Bool[Arra
 
     Raises:
       TypeError: `lengths` are not integers.
-      ValueError: a length is negative or beyond `num_steps`. Inside `jit` they cannot be
-        looked at: there a negative one counts as 0, and one beyond as `num_steps`.
+      ValueError: a length is negative or beyond `num_steps`. Lengths that `jit`
+        traces cannot be looked at: a negative one counts as 0, one beyond as `num_steps`.
 
     >>> import jaxlstm
     >>> print(1 * jaxlstm.length_mask([3, 0, 1], 3))
@@ -239,14 +239,14 @@ def length_mask(lengths: ArrayLike | Sequence[int], num_steps: int) -> Bool[Arra
      [1 0 0]
      [1 0 0]]
     """
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(lengths))
+    known = np.zeros(0, int) if traced else np.asarray(lengths)
     lengths = jnp.asarray(lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"length_mask: lengths must be integers, got {lengths.dtype}; cast with lengths.astype(int).")
-    if lengths.size and not isinstance(lengths, jax.core.Tracer):
-        least, most = np.asarray(lengths).min(), np.asarray(lengths).max()
-        if least < 0 or most > num_steps:
-            got = f"lengths from {least} to {most}"
-            raise ValueError(f"length_mask: lengths must lie between 0 and num_steps = {num_steps}, got {got}.")
+    if known.size and not 0 <= known.min() <= known.max() <= num_steps:
+        got = f"lengths from {known.min()} to {known.max()}"
+        raise ValueError(f"length_mask: lengths must lie between 0 and num_steps = {num_steps}, got {got}.")
     steps = jnp.arange(num_steps).reshape(num_steps, *[1] * lengths.ndim)
     return steps < lengths
 

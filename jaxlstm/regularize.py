@@ -15,13 +15,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from jaxlstm import baselines, lstm
 from jaxlstm.baselines import GRUParams, GRUState
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import check_key, check_rate
+from jaxlstm.checks import check_cell, check_key, checked_rate, kind_of
 from jaxlstm.derivative import where
 from jaxlstm.lstm import LSTMParams, LSTMState
 
@@ -71,8 +72,8 @@ def dropout_mask(
 def draw_mask(function: str, key: Any, rate: float, shape: Sequence[int], dtype: DTypeLike) -> Float[Array, "..."]:
     """Do what `dropout_mask` does, for a function that errors are to name."""
     check_key(function, key)
-    check_rate(function, "rate", rate)
-    return _flags(key, 1 - rate, shape).astype(dtype) / (1 - rate)
+    rate = checked_rate(function, "rate", rate)
+    return _flags(key, 1 - rate, shape).astype(dtype) / jnp.asarray(1 - rate, dtype)
 
 
 def _flags(key: Key[Array, ""], rate: float, shape: Sequence[int]) -> Bool[Array, "..."]:
@@ -104,8 +105,12 @@ def variational_dropout(cell: Cell[Params, Carry]) -> Cell[Any, Carry]:
     >>> _, ys = jaxlstm.unroll(cell, jaxlstm.Locked(params, h=h), jax.numpy.ones((11, 3, 5)))
     """
 
+    check_cell("variational_dropout", cell)
+
     def initial_carry(params: Any, batch_shape: tuple[int, ...] = ()) -> Carry:
         params, x_mask, h_mask = _locked(params)
+        if h_mask is not None and cell.recur is None:
+            raise ValueError(f"Locked.h is given, and {cell.name} has no matmul that reads h.")
         _check_mask("x", x_mask, batch_shape)
         _check_mask("h", h_mask, batch_shape)
         return cell.initial_carry(params, batch_shape)
@@ -143,11 +148,18 @@ def _check_mask(name: str, mask: Array | None, batch_shape: tuple[int, ...]) -> 
 
 
 def _masked(name: str, value: Array, mask: Array | None) -> Array:
-    """Multiply by a mask [*batch, features] what is [..., *batch, features], its leading axes perhaps made into one."""
-    if mask is None or value.shape[-mask.ndim :] == mask.shape:
-        return value if mask is None else value * mask
-    if value.size % mask.size:
-        _check_mask(name, mask, value.shape[:-1])
+    """Multiply by a mask [*batch, features] what is [..., *batch, features], its leading axes perhaps made into one.
+
+    A mask is noise and no parameter: it has no gradient, so no optimiser moves it.
+    """
+    if mask is None:
+        return value
+    if mask.shape[-1:] != value.shape[-1:] or (value.shape[-mask.ndim :] != mask.shape and value.size % mask.size):
+        expected = list(value.shape[-mask.ndim :] if mask.ndim <= value.ndim else value.shape)
+        raise ValueError(f"Locked.{name} must be [*batch, features] = {expected}, got {list(mask.shape)}.")
+    mask = lax.stop_gradient(mask).astype(value.dtype)
+    if value.shape[-mask.ndim :] == mask.shape:
+        return value * mask
     return (value.reshape(-1, *mask.shape) * mask).reshape(value.shape)
 
 
@@ -172,6 +184,7 @@ def recurrent_dropout(cell: Cell[Params, Carry]) -> Cell[Params, Carry]:
     >>> m = jaxlstm.dropout_mask(jax.random.key(1), 0.25, (11, 3, 7))
     >>> _, ys = jaxlstm.unroll(jaxlstm.recurrent_dropout(jaxlstm.LSTM), params, jaxlstm.Noisy(xs, m))
     """
+    check_cell("recurrent_dropout", cell)
     known: dict[Any, Any] = {lstm.gates: _lstm_gates, baselines.gru_gates: _gru_gates}
     if cell.gates not in known:
         raise ValueError(
@@ -186,6 +199,7 @@ def _lstm_gates(
 ) -> tuple[LSTMState, Array]:
     if mask is None:
         return gates(params, state, z, a)
+    _check_noise("recurrent_dropout", mask, state.h)
     i, f, g, o = lstm.activations(params, state, z, a)
     c = f * state.c + i * (mask * g)
     h = o * jnp.tanh(c)
@@ -197,6 +211,7 @@ def _gru_gates(
 ) -> tuple[GRUState, Array]:
     if mask is None:
         return gates(params, state, z, a)
+    _check_noise("recurrent_dropout", mask, state.h)
     _, u, n = baselines.gru_activations(params, state, z, a)
     h = (1 - u) * (mask * n) + u * state.h
     return GRUState(h), h
@@ -207,7 +222,6 @@ def output_h(carry: Any) -> Array:
     return carry.h
 
 
-@functools.cache
 def zoneout(cell: Cell[Params, Carry], rates: Any, *, output: Callable[[Carry], Any] = output_h) -> Cell[Params, Carry]:
     """Make the cell whose units keep their last value with a probability: s_t = d_t ⊙ s_{t-1} + (1 − d_t) ⊙ s̃_t.
 
@@ -223,6 +237,7 @@ def zoneout(cell: Cell[Params, Carry], rates: Any, *, output: Callable[[Carry], 
       A cell whose input is `Noisy(xs, d)`, d from `zoneout_noise`; plain `xs`: evaluation.
 
     Raises:
+      TypeError: rates are traced, or a dict.
       ValueError: a rate lies outside [0, 1).
 
     >>> import jax, jaxlstm
@@ -231,19 +246,36 @@ def zoneout(cell: Cell[Params, Carry], rates: Any, *, output: Callable[[Carry], 
     >>> d = jaxlstm.zoneout_noise(jax.random.key(1), rates, jaxlstm.LSTM.initial_carry(params, (3,)), 11)
     >>> _, ys = jaxlstm.unroll(jaxlstm.zoneout(jaxlstm.LSTM, rates), params, jaxlstm.Noisy(xs, d))
     """
-    for rate in jax.tree.leaves(rates):
-        check_rate("zoneout", "rates", rate)
+    check_cell("zoneout", cell)
+    if any(isinstance(rate, jax.core.Tracer) for rate in jax.tree.leaves(rates)):
+        raise TypeError("zoneout: rates must be known before anything is traced: they are part of the cell.")
+    rates = jax.tree.map(functools.partial(checked_rate, "zoneout", "rates"), rates)
+    try:
+        return _zoneout(cell, rates, output)
+    except TypeError as error:
+        raise TypeError(f"zoneout: rates must be one number or a NamedTuple of them, got {kind_of(rates)}.") from error
 
+
+@functools.cache
+def _zoneout(cell: Cell[Params, Carry], rates: Any, output: Callable[[Carry], Any]) -> Cell[Params, Carry]:
     def gates(inner: Any, params: Params, carry: Carry, z: Any, a: Any, held: PyTree | None) -> tuple[Carry, Any]:
         new, _ = inner(params, carry, z, a)
         if held is None:
-            keep = lambda rate, old, new: rate * old + (1 - rate) * new
-            new = jax.tree.map(keep, _like(rates, carry), carry, new)
+            expected = lambda rate, old, new: rate * old + (1 - rate) * new
+            new = jax.tree.map(expected, _like(rates, carry), carry, new)
         else:
+            jax.tree.map(functools.partial(_check_noise, "zoneout", is_bool=True), held, carry)
             new = jax.tree.map(where, held, carry, new)
         return new, output(new)
 
     return _with_noise(cell, gates, f"zoneout({cell.name})")
+
+
+def _check_noise(function: str, noise: Array, leaf: Array, *, is_bool: bool = False) -> None:
+    if is_bool and noise.dtype != jnp.bool_:
+        raise ValueError(f"{function}: noise must be bool, True where a unit keeps its value; zoneout_noise draws it.")
+    if noise.shape != leaf.shape:
+        raise ValueError(f"{function}: noise of a step must be {list(leaf.shape)}, got {list(noise.shape)}.")
 
 
 def zoneout_noise(
@@ -265,8 +297,7 @@ def zoneout_noise(
       ValueError: a rate lies outside [0, 1).
     """
     check_key("zoneout_noise", key)
-    for rate in jax.tree.leaves(rates):
-        check_rate("zoneout_noise", "rates", rate)
+    rates = jax.tree.map(functools.partial(checked_rate, "zoneout_noise", "rates"), rates)
     treedef: Any = jax.tree.structure(carry)
     keys = treedef.unflatten(jax.random.split(key, treedef.num_leaves))
     draw = lambda key, rate, leaf: _flags(key, rate, (num_steps, *leaf.shape))
@@ -274,7 +305,7 @@ def zoneout_noise(
 
 
 def _like(rates: Any, carry: PyTree) -> PyTree:
-    return jax.tree.map(lambda _: rates, carry) if isinstance(rates, float | int) else rates
+    return jax.tree.map(lambda _: rates, carry) if isinstance(rates, float) else rates
 
 
 def _with_noise(cell: Cell[Params, Carry], gates: Callable[..., Any], name: str) -> Cell[Params, Carry]:
@@ -345,10 +376,12 @@ def embedding_dropout(
 
     Raises:
       TypeError: `key` is no typed key.
-      ValueError: `rate` lies outside [0, 1).
+      ValueError: `rate` lies outside [0, 1), or `embedding` is no table.
 
     >>> import jax, jaxlstm
     >>> jaxlstm.embedding_dropout(jax.random.key(0), 0.1, jax.numpy.ones((50, 8)))[jax.numpy.array([3, 1, 3])].shape
     (3, 8)
     """
+    if embedding.ndim != 2:
+        raise ValueError(f"embedding_dropout: embedding must be [symbols, features], got {list(embedding.shape)}.")
     return embedding * draw_mask("embedding_dropout", key, rate, (len(embedding), 1), embedding.dtype)

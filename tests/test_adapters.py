@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx, serialization
 
-from jaxlstm import GRU, LSTM, Bidirectional, LSTMState, length_mask, unroll, unroll_stack, zoneout
+from jaxlstm import GRU, LSTM, Bidirectional, LSTMState, Noisy, length_mask, unroll, unroll_stack, zoneout
 from jaxlstm.adapters import linen as ours_linen
 from jaxlstm.adapters import nnx as ours_nnx
 
@@ -34,11 +34,17 @@ def promotion_as_flax_has_it():
 # Flax's own tests.
 
 PATCHES = {
-    "tests/linen/linen_recurrent_test.py": """
+    "tests/linen/linen_test.py RecurrentTest": """
         from flax import linen
         from jaxlstm.adapters import linen as ours
         linen.LSTMCell = linen.OptimizedLSTMCell = ours.LSTMCell
         linen.GRUCell = ours.GRUCell
+        ours_are_used = [ours.LSTMCell, ours.GRUCell]
+        """,
+    "tests/linen/linen_recurrent_test.py": """
+        from flax import linen
+        from jaxlstm.adapters import linen as ours
+        linen.LSTMCell = linen.OptimizedLSTMCell = ours.LSTMCell
         ours_are_used = [ours.LSTMCell]
         """,
     "tests/nnx/nn/recurrent_test.py": """
@@ -51,6 +57,7 @@ PATCHES = {
 RUN = """
 import inspect, runpy, sys
 exec(inspect.cleandoc({patch!r}))
+sys.argv = {argv!r}
 called = set()
 for cell in ours_are_used:
     call = cell.__call__
@@ -83,6 +90,7 @@ def flax_source(tmp_path_factory):
     ]
     download = subprocess.run([*command, f"flax=={version('flax')}"], capture_output=True, text=True)
     if download.returncode:
+        assert "CI" not in os.environ, download.stderr
         pytest.skip(f"no source release of Flax to be had: {download.stderr[-200:]}")
     (archive,) = folder.glob("flax-*.tar.gz")
     with tarfile.open(archive) as tar:
@@ -93,7 +101,8 @@ def flax_source(tmp_path_factory):
 @pytest.mark.ci
 @pytest.mark.parametrize("file", PATCHES)
 def test_flaxs_own_recurrent_tests_pass_with_our_cells(file, flax_source):
-    code = RUN.format(patch=PATCHES[file], path=str(flax_source / file))
+    path, *tests = file.split()
+    code = RUN.format(patch=PATCHES[file], path=str(flax_source / path), argv=[path, *tests])
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **UNCHECKED}
     )
@@ -223,6 +232,46 @@ def test_the_layers_take_every_cell_and_are_unroll_stack(name):
     assert worst_error(module(XS, mask=mask, reset=reset), ys) < 1e-14
 
 
+def test_lengths_masks_and_noise_compose_in_either_layout():
+    module = ours_nnx.Recurrent(I, H, cell=zoneout(LSTM, 0.3), param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    mask, reset = normal(2, B, T) > -0.5, normal(3, B, T) > 0.5
+    held = normal(4, B, T, H) > 0.5
+    ys = module(XS, mask=mask, seq_lengths=LENGTHS, reset=reset, noise=[LSTMState(held, ~held)])
+    (layer,) = ours_nnx.conventions.layers_of(
+        jax.tree.map(lambda p: p[...], nnx.to_pure_dict(nnx.state(module)))["layers"], I, module.options
+    )
+    first = lambda v: v.swapaxes(0, 1)
+    both = first(mask) & length_mask(LENGTHS, T)
+    noisy = Noisy(first(XS), LSTMState(first(held), first(~held)))
+    _, want = unroll(zoneout(LSTM, 0.3), layer, noisy, mask=both, reset=first(reset))
+    assert worst_error(first(ys), want) < 1e-14
+    major = module(
+        first(XS), mask=first(mask), seq_lengths=LENGTHS, reset=first(reset), noise=[noisy.noise], time_major=True
+    )
+    assert worst_error(major, want) < 1e-14
+    assert worst_error(module(XS), ys) > 0.01
+
+
+def test_parameters_of_another_number_of_layers_are_refused():
+    two = ours_linen.Recurrent(H, num_layers=2, param_dtype=jnp.float64)
+    variables = two.init(jax.random.key(0), XS)
+    for number in (1, 3):
+        with pytest.raises(ValueError, match=f"Recurrent: num_layers is {number}, the parameters are of 2 layers"):
+            ours_linen.Recurrent(H, num_layers=number, param_dtype=jnp.float64).apply(variables, XS)
+    with pytest.raises(ValueError, match="Recurrent: num_layers must be a positive int, got 0"):
+        ours_nnx.Recurrent(I, H, num_layers=0, rngs=nnx.Rngs(0))
+
+
+def test_nnx_cells_round_as_flaxs_do():
+    xs = XS.astype("float32")
+    for name in ("LSTMCell", "OptimizedLSTMCell", "GRUCell"):
+        ours, theirs = (nnx.RNN(getattr(m, name)(I, H, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))) for m in (ours_nnx, nnx))
+        full = nnx.RNN(getattr(nnx, name)(I, H, rngs=nnx.Rngs(0)))(xs)
+        got, want = ours(xs), theirs(xs)
+        assert got.dtype == want.dtype and worst_error(got.astype("float32"), want.astype("float32")) < 1e-2
+        assert worst_error(got.astype("float32"), full) > 1e-4
+
+
 def test_dropout_follows_flaxs_habits():
     linen = ours_linen.Recurrent(H, num_layers=2, dropout=0.5)
     xs = XS.astype("float32")
@@ -247,8 +296,9 @@ def test_layouts_carries_and_dtypes():
     variables = linen.init(jax.random.key(0), xs)
     carries, ys = linen.apply(variables, xs)
     again, more = linen.apply(variables, xs, initial_carry=carries)
-    (layer,) = (ours_linen.conventions.layers_of(LSTM, variables["params"]["layers"], False),)
-    want = unroll(LSTM, layer[0], jnp.concatenate([xs, xs], axis=1).swapaxes(0, 1))
+    options = ours_linen.conventions.Options(LSTM, H, 1, False, jnp.float32)
+    (layer,) = ours_linen.conventions.layers_of(variables["params"]["layers"], I, options)
+    want = unroll(LSTM, layer, jnp.concatenate([xs, xs], axis=1).swapaxes(0, 1))
     assert worst_error((again[0], more), (want[0], want[1].swapaxes(0, 1)[:, T:])) < 1e-6
     major = linen.apply(variables, xs.swapaxes(0, 1), time_major=True, return_carry=False)
     assert worst_error(major.swapaxes(0, 1), ys) < 1e-6
@@ -282,7 +332,8 @@ def test_a_module_trains_with_nnx_and_compiles_once():
 BAD = {
     "lengths beyond T": (lambda layer: layer(XS, seq_lengths=LENGTHS + 1), ValueError, "length_mask: lengths must lie between 0 and num_steps = 7"),
     "lengths that are floats": (lambda layer: layer(XS, seq_lengths=LENGTHS / 1), TypeError, "length_mask: lengths must be integers"),
-    "a mask [time, batch]": (lambda layer: layer(XS, mask=jnp.ones((T, B), bool)), ValueError, r"layer 0: mask must be \[time, \*batch\] = \[7, 3\], got \[3, 7\]"),
+    "a mask [time, batch]": (lambda layer: layer(XS, mask=jnp.ones((T, B), bool)), ValueError, r"Recurrent: mask must be bool \[\*batch, time\] = \[3, 7\], got bool \[7, 3\]"),
+    "lengths of another batch": (lambda layer: layer(XS, seq_lengths=LENGTHS[:2]), ValueError, r"Recurrent: seq_lengths must be \[\*batch\] = \[3\], got \[2\]"),
     "another width": (lambda layer: layer(XS[..., 1:]), ValueError, "xs has 4 features, params.w_ih expects 5"),
     "a carry of Flax's": (lambda layer: layer(XS, initial_carry=(XS[:, 0], XS[:, 0])), ValueError, "params have 1 layers, carries 2"),
 }  # fmt: skip

@@ -15,6 +15,7 @@ from jaxlstm import (
     Bidirectional,
     LSTMParams,
     LSTMState,
+    Noisy,
     dropout_mask,
     generate,
     init_bidirectional,
@@ -386,6 +387,20 @@ def test_a_stack_compiles_once_and_every_layer_runs_one_scan():
     assert jaxpr.count("scan[") == 4
 
 
+def test_how_a_stack_is_differentiated_is_handed_on():
+    params = init_stack(jax.random.key(0), LSTM, I, [4, 3], bidirectional=True, dtype=jnp.float64)
+    jaxpr = lambda **options: str(
+        jax.make_jaxpr(lambda p: unroll_stack(LSTM, p, jnp.ones((T, B, I)), **options))(params)
+    )
+    assert jaxpr().count("custom_jvp") == 4 and "custom_jvp" not in jaxpr(gradient="scan")
+    gradient = lambda **options: jax.make_jaxpr(
+        jax.grad(lambda p: unroll_stack(LSTM, p, jnp.ones((T, B, I)), **options)[1].sum())
+    )(params)
+    assert str(gradient(block_size=3)) != str(gradient())
+    low = unroll_stack(LSTM, params, jnp.asarray(normal(0, T, B, I)), compute_dtype="bfloat16")[1]
+    assert 1e-4 < worst_error(low, unroll_stack(LSTM, params, jnp.asarray(normal(0, T, B, I)))[1]) < 0.1
+
+
 def test_init_stack_knows_what_each_cell_puts_out_and_hands_options_on():
     params = init_stack(jax.random.key(0), LSTM, I, [4, 3], bidirectional=True, forget_bias=2.0)
     assert params[0].forward.w_ih.shape == (I, 16) and params[1].backward.w_ih.shape == (8, 12)
@@ -399,6 +414,7 @@ def test_init_stack_knows_what_each_cell_puts_out_and_hands_options_on():
 PARAMS = [draw(LSTM)[0], LSTMParams(*(jnp.asarray(normal(n, *s)) for n, s in enumerate([(H, 12), (3, 12), (12,)])))]
 BOTH = [Bidirectional(draw(LSTM)[0], draw(LSTM, 3)[0])]
 XS = jnp.asarray(normal(0, T, B, I))
+CARRIES = [LSTM.initial_carry(layer, (B,)) for layer in PARAMS]
 BAD = {
     "widths of a restored tree": (
         lambda: unroll_stack(LSTM, PARAMS[::-1], XS), ValueError,
@@ -443,19 +459,37 @@ BAD = {
         r"step_stack, layer 0: a bidirectional layer has no step"),
     "a step without carries": (lambda: step_stack(LSTM, PARAMS, None, XS[0]), TypeError,
         r"step_stack: carries must be a list with one entry a layer"),
-    "a step's mask": (lambda: step_stack(LSTM, PARAMS, [LSTM.initial_carry(p, (B,)) for p in PARAMS], XS[0], mask=HOLES), ValueError,
-        r"step_stack, layer 0: mask"),
+    "a step's mask": (lambda: step_stack(LSTM, PARAMS, CARRIES, XS[0], mask=HOLES), ValueError,
+        r"^step_stack, layer 0: mask must be \[\*batch\] = \[3\], got \[7, 3\].$"),
+    "a step's width": (lambda: step_stack(LSTM, PARAMS, CARRIES, XS[0, :, 1:]), ValueError,
+        r"^step_stack, layer 0: x has 4 features, params.w_ih expects 5; x is \[\*batch, input\], got \[3, 4\].$"),
+    "a step's carries of None": (lambda: step_stack(LSTM, PARAMS, [None, None], XS[0]), TypeError,
+        r"step_stack, layer 0: carry is None; LSTM.initial_carry"),
+    "a step's reset carries without reset": (lambda: step_stack(LSTM, PARAMS, CARRIES, XS[0], reset_carries=CARRIES), ValueError,
+        r"step_stack, layer 0: reset_carry is given without reset"),
+    "a step's reset carries of another shape": (
+        lambda: step_stack(LSTM, PARAMS, CARRIES, XS[0], reset=RESET[0], reset_carries=CARRIES[::-1]), ValueError,
+        r"step_stack, layer 0: reset_carry is h float64\[3,3\].* expects h float64\[3,4\]"),
+    "a step in integers": (lambda: step_stack(LSTM, PARAMS, CARRIES, XS[0], compute_dtype="int8"), TypeError,
+        r"step_stack, layer 0: compute_dtype must be a floating type"),
+    "noise of the first layer alone": (lambda: unroll_stack(LSTM, PARAMS, Noisy(XS, None)), ValueError,
+        r"unroll_stack: xs is Noisy, .* pass noise="),
+    "a cell that is none": (lambda: init_stack(jax.random.key(0), "LSTM", I, [4]), TypeError, r"init_stack: cell must be a Cell"),
     "sizes that are one number": (lambda: init_stack(jax.random.key(0), LSTM, I, 7), TypeError,
         r"init_stack: hidden_sizes must be a sequence, one size a layer, got 7"),
-    "a size of 0": (lambda: init_stack(jax.random.key(0), LSTM, I, [7, 0]), ValueError, r"hidden_size must be a positive int, got 0"),
+    "a size of 0": (lambda: init_stack(jax.random.key(0), LSTM, I, [7, 0]), ValueError, r"init_stack: hidden_size must be a positive int, got 0"),
     "lengths beyond T": (lambda: length_mask([3, T + 1], T), ValueError,
         r"length_mask: lengths must lie between 0 and num_steps = 7, got lengths from 3 to 8"),
     "negative lengths": (lambda: length_mask([3, -1], T), ValueError, r"got lengths from -1 to 3"),
     "lengths that are floats": (lambda: length_mask(np.array([3.0]), T), TypeError, r"lengths must be integers, got float"),
     "generation back in time": (lambda: generate(lambda c, x, k: (c, x), (), XS, jax.random.key(0), -1), ValueError,
-        r"generate: num_steps must not be negative, got -1"),
+        r"generate: num_steps must be an int and not negative, got -1"),
+    "generation of half a step": (lambda: generate(lambda c, x, k: (c, x), (), XS, jax.random.key(0), 2.5), ValueError, r"got 2.5"),
+    "generation of another carry": (
+        lambda: generate(lambda c, x, k: (tuple(c), x), CARRIES[0], XS, jax.random.key(0), 2), TypeError,
+        r"generate: step_fn must return a carry like the one it is given, LSTMState\(h, c\): .*; got tuple: "),
     "generation of something else": (lambda: generate(lambda c, x, k: (c, x[0]), (), XS, jax.random.key(0), 2), TypeError,
-        r"generate: step_fn must return \(carry, x\) like those it is given"),
+        r"generate: step_fn must return a x like the one it is given, ArrayImpl: float64\[7,3,5\]; got ShapeDtypeStruct: float64\[3,5\]"),
     "generation with an old key": (lambda: generate(lambda c, x, k: (c, x), (), XS, 0, 2), TypeError, r"generate: key must be a typed key"),
 }  # fmt: skip
 
@@ -470,3 +504,8 @@ def test_bad_input_gets_one_clear_error(name):
 def test_lengths_that_are_traced_are_clipped():
     mask = jax.jit(lambda lengths: length_mask(lengths, 4))(jnp.array([-2, 9, 3]))
     assert mask.sum(axis=0).tolist() == [0, 4, 3]
+    known = jnp.array([1, 4])  # closed over, they are no arguments of jit
+    assert jax.jit(lambda: length_mask(known, 4))().sum(axis=0).tolist() == [1, 4]
+    for lengths in (known, np.array([1, 4]), [1, 4]):
+        with pytest.raises(ValueError, match="got lengths from 1 to 4"):
+            jax.jit(lambda lengths=lengths: length_mask(lengths, 3))()

@@ -142,7 +142,9 @@ def test_the_page_on_dates_has_the_figures_of_the_results():
     for form, figure in rows:
         result = json.loads((ROOT / "experiments" / "results" / "dates" / form / "result.json").read_text("utf-8"))
         assert figure == f"{100 * result['exact match']:.2f}" and result["held-out strings"] == 5000
-        assert result["config"]["form"] == form and len(result["wrong"]) == round(5000 * (1 - result["exact match"]))
+        assert result["config"]["form"] == form and len(result["wrong"]) == min(
+            10, round(5000 * (1 - result["exact match"]))
+        )
     assert f"in {len(dates.FORMATS)} forms" in page
 
 

@@ -13,6 +13,7 @@ from jaxlstm import (
     GRU,
     LSTM,
     RNN,
+    Bidirectional,
     Locked,
     LSTMState,
     Noisy,
@@ -20,6 +21,7 @@ from jaxlstm import (
     embedding_dropout,
     init_stack,
     recurrent_dropout,
+    step_stack,
     trace,
     unroll,
     unroll_stack,
@@ -173,13 +175,14 @@ def test_the_same_choice_is_the_same_cell_and_compiles_once():
     assert zoneout(LSTM, RATES) is zoneout(LSTM, LSTMState(0.2, 0.5)) is not zoneout(LSTM, 0.2)
 
 
-def test_noise_is_no_parameter_its_masks_have_symbolic_zeros_and_may_be_batched():
-    """Masks of bool take part in no gradient, and vmap over examples finds its own masks."""
+def test_masks_have_no_gradient_and_may_be_mapped_over():
     cell = zoneout(variational_dropout(LSTM), RATES)
     params, xs, _ = draw(LSTM)
     one = lambda xs, m_x, m_h, d: unroll(cell, Locked(params, m_x, m_h), Noisy(xs, d))[1]
     mapped = jax.vmap(one, in_axes=(1, 0, 0, 1), out_axes=1)(xs, MASK_X, MASK_H, HELD)
     assert worst_error(mapped, unroll(cell, lock(params), Noisy(xs, HELD))[1]) < 1e-14
+    gradient = jax.grad(lambda locked: (unroll(cell, locked, Noisy(xs, HELD))[1] ** 2).sum())(lock(params))
+    assert (gradient.x == 0).all() and (gradient.h == 0).all() and (gradient.params.w_hh != 0).all()
 
 
 @pytest.mark.ci
@@ -211,6 +214,31 @@ def test_a_stack_takes_noise_a_layer_and_what_the_gates_did_can_be_seen():
     assert worst_error(unroll_stack(cell, params, xs)[1], unroll_stack(LSTM, params, xs)[1]) < 1e-15
     gates = trace(cell, params[0], Noisy(xs, noise[0])).gates
     assert gates.g.shape == (T, B, H) and (gates.g != 0).all()
+
+
+def test_noise_reaches_both_directions_and_every_step_of_a_stack():
+    cell = zoneout(LSTM, RATES)
+    params = [Bidirectional(*(draw(LSTM, seed)[0] for seed in (0, 20)))]
+    xs = draw(LSTM)[1]
+    other = zoneout_noise(KEY(9), RATES, LSTM.initial_carry(params[0].forward, (B,)), T)
+    _, ys = unroll_stack(cell, params, xs, noise=[Bidirectional(HELD, other)])
+    _, forward = unroll(cell, params[0].forward, Noisy(xs, HELD))
+    _, backward = unroll(cell, params[0].backward, Noisy(xs, other), reverse=True)
+    assert worst_error(ys, jnp.concatenate([forward, backward], axis=-1)) < 1e-15
+    stack, carries = [params[0].forward], [LSTM.initial_carry(params[0].forward, (B,))]
+    for t in range(T):
+        carries, y = step_stack(cell, stack, carries, xs[t], noise=[jax.tree.map(lambda d, t=t: d[t], HELD)])
+        np.testing.assert_allclose(y, forward[t], atol=1e-14)
+
+
+def test_rates_from_numpy_and_unbatched_masks_in_few_digits():
+    assert dropout_mask(KEY(0), np.float64(0.3), (5,), "bfloat16").dtype == jnp.bfloat16
+    assert zoneout(LSTM, np.float32(0.5)) is zoneout(LSTM, 0.5)
+    params, xs, _ = jax.tree.map(lambda v: v.astype("float32"), draw(LSTM))
+    locked = Locked(params, x=dropout_mask(KEY(1), 0.4, (I,)), h=dropout_mask(KEY(2), 0.4, (H,)))
+    _, low = unroll(variational_dropout(LSTM), locked, xs[:, 0], compute_dtype="bfloat16")
+    _, full = unroll(variational_dropout(LSTM), locked, xs[:, 0])
+    assert 1e-5 < worst_error(low, full) < 0.1
 
 
 # Expectations.
@@ -310,6 +338,22 @@ BAD = {
     "locked masks of another batch": (
         lambda: unroll(variational_dropout(LSTM), Locked(PARAMS, x=jnp.ones((1, I))), XS), ValueError,
         r"Locked.x must be \[\*batch, features\] = \[3, 5\], got \[1, 5\]"),
+    "a locked mask for all features": (
+        lambda: unroll(variational_dropout(LSTM), Locked(PARAMS, x=jnp.ones((B, 1))), XS), ValueError,
+        r"Locked.x must be \[\*batch, features\] = \[3, 5\], got \[3, 1\]"),
+    "a locked mask of half the units": (
+        lambda: unroll(variational_dropout(LSTM), Locked(PARAMS, h=jnp.ones((B, H // 2))), XS), ValueError,
+        r"Locked.h must be \[\*batch, features\] = \[3, 4\], got \[3, 2\]"),
+    "dropout's mask for zoneout": (
+        lambda: unroll(zoneout(LSTM, RATES), PARAMS, Noisy(XS, LSTMState(jnp.asarray(CANDIDATE), jnp.asarray(CANDIDATE)))), ValueError,
+        r"zoneout: noise must be bool"),
+    "noise without its batch": (
+        lambda: unroll(recurrent_dropout(LSTM), PARAMS, Noisy(XS, jnp.ones((T, H)))), ValueError,
+        r"recurrent_dropout: noise of a step must be \[3, 4\], got \[4\]"),
+    "zoneout by a dict": (lambda: zoneout(LSTM, {"h": 0.1, "c": 0.5}), TypeError, r"zoneout: rates must be one number or a NamedTuple of them, got dict"),
+    "zoneout by a traced rate": (lambda: jax.jit(lambda r: unroll(zoneout(LSTM, r), PARAMS, XS))(0.5), TypeError, r"zoneout: rates must be known"),
+    "zoneout of no cell": (lambda: zoneout("LSTM", 0.5), TypeError, r"zoneout: cell must be a Cell"),
+    "embedding of one symbol": (lambda: embedding_dropout(KEY(0), 0.5, XS[0, 0]), ValueError, r"embedding_dropout: embedding must be \[symbols, features\], got \[5\]"),
     "locked masks that do not divide": (
         lambda: unroll(variational_dropout(LSTM), Locked(PARAMS, h=jnp.ones((2, H))), XS), ValueError,
         r"Locked.h must be \[\*batch, features\] = \[3, 4\], got \[2, 4\]"),

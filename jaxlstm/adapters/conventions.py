@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ from jaxtyping import Array, Key
 from jaxlstm import (
     GRU,
     LSTM,
-    Bidirectional,
     Cell,
     GRUParams,
     GRUState,
@@ -89,25 +88,46 @@ def _are_usual(gate_fn: Function, activation_fn: Function) -> bool:
 # A layer, as Flax's users call it.
 
 
-def init_layers(
-    key: Key[Array, ""],
-    cell: Cell[Any, Any],
-    input_size: int,
-    features: int,
-    num_layers: int,
-    bidirectional: bool,
-    dtype: DTypeLike,
-) -> dict[str, Any]:
+class Options(NamedTuple):
+    """What makes a layer, beside the number of features it reads."""
+
+    cell: Cell[Any, Any]
+    features: int
+    num_layers: int
+    bidirectional: bool
+    param_dtype: DTypeLike
+
+
+def init_layers(key: Key[Array, ""], input_size: int, options: Options) -> dict[str, Any]:
     """Draw the parameters of a stack as nested dicts: `layer_0: {forward: {w_ih, ...}, ...}`."""
-    layers = init_stack(key, cell, input_size, [features] * num_layers, bidirectional=bidirectional, dtype=dtype)
+    layers = _init_stack(key, input_size, options)
     return {f"layer_{depth}": serialization.to_state_dict(layer) for depth, layer in enumerate(layers)}
 
 
-def layers_of(cell: Cell[Any, Any], tree: Any, bidirectional: bool) -> list[Any]:
-    """Return the stack whose parameters `init_layers` made."""
-    like = jax.eval_shape(lambda: cell.init(jax.random.key(0), 1, 1))
-    like = Bidirectional(like, like) if bidirectional else like
-    return [serialization.from_state_dict(like, tree[f"layer_{depth}"]) for depth in range(len(tree))]
+def layers_of(tree: Any, input_size: int, options: Options) -> list[Any]:
+    """Return the stack whose parameters `init_layers` made.
+
+    Raises:
+      ValueError: they are of another number of layers.
+    """
+    like = jax.eval_shape(lambda: _init_stack(jax.random.key(0), input_size, options))
+    if len(tree) != len(like):
+        raise ValueError(f"Recurrent: num_layers is {len(like)}, the parameters are of {len(tree)} layers.")
+    return [serialization.from_state_dict(layer, tree[f"layer_{depth}"]) for depth, layer in enumerate(like)]
+
+
+def _init_stack(key: Key[Array, ""], input_size: int, options: Options) -> list[Any]:
+    if not hasattr(options.num_layers, "__index__") or options.num_layers < 1:
+        raise ValueError(f"Recurrent: num_layers must be a positive int, got {options.num_layers!r}.")
+    hidden_sizes = [options.features] * options.num_layers
+    return init_stack(
+        key,
+        options.cell,
+        input_size,
+        hidden_sizes,
+        bidirectional=options.bidirectional,
+        dtype=options.param_dtype,
+    )
 
 
 def run_layers(
@@ -119,6 +139,7 @@ def run_layers(
     seq_lengths: Array | None,
     mask: Array | None,
     reset: Array | None,
+    noise: list[Any] | None,
     dropout: float,
     key: Key[Array, ""] | None,
     time_major: bool,
@@ -126,17 +147,41 @@ def run_layers(
     dtype: DTypeLike | None,
 ) -> Any:
     """Run a stack on [*batch, time, features], or [time, *batch, features]."""
-    to_time_major = lambda v: v if v is None or time_major else jnp.moveaxis(v, v.ndim - 2, 0)
-    flags_first = lambda v: v if v is None or time_major else jnp.moveaxis(v, -1, 0)
+    to_time_major = lambda v: v if time_major else jnp.moveaxis(v, v.ndim - 2, 0)
     if jnp.issubdtype(inputs.dtype, jnp.floating):
         inputs = inputs.astype(jax.tree.leaves(layers)[0].dtype)
-    xs, mask, reset = to_time_major(inputs), flags_first(mask), flags_first(reset)
+    xs, noise = to_time_major(inputs), jax.tree.map(to_time_major, noise)
+    mask, reset = (_time_major_flags(name, v, inputs, time_major) for name, v in (("mask", mask), ("reset", reset)))
     if seq_lengths is not None:
+        if jnp.shape(seq_lengths) != xs.shape[1:-1]:
+            got = list(jnp.shape(seq_lengths))
+            raise ValueError(f"Recurrent: seq_lengths must be [*batch] = {list(xs.shape[1:-1])}, got {got}.")
         real = length_mask(seq_lengths, len(xs))
         mask = real if mask is None else mask & real
     carries, ys = unroll_stack(
-        cell, layers, xs, initial_carry, mask=mask, reset=reset, dropout=dropout, key=key, compute_dtype=dtype
+        cell,
+        layers,
+        xs,
+        initial_carry,
+        mask=mask,
+        reset=reset,
+        noise=noise,
+        dropout=dropout,
+        key=key,
+        compute_dtype=dtype,
     )
     outputs = ys if time_major else jnp.moveaxis(ys, 0, -2)
     outputs = outputs if dtype is None else outputs.astype(dtype)
     return (carries, outputs) if return_carry else outputs
+
+
+def _time_major_flags(name: str, flags: Any, inputs: Array, time_major: bool) -> Array | None:
+    """Check a mask or resets in the layout of the inputs; return them [time, *batch]."""
+    if flags is None:
+        return None
+    flags, shape = jnp.asarray(flags), inputs.shape[:-1]
+    if flags.dtype != jnp.bool_ or flags.shape != shape:
+        axes = "[time, *batch]" if time_major else "[*batch, time]"
+        got = f"{flags.dtype} {list(flags.shape)}"
+        raise ValueError(f"Recurrent: {name} must be bool {axes} = {list(shape)}, got {got}.")
+    return flags if time_major else jnp.moveaxis(flags, -1, 0)

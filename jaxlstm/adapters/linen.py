@@ -57,6 +57,7 @@ class Recurrent(nn.Module):
         seq_lengths: Array | None = None,
         mask: Array | None = None,
         reset: Array | None = None,
+        noise: list[Any] | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
         deterministic: bool | None = None,
@@ -69,24 +70,23 @@ class Recurrent(nn.Module):
           seq_lengths: [*batch] integers; outputs beyond are 0, and the carry is that after the last real step.
           mask: [*batch, time], True where a step is real.
           reset: [*batch, time], True where a new segment or episode starts.
+          noise: for a regularised cell, one a layer, [*batch, time, ...]: what `Noisy` has beside x. None: evaluation.
           return_carry, time_major, deterministic: in place of the attributes.
         """
         choose = lambda given, own: own if given is None else given
-        layers = self.param(
-            "layers",
-            lambda key: conventions.init_layers(
-                key, self.cell, inputs.shape[-1], self.features, self.num_layers, self.bidirectional, self.param_dtype
-            ),
-        )
+        inputs = jnp.asarray(inputs)
+        options = conventions.Options(self.cell, self.features, self.num_layers, self.bidirectional, self.param_dtype)
+        layers = self.param("layers", lambda key: conventions.init_layers(key, inputs.shape[-1], options))
         drops = self.dropout and not choose(deterministic, self.deterministic)
         return conventions.run_layers(
             self.cell,
-            conventions.layers_of(self.cell, layers, self.bidirectional),
+            conventions.layers_of(layers, inputs.shape[-1], options),
             inputs,
             initial_carry=initial_carry,
             seq_lengths=seq_lengths,
             mask=mask,
             reset=reset,
+            noise=noise,
             dropout=self.dropout if drops else 0.0,
             key=self.make_rng("dropout") if drops else None,
             time_major=choose(time_major, self.time_major),

@@ -52,11 +52,10 @@ class Recurrent(nnx.Module):
           deterministic: no dropout; `model.eval()` sets it.
           rngs: the stream "params" draws the parameters, "dropout" the masks.
         """
-        self.bidirectional, self.dropout, self.cell, self.dtype = bidirectional, dropout, cell, dtype
+        self.in_features, self.dropout, self.dtype = in_features, dropout, dtype
         self.time_major, self.return_carry, self.deterministic = time_major, return_carry, deterministic
-        tree = conventions.init_layers(
-            rngs.params(), cell, in_features, features, num_layers, bidirectional, param_dtype
-        )
+        self.options = conventions.Options(cell, features, num_layers, bidirectional, param_dtype)
+        tree = conventions.init_layers(rngs.params(), in_features, self.options)
         self.layers = nnx.data(jax.tree.map(nnx.Param, tree))
         self.rngs = rngs.dropout.fork() if dropout else nnx.data(None)
 
@@ -68,6 +67,7 @@ class Recurrent(nnx.Module):
         seq_lengths: Array | None = None,
         mask: Array | None = None,
         reset: Array | None = None,
+        noise: list[Any] | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
         deterministic: bool | None = None,
@@ -81,21 +81,23 @@ class Recurrent(nnx.Module):
           seq_lengths: [*batch] integers; outputs beyond are 0, and the carry is that after the last real step.
           mask: [*batch, time], True where a step is real.
           reset: [*batch, time], True where a new segment or episode starts.
+          noise: for a regularised cell, one a layer, [*batch, time, ...]: what `Noisy` has beside x. None: evaluation.
           return_carry, time_major, deterministic: in place of the attributes.
           rngs: for dropout, in place of the module's own.
         """
         choose = lambda given, own: own if given is None else given
         tree = jax.tree.map(lambda p: p[...], self.layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
         drops = self.dropout and not choose(deterministic, self.deterministic)
-        stream = self.rngs if rngs is None else rngs.dropout
+        stream = self.rngs if rngs is None else getattr(rngs, "dropout", rngs)
         return conventions.run_layers(
-            self.cell,
-            conventions.layers_of(self.cell, tree, self.bidirectional),
-            inputs,
+            self.options.cell,
+            conventions.layers_of(tree, self.in_features, self.options),
+            jnp.asarray(inputs),
             initial_carry=initial_carry,
             seq_lengths=seq_lengths,
             mask=mask,
             reset=reset,
+            noise=noise,
             dropout=self.dropout if drops else 0.0,
             key=stream() if drops else None,
             time_major=choose(time_major, self.time_major),
