@@ -1,7 +1,7 @@
 """Tests run in float64 unless they say otherwise, on two (pretended) CPU devices, and JAX watches over them.
 
 Strict promotion, NaN where none was asked for, and keys used twice are errors, as is any warning. A test that makes a
-NaN on purpose says so: `@jax.debug_nans(False)`. In CI and in `make test-full` leaked tracers are errors as well: to
+NaN on purpose says so: `@jax.debug_nans(False)`. In CI's second half and in `make test-full` leaked tracers are errors as well: to
 look for them is to trace everything anew. What one process has compiled, the others load. `make test` has XLA compile
 without optimisation; CI and `make test-full` let it optimise.
 

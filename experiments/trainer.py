@@ -85,8 +85,8 @@ def train(
     seconds = 0.0
     try:
         with (
-            runs.metrics_writer(folder, after=first, tensorboard=tensorboard) as write,
             runs.stop_signals() as stop,
+            runs.metrics_writer(folder, after=first, tensorboard=tensorboard) as write,
             tqdm(total=steps, initial=first, unit="step", disable=quiet, dynamic_ncols=True) as bar,
             logging_redirect_tqdm(),
         ):
