@@ -1,9 +1,9 @@
 """Tests run in float64 unless they say otherwise, on two (pretended) CPU devices, and JAX watches over them.
 
 Strict promotion, NaN where none was asked for, and keys used twice are errors, as is any warning. A test that makes a
-NaN on purpose says so: `@jax.debug_nans(False)`. In CI's second half and in `make test-full` leaked tracers are errors as well: to
-look for them is to trace everything anew. What one process has compiled, the others load. `make test` has XLA compile
-without optimisation; CI and `make test-full` let it optimise.
+NaN on purpose says so: `@jax.debug_nans(False)`. On CI's second generation and in `make test-full` leaked tracers are
+errors as well: to look for them is to trace everything anew. What one process has compiled, the others load. `make
+test` has XLA compile without optimisation; `make test-full`, and CI on the first generation, let it optimise.
 
 Hypothesis tries 5 examples of a property in `make test`, 20 in CI and 200 in `make test-full`, always the same ones.
 
