@@ -1,73 +1,22 @@
-"""A functional LSTM in JAX: readable equations, gradients you can check, every transform."""
+"""A functional LSTM in JAX: readable equations, gradients you can check, every transform.
 
-from jaxlstm.baselines import (
-    GRU,
-    RNN,
-    GRUGates,
-    GRUParams,
-    GRUState,
-    RNNParams,
-    RNNState,
-    init_gru,
-    init_rnn,
-    make_rnn,
-)
+The top level holds what you need to build and train a model. More is in rooms: `jaxlstm.diagnostics` (compare, check
+and take gradients apart), `jaxlstm.regularize`, `jaxlstm.rtrl` (learning forward in time), `jaxlstm.initializers`.
+"""
+
+from jaxlstm import diagnostics, initializers, regularize, rtrl
+from jaxlstm.baselines import GRU, RNN, GRUParams, GRUState, RNNParams, RNNState, make_rnn
 from jaxlstm.bidirectional import Bidirectional, init_bidirectional, unroll_bidirectional
-from jaxlstm.bptt import LSTMResiduals, gradient_error, lstm_backward, lstm_bptt, lstm_forward
+from jaxlstm.bptt import lstm_bptt
 from jaxlstm.cell import Cell, num_params, summary
-from jaxlstm.comparison import Comparison, Departure, compare_gradients, comparison_table
-from jaxlstm.diagnostics import (
-    CellStateTerms,
-    Trace,
-    carry_jacobians,
-    cell_state_terms,
-    jacobian_products,
-    lyapunov_exponents,
-    term_shares,
-    trace,
-    truncated_gradient,
-)
-from jaxlstm.differences import Entry, GradientCheck, LeafCheck, central_differences, check_gradients, check_table
-from jaxlstm.flow import gradient_flow
+from jaxlstm.gradients import Bulk, Chunked, Scan
 from jaxlstm.layers import generate, init_stack, step_stack, unroll_stack
-from jaxlstm.lstm import (
-    LSTM,
-    LSTMGates,
-    LSTMParams,
-    LSTMState,
-    init_chrono,
-    init_flax,
-    init_glorot_orthogonal,
-    init_keras,
-    init_torch,
-    join_gates,
-    split_gates,
-)
-from jaxlstm.recurrence import length_mask, segment_resets, unroll, unroll_chunked
-from jaxlstm.regularize import (
-    Locked,
-    Noisy,
-    dropout_mask,
-    embedding_dropout,
-    recurrent_dropout,
-    variational_dropout,
-    weight_drop,
-    zoneout,
-    zoneout_noise,
-)
-from jaxlstm.rtrl import (
-    OnlineState,
-    RTRLState,
-    SnAp1Pattern,
-    cut_recurrence,
-    init_rtrl,
-    make_online_step,
-    rtrl_gradient,
-    rtrl_step,
-    snap1_pattern,
-)
-from jaxlstm.sources import GradientSources, gradient_cosine, gradient_sources
-from jaxlstm.train import TrainState, TrainStep, fit, init_train_state, make_train_step
+from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState, split_gates
+from jaxlstm.masks import length_mask, segment_resets
+from jaxlstm.moved import where_it_went
+from jaxlstm.precision import low_precision
+from jaxlstm.recurrence import unroll
+from jaxlstm.train import TrainState, fit, init_train_state, make_train_step
 
 __version__ = "0.1.0"
 
@@ -76,86 +25,42 @@ __all__ = [
     "LSTM",
     "RNN",
     "Bidirectional",
+    "Bulk",
     "Cell",
-    "CellStateTerms",
-    "Comparison",
-    "Departure",
-    "Entry",
-    "GRUGates",
+    "Chunked",
     "GRUParams",
     "GRUState",
-    "GradientCheck",
-    "GradientSources",
     "LSTMGates",
     "LSTMParams",
-    "LSTMResiduals",
     "LSTMState",
-    "LeafCheck",
-    "Locked",
-    "Noisy",
-    "OnlineState",
     "RNNParams",
     "RNNState",
-    "RTRLState",
-    "SnAp1Pattern",
-    "Trace",
+    "Scan",
     "TrainState",
-    "TrainStep",
-    "carry_jacobians",
-    "cell_state_terms",
-    "central_differences",
-    "check_gradients",
-    "check_table",
-    "compare_gradients",
-    "comparison_table",
-    "cut_recurrence",
-    "dropout_mask",
-    "embedding_dropout",
+    "diagnostics",
     "fit",
     "generate",
-    "gradient_cosine",
-    "gradient_error",
-    "gradient_flow",
-    "gradient_sources",
     "init_bidirectional",
-    "init_chrono",
-    "init_flax",
-    "init_glorot_orthogonal",
-    "init_gru",
-    "init_keras",
-    "init_rnn",
-    "init_rtrl",
     "init_stack",
-    "init_torch",
     "init_train_state",
-    "jacobian_products",
-    "join_gates",
+    "initializers",
     "length_mask",
-    "lstm_backward",
+    "low_precision",
     "lstm_bptt",
-    "lstm_forward",
-    "lyapunov_exponents",
-    "make_online_step",
     "make_rnn",
     "make_train_step",
     "num_params",
-    "recurrent_dropout",
-    "rtrl_gradient",
-    "rtrl_step",
+    "regularize",
+    "rtrl",
     "segment_resets",
-    "snap1_pattern",
     "split_gates",
     "step_stack",
     "summary",
-    "term_shares",
-    "trace",
-    "truncated_gradient",
     "unroll",
     "unroll_bidirectional",
-    "unroll_chunked",
     "unroll_stack",
-    "variational_dropout",
-    "weight_drop",
-    "zoneout",
-    "zoneout_noise",
 ]
+
+
+def __getattr__(name: str) -> object:
+    raise AttributeError(where_it_went(name))

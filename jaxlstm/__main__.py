@@ -1,8 +1,8 @@
 """Check gradients on this machine: `python -m jaxlstm`.
 
-Every road of `compare_gradients`, for every cell, in float64, and of the LSTM in float32; and in float32 the library's
-two modes the ways they are used: jitted or not, of a sum or of random weights, several parameters at once, example by
-example.
+Compares all methods of `compare_gradients` for every cell in float64, and for the LSTM in float32. Then it checks
+`gradient="bulk"` and `gradient="scan"` in float32 in the ways that users call them: with and without jit, for a plain
+sum and for random weights, mapped over parameters, and example by example.
 """
 
 import functools
@@ -21,17 +21,8 @@ import numpy as np
 from jaxtyping import Array
 
 import jaxlstm
-from jaxlstm import (
-    GRU,
-    LSTM,
-    RNN,
-    Cell,
-    Comparison,
-    compare_gradients,
-    comparison_table,
-    length_mask,
-    unroll,
-)
+from jaxlstm import GRU, LSTM, RNN, Cell, length_mask, unroll
+from jaxlstm.diagnostics import Comparison, compare_gradients
 
 CELLS = (LSTM, GRU, RNN)
 Mode = Literal["bulk", "scan"]
@@ -53,29 +44,25 @@ def problem(
     """Draw parameters, inputs and an initial carry."""
     rng = np.random.default_rng(0)
     params = cell.init(jax.random.key(0), input_size, hidden_size, dtype=dtype)
-    draw = lambda like: jnp.asarray(rng.normal(size=like.shape), dtype)
-    xs = draw(np.empty((NUM_STEPS, batch, input_size)))
-    return params, xs, jax.tree.map(draw, cell.initial_carry(params, (batch,)))
+    xs = jnp.asarray(rng.normal(size=(NUM_STEPS, batch, input_size)), dtype)
+    leaves, treedef = jax.tree.flatten(cell.initial_carry(params, (batch,)))
+    carry = [jnp.asarray(rng.normal(size=leaf.shape), dtype) for leaf in leaves]
+    return params, xs, jax.tree.unflatten(treedef, carry)
 
 
 def compare(cell: Cell[Any, Any], dtype: str) -> Comparison:
-    """Compare all roads, of a loss that weights every output at random."""
+    """Compare all methods for a loss that weights every output at random."""
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(NUM_STEPS, BATCH, HIDDEN_SIZE)), dtype)
     params, xs, carry = problem(cell, dtype)
-    step_loss = lambda y, t: (y * weights[t]).sum()
-    return compare_gradients(
-        cell,
-        params,
-        xs,
-        step_loss,
-        carry=carry,
-        mask=length_mask(jnp.array(LENGTHS), NUM_STEPS),
-        dtype=dtype,
-        by_step=False,
-    )
+
+    def step_loss(y: Array, t: Array) -> Array:
+        return (y * weights[t]).sum()
+
+    mask = length_mask(jnp.array(LENGTHS), NUM_STEPS)
+    return compare_gradients(cell, params, xs, step_loss, carry=carry, mask=mask, dtype=dtype, by_step=False)
 
 
-# The ways a gradient is used: each returns that of one batch.
+# The ways that users call a gradient. Each returns the gradient of one batch.
 
 
 def _one_batch(gradients: Gradients, params: Any, *of_batch: Any) -> Any:
@@ -84,23 +71,26 @@ def _one_batch(gradients: Gradients, params: Any, *of_batch: Any) -> Any:
 
 def _over_params(gradients: Gradients, params: Any, *of_batch: Any) -> Any:
     several = jax.tree.map(lambda leaf: jnp.stack([0.7 * leaf, leaf]), params)
-    each = jax.vmap(lambda params: gradients(params, *of_batch))(several)
+    each = jax.vmap(gradients, (0, *[None] * len(of_batch)))(several, *of_batch)
     return jax.tree.map(lambda leaf: leaf[1], each)
 
 
 def _per_example(gradients: Gradients, params: Any, xs: Array, mask: Array, d_ys: Any, carry: Any) -> Any:
     each = jax.vmap(gradients, (None, 1, 1, 1, 0), (0, 1, 0))(params, xs, mask, d_ys, carry)
-    return jax.tree.map(lambda leaf: leaf.sum(axis=0), each[0]), *each[1:]
+    return jax.tree.map(functools.partial(jnp.sum, axis=0), each[0]), *each[1:]
 
 
 WAYS = {"one batch": _one_batch, "vmap over params": _over_params, "per example": _per_example}
 
 
 def gradients_of(cell: Cell[Any, Any], way: str, mode: Mode, params: Any, xs: Array, carry: Any) -> dict[str, Any]:
-    """Return the gradient of the sum of all outputs, and of a sum with random weights, by everything."""
+    """Return the gradient of the sum of all outputs, and of their sum with random weights, by all variables."""
 
     def both(params: Any, xs: Array, mask: Array, d_ys: dict[str, Array], carry: Any) -> Any:
-        _, pull = jax.vjp(lambda *v: unroll(cell, v[0], v[1], v[2], mask=mask, gradient=mode)[1], params, xs, carry)
+        def outputs(params: Any, xs: Array, carry: Any) -> Array:
+            return unroll(cell, params, xs, carry, mask=mask, gradient=mode)[1]
+
+        _, pull = jax.vjp(outputs, params, xs, carry)
         by_loss = [pull(d_ys[loss]) for loss in LOSSES]
         return tuple(dict(zip(LOSSES, of_one, strict=True)) for of_one in zip(*by_loss, strict=True))
 
@@ -113,45 +103,57 @@ def gradients_of(cell: Cell[Any, Any], way: str, mode: Mode, params: Any, xs: Ar
 
 
 def reference_gradients(cell: Cell[Any, Any]) -> dict[str, Any]:
-    """Return what autodiff of the scan gives in float64."""
-    run = jax.jit(lambda *variables: gradients_of(cell, "one batch", "scan", *variables))
+    """Return the gradients by autodiff of the scan in float64."""
+    run = jax.jit(functools.partial(gradients_of, cell, "one batch", "scan"))
     return jax.device_get(run(*problem(cell, "float64")))
 
 
 def worst_errors(cell: Cell[Any, Any], way: str, how: str, reference: dict[str, Any]) -> dict[str, float]:
     """Return the worst error in float32, by mode and loss."""
-    of_all = lambda *variables: {mode: gradients_of(cell, way, mode, *variables) for mode in MODES}
-    found = jax.device_get((jax.jit(of_all) if how == "jit" else of_all)(*problem(cell, "float32")))
+
+    def by_mode(*variables: Any) -> dict[str, Any]:
+        return {mode: gradients_of(cell, way, mode, *variables) for mode in MODES}
+
+    run = jax.jit(by_mode) if how == "jit" else by_mode
+    found = jax.device_get(run(*problem(cell, "float32")))
     return {f"{mode} {loss}": _worst(found[mode][loss], reference[loss]) for mode in MODES for loss in LOSSES}
 
 
 def _worst(gradient: Any, reference: Any) -> float:
-    error = lambda g, r: float(np.linalg.norm(np.ravel(g - r)) / np.linalg.norm(np.ravel(r)))
-    return float(np.max(jax.tree.leaves(jax.tree.map(error, gradient, reference))))  # a NaN stays one
+    pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(reference), strict=True)
+    errors = [np.linalg.norm(np.ravel(g - r)) / np.linalg.norm(np.ravel(r)) for g, r in pairs]
+    return float(np.max(errors))  # Python's max could lose a NaN
 
 
 def default_precision() -> tuple[float, float]:
-    """Return the worst error of an LSTM's float32 gradient with matmuls as this device has them, and pinned.
+    """Return the worst error of an LSTM's float32 gradient: with the device's default matmuls, and with float32 ones.
 
-    Of a layer that is large enough to be given to whatever makes matmuls fast, and less right, here.
+    The layer is large enough for the device to use its fast but less accurate matmuls, if it has any.
     """
-    run = jax.jit(lambda *variables: gradients_of(LSTM, "one batch", "bulk", *variables)["random"])
-    of = lambda dtype: jax.device_get(run(*problem(LSTM, dtype, batch=64, input_size=128, hidden_size=256)))
+
+    @jax.jit
+    def run(*variables: Any) -> Any:
+        return gradients_of(LSTM, "one batch", "bulk", *variables)["random"]
+
+    def gradient(dtype: str) -> Any:
+        return jax.device_get(run(*problem(LSTM, dtype, batch=64, input_size=128, hidden_size=256)))
+
     with jax.default_matmul_precision("default"):
-        by_default = of("float32")
-    reference = of("float64")
-    return _worst(by_default, reference), _worst(of("float32"), reference)
+        by_default = gradient("float32")
+    reference = gradient("float64")
+    return _worst(by_default, reference), _worst(gradient("float32"), reference)
 
 
 def together(jobs: list[Callable[[], Any]]) -> list[Any]:
-    """Do jobs in threads, in full precision: most of the time goes into compiling, which threads share well."""
+    """Run jobs in threads, in full precision: most of the time goes into compiling, which runs well in parallel."""
 
-    def one(job: Callable[[], Any]) -> Any:
+    def run(job: Callable[[], Any]) -> Any:
+        # The settings belong to a thread, so each must make its own.
         with jax.enable_x64(True), jax.default_matmul_precision("highest"):
             return job()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(one, jobs))
+        return list(pool.map(run, jobs))
 
 
 def main() -> int:
@@ -161,7 +163,7 @@ def main() -> int:
     print(f"jaxlstm {jaxlstm.__version__}, {versions}Python {python_version()}")
     print("devices: " + ", ".join(f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()))
     print(
-        "\nThe gradient of an LSTM by all roads: relative error against autodiff of the scan, in float64.\n"
+        "\nThe gradient of an LSTM by all methods: relative error against autodiff of the scan, in float64.\n"
         f"{NUM_STEPS} steps, batch {BATCH} of lengths {LENGTHS}, {INPUT_SIZE} features, {HIDDEN_SIZE} units.\n"
     )
     pairs = [*((cell, "float64") for cell in CELLS), (LSTM, "float32")]
@@ -192,31 +194,31 @@ def report(
     pinned: float,
 ) -> str:
     """Return the tables as text."""
-    lines = [comparison_table(comparisons["LSTM", "float64"]), "\nThe worst of all weights and gates:\n"]
+    lines = [str(comparisons["LSTM", "float64"]), "\nThe worst error over all weights and gates:\n"]
     for (cell, dtype), found in comparisons.items():
-        worst = {road: np.max(list(of_road.values())) for road, of_road in found.errors.items() if road != "scan"}
-        lines.append(f"{cell:10} {dtype}   " + "   ".join(f"{road} {error:.0e}" for road, error in worst.items()))
-    lines.append("\nThe ways a gradient is used, in float32, against autodiff of the scan in float64:\n")
+        worst = {method: np.max(list(errors.values())) for method, errors in found.errors.items() if method != "scan"}
+        lines.append(f"{cell:10} {dtype}   " + "   ".join(f"{method} {error:.0e}" for method, error in worst.items()))
+    lines.append("\nThe ways that users call a gradient, in float32, against autodiff of the scan in float64:\n")
     lines.append(" " * 36 + "  ".join(f"{mode + ' ' + loss:>11}" for mode in MODES for loss in LOSSES))
     for (cell, way), errors in by_way.items():
         lines.append(f"{cell:10} {way:25}" + "  ".join(f"{error:11.0e}" for error in errors.values()))
     lines.append(
-        f"\nAn LSTM's gradient is {pinned:.0e} from float64 with matmuls pinned to float32, {by_default:.0e} with them "
-        "as they are here by default."
+        f"\nAn LSTM's float32 gradient differs from float64 by {pinned:.0e} with matmuls pinned to float32, and by "
+        f"{by_default:.0e} with this device's default matmuls."
     )
     if not by_default <= 10 * pinned:
-        lines.append('TF32, or bfloat16: jax.default_matmul_precision("highest") brings the digits back.')
+        lines.append('The default is TF32 or bfloat16; jax.default_matmul_precision("highest") restores the digits.')
     return "\n".join(lines)
 
 
 def disagreements(
     comparisons: dict[tuple[str, str], Comparison], by_way: dict[tuple[str, str], dict[str, float]]
 ) -> list[str]:
-    """Return a line for every error above what is allowed; a NaN is one."""
-    of_roads = [
-        f"{cell} {dtype}: {road} departs in {departure.block}: {departure.error:.1e}"
+    """Return a line for every error above its tolerance; a NaN counts as one."""
+    of_methods = [
+        f"{cell} {dtype}: {method} departs in {departure.block}: {departure.error:.1e}"
         for (cell, dtype), found in comparisons.items()
-        for road, departure in found.departures.items()
+        for method, departure in found.departures.items()
         if departure is not None
     ]
     of_ways = [
@@ -225,7 +227,7 @@ def disagreements(
         for name, error in errors.items()
         if not error <= TOLERANCE
     ]
-    return of_roads + of_ways
+    return of_methods + of_ways
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What an LSTM is compared with: the simple recurrent network (Elman 1990) and the GRU (Cho et al. 2014)."""
+"""Cells to compare an LSTM with: the simple recurrent network (Elman 1990) and the GRU (Cho et al. 2014)."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from jaxlstm.cell import Cell, glorot_orthogonal
-from jaxlstm.checks import check_init
+from jaxlstm.checks import ArgumentValueError, border, check_init
 
 
 class RNNParams(NamedTuple):
@@ -28,14 +28,15 @@ class RNNState(NamedTuple):
     h: Float[Array, "*batch hidden"]
 
 
+@border("RNN.init")
 def init_rnn(key: Key[Array, ""], input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> RNNParams:
     """Draw w_ih Glorot-uniform, w_hh orthogonal, b zero.
 
     Raises:
-      TypeError: `key` is no typed key, or `dtype` is not floating.
-      ValueError: a size is no positive integer.
+      TypeError: `key` is not a typed key, or `dtype` is not floating.
+      ValueError: a size is not a positive integer.
     """
-    check_init("init_rnn", key, input_size, hidden_size, dtype)
+    check_init(key, input_size, hidden_size, dtype)
     w_ih, w_hh = glorot_orthogonal(key, input_size, hidden_size, 1, dtype)
     return RNNParams(w_ih, w_hh, jnp.zeros(hidden_size, dtype))
 
@@ -45,28 +46,31 @@ def initial_rnn_carry(params: RNNParams, batch_shape: tuple[int, ...] = ()) -> R
     return RNNState(jnp.zeros((*batch_shape, params.w_hh.shape[0]), params.w_hh.dtype))
 
 
+# φ, and φ' as a function of φ.
+NONLINEARITIES: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "tanh": (jnp.tanh, lambda h: 1 - h**2),
+    "relu": (jax.nn.relu, lambda h: (h > 0).astype(h.dtype)),
+    "sigmoid": (jax.nn.sigmoid, lambda h: h * (1 - h)),
+}
+
+
 @functools.cache
+@border("make_rnn")
 def make_rnn(nonlinearity: Literal["tanh", "relu", "sigmoid"] = "tanh") -> Cell[RNNParams, RNNState]:
-    """Make the cell h_t = φ(x_t W_ih + h_{t-1} W_hh + b); the same φ is the same cell, so it compiles once.
+    """Make the cell h_t = φ(x_t W_ih + h_{t-1} W_hh + b); equal φ give the same cell, which compiles once.
 
     Elman, Finding structure in time, 1990.
 
     Raises:
-      ValueError: `nonlinearity` is none of the three.
+      ValueError: `nonlinearity` is not one of the three.
 
     >>> import jaxlstm
     >>> jaxlstm.make_rnn("tanh") is jaxlstm.make_rnn("tanh")
     True
     """
-    # φ, and φ' as a function of φ.
-    functions: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
-        "tanh": (jnp.tanh, lambda h: 1 - h**2),
-        "relu": (jax.nn.relu, lambda h: (h > 0).astype(h.dtype)),
-        "sigmoid": (jax.nn.sigmoid, lambda h: h * (1 - h)),
-    }
-    if nonlinearity not in functions:
-        raise ValueError(f"make_rnn: nonlinearity must be one of {', '.join(functions)}, got {nonlinearity!r}.")
-    phi, slope = functions[nonlinearity]
+    if nonlinearity not in NONLINEARITIES:
+        raise ArgumentValueError(f"nonlinearity must be one of {', '.join(NONLINEARITIES)}, got {nonlinearity!r}.")
+    phi, slope = NONLINEARITIES[nonlinearity]
 
     def activations(
         params: RNNParams, state: RNNState, z: Float[Array, "*batch hidden"], a: Float[Array, "*batch hidden"]
@@ -79,8 +83,9 @@ def make_rnn(nonlinearity: Literal["tanh", "relu", "sigmoid"] = "tanh") -> Cell[
         state = activations(params, state, z, a)
         return state, state.h
 
+    # The slope needs only φ itself, which is the activation that was kept.
     def gates_jvp(params: RNNParams, state: RNNState, activations: RNNState) -> Partial:
-        return Partial(_push, slope(activations.h))
+        return Partial(_linear, slope(activations.h))
 
     return Cell(
         name=f"RNN({nonlinearity})",
@@ -92,7 +97,7 @@ def make_rnn(nonlinearity: Literal["tanh", "relu", "sigmoid"] = "tanh") -> Cell[
     )
 
 
-def _push(by_z: Array, d_state: RNNState, d_z: Array) -> tuple[RNNState, Array]:
+def _linear(by_z: Array, d_state: RNNState, d_z: Array) -> tuple[RNNState, Array]:
     d_h = by_z * d_z
     return RNNState(d_h), d_h
 
@@ -101,7 +106,7 @@ RNN = make_rnn("tanh")
 
 
 class GRUParams(NamedTuple):
-    """Parameters of one GRU layer; columns in blocks r, u, n. b_hn stands inside the reset gate's product."""
+    """Parameters of one GRU layer; columns in blocks r, u, n. b_hn is inside the product with the reset gate."""
 
     w_ih: Float[Array, "input 3*hidden"]
     w_hh: Float[Array, "hidden 3*hidden"]
@@ -123,14 +128,15 @@ class GRUGates(NamedTuple):
     n: Float[Array, "*batch hidden"]
 
 
+@border("GRU.init")
 def init_gru(key: Key[Array, ""], input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> GRUParams:
     """Draw w_ih Glorot-uniform and w_hh orthogonal gate by gate, biases zero.
 
     Raises:
-      TypeError: `key` is no typed key, or `dtype` is not floating.
-      ValueError: a size is no positive integer.
+      TypeError: `key` is not a typed key, or `dtype` is not floating.
+      ValueError: a size is not a positive integer.
     """
-    check_init("init_gru", key, input_size, hidden_size, dtype)
+    check_init(key, input_size, hidden_size, dtype)
     w_ih, w_hh = glorot_orthogonal(key, input_size, hidden_size, 3, dtype)
     return GRUParams(w_ih, w_hh, jnp.zeros(3 * hidden_size, dtype), jnp.zeros(hidden_size, dtype))
 
@@ -143,7 +149,7 @@ def initial_gru_carry(params: GRUParams, batch_shape: tuple[int, ...] = ()) -> G
 def gru_activations(
     params: GRUParams, state: GRUState, z: Float[Array, "*batch 3*hidden"], a: Float[Array, "*batch 3*hidden"]
 ) -> GRUGates:
-    """Return the activated gates r, u, n of one step; the reset stands after the matmul, as in cuDNN and torch."""
+    """Return the activated gates r, u, n of one step; the reset gate acts after the matmul, as in cuDNN and torch."""
     z_r, z_u, z_n = jnp.split(z, 3, axis=-1)
     a_r, a_u, a_n = jnp.split(a, 3, axis=-1)
     r = jax.nn.sigmoid(z_r + a_r)

@@ -1,17 +1,17 @@
-"""Both directions: a cell that reads a sequence forward, and another that reads it backward."""
+"""Both directions: one cell reads a sequence forward, another reads it backward."""
 
 from collections.abc import Callable
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import check_cell, check_key
-from jaxlstm.derivative import where
-from jaxlstm.recurrence import run_sequence
+from jaxlstm.checks import ArgumentTypeError, at, border, check_cell, check_key
+from jaxlstm.gradients import GradientOrName
+from jaxlstm.masks import where
+from jaxlstm.recurrence import Options, run_sequence
 from jaxlstm.regularize import Noisy
 
 Params = TypeVar("Params")
@@ -20,7 +20,7 @@ Half = TypeVar("Half")
 
 
 class Bidirectional(NamedTuple, Generic[Half]):
-    """One thing per direction: parameters, carries, noise."""
+    """One value per direction: parameters, carries, noise."""
 
     forward: Half
     backward: Half
@@ -34,6 +34,7 @@ def concatenate(forward: Float[Array, "*lead m"], backward: Float[Array, "*lead 
     return jnp.concatenate([forward, backward], axis=-1)
 
 
+@border("init_bidirectional")
 def init_bidirectional(
     key: Key[Array, ""], cell: Cell[Params, Any], input_size: int, hidden_size: int, **options: Any
 ) -> Bidirectional[Params]:
@@ -42,12 +43,13 @@ def init_bidirectional(
     Raises:
       TypeError, ValueError: as `cell.init`.
     """
-    check_cell("init_bidirectional", cell)
-    check_key("init_bidirectional", key)
+    check_cell(cell)
+    check_key(key)
     keys = jax.random.split(key)
     return Bidirectional(*(cell.init(key, input_size, hidden_size, **options) for key in keys))
 
 
+@border("unroll_bidirectional")
 def unroll_bidirectional(
     cell: Cell[Params, Carry],
     params: Bidirectional[Params],
@@ -58,31 +60,29 @@ def unroll_bidirectional(
     reset: Bool[Array, "time *batch"] | None = None,
     reset_carry: Bidirectional[Carry] | None = None,
     merge: Merge = concatenate,
-    gradient: Literal["bulk", "scan"] = "bulk",
-    block_size: int | None = None,
-    compute_dtype: DTypeLike | None = None,
+    gradient: GradientOrName = "bulk",
 ) -> tuple[Bidirectional[Carry], Array]:
     """Run a cell over a sequence in both directions (Schuster & Paliwal 1997; Graves & Schmidhuber 2005).
 
-    The backward half starts at each item's own last real step, since masked steps hold its carry: nothing is flipped.
+    The backward half starts at each item's own last real step, because masked steps hold its carry. Nothing is flipped.
 
     Args:
       cell: a `Cell`, such as `LSTM`.
       params: of both directions, from `init_bidirectional`.
       xs: [time, *batch, input].
-      carry: of both directions, the backward one that before the last step.
+      carry: of both directions; the backward carry is the one before the last step.
       mask: True where a step is real.
-      reset: True where a new segment starts, as for `unroll`. The backward half is reset at the step before, which is
-        the last of its segment; a reset at step 0 is the forward half's alone.
-      reset_carry: of both directions; those of the backward half, if one per step, by the step at which it is reset.
+      reset: True where a new segment starts, as in `unroll`. The backward half is reset at the step before, the last of
+        its segment; a reset at step 0 affects the forward half only.
+      reset_carry: of both directions; if the backward half has one per step, the one at the step where it is reset.
       merge: (forward, backward) -> ys, on outputs [time, *batch, hidden]; default side by side.
-      gradient, block_size, compute_dtype: as in `unroll`.
+      gradient: how to differentiate, as in `unroll`.
 
     Returns:
       The carries after the last step forward and after step 0 backward, and the merged outputs, 0 where masked.
 
     Raises:
-      TypeError, ValueError: as `unroll`; TypeError if params, carry or reset_carry is no `Bidirectional`.
+      TypeError, ValueError: as `unroll`; TypeError if params, carry or reset_carry is not a `Bidirectional`.
 
     >>> import jax, jaxlstm
     >>> params = jaxlstm.init_bidirectional(jax.random.key(0), jaxlstm.LSTM, 5, 7)
@@ -90,79 +90,59 @@ def unroll_bidirectional(
     >>> ys.shape, carry.backward.c.shape
     ((11, 3, 14), (3, 7))
     """
-    return unroll_layer(
-        "unroll_bidirectional",
-        cell,
-        _pair("unroll_bidirectional", "params", params),
-        xs,
-        carry,
-        reset_carry,
-        merge,
-        mask=mask,
-        reset=reset,
-        gradient=gradient,
-        block_size=block_size,
-        compute_dtype=compute_dtype,
-    )
+    _check_pair("params", params)
+    return run_layer(cell, params, xs, carry, Options(mask, reset, reset_carry, gradient=gradient), merge=merge)
 
 
-def unroll_layer(
-    function: str,
+def run_layer(
     cell: Cell[Any, Any],
     params: Any,
     xs: PyTree,
     carry: Any,
-    reset_carry: Any,
-    merge: Merge,
+    options: Options,
     *,
-    mask: Any,
-    reset: Any,
+    merge: Merge,
     noise: Any = None,
-    **options: Any,
 ) -> tuple[Any, Array]:
-    """Run one layer, of one direction or two."""
-    noisy = lambda noise: xs if noise is None else Noisy(xs, noise)
+    """Run one layer, in one direction or in both, as its parameters say."""
     if not isinstance(params, Bidirectional):
-        return run_sequence(
-            function, cell, params, noisy(noise), carry, mask=mask, reset=reset, reset_carry=reset_carry, **options
-        )
+        return run_sequence(cell, params, _noisy(xs, noise), carry, options)
 
-    def half(direction: str, reset: Any) -> tuple[Any, Array]:
-        own, own_noise, own_carry, own_reset_carry = (
-            getattr(pair, direction) for pair in (params, noises, carries, reset_carries)
-        )
-        return run_sequence(
-            f"{function}, {direction}",
-            cell,
-            own,
-            noisy(own_noise),
-            own_carry,
-            mask=mask,
-            reset=reset,
-            reset_carry=own_reset_carry,
-            reverse=direction == "backward",
-            **options,
-        )
+    def half(direction: str, options: Options) -> tuple[Any, Array]:
+        with at(direction):
+            own_params, own_noise, own_carry, own_reset_carry = (getattr(pair, direction) for pair in pairs)
+            own_options = options._replace(reset_carry=own_reset_carry)
+            return run_sequence(cell, own_params, _noisy(xs, own_noise), own_carry, own_options)
 
-    noises = _pair(function, "noise", noise)
-    carries = _pair(function, "carry", carry)
-    reset_carries = _pair(function, "reset_carry", reset_carry)
-    forward_carry, forward_ys = half("forward", reset)
-    backward_carry, backward_ys = half("backward", None if reset is None else _last_of_segments(jnp.asarray(reset)))
+    # Absent pairs become pairs of None, so that both halves are run alike.
+    named = {"noise": noise, "carry": carry, "reset_carry": options.reset_carry}
+    pairs = (params, *(_checked_pair(name, pair) for name, pair in named.items()))
+    # Backward in time, a segment is entered at its last step.
+    reset = None if options.reset is None else _last_of_segments(jnp.asarray(options.reset))
+    forward_carry, forward_ys = half("forward", options)
+    backward_carry, backward_ys = half("backward", options._replace(reset=reset, reverse=True))
     ys = merge(forward_ys, backward_ys)
-    if mask is not None and merge is not concatenate:
-        ys = where(jnp.asarray(mask), ys, jnp.zeros_like(ys))
+    if options.mask is not None and merge is not concatenate:
+        ys = where(jnp.asarray(options.mask), ys, jnp.zeros_like(ys))  # a merge may make something of two zeros
     return Bidirectional(forward_carry, backward_carry), ys
 
 
+def _noisy(xs: PyTree, noise: Any) -> PyTree:
+    return xs if noise is None else Noisy(xs, noise)
+
+
 def _last_of_segments(reset: Bool[Array, "time *batch"]) -> Bool[Array, "time *batch"]:
-    """Mark the last steps of segments by their first ones."""
+    """Mark the last steps of segments, given the first ones."""
     return jnp.concatenate([reset[1:], jnp.zeros_like(reset[:1])])
 
 
-def _pair(function: str, name: str, pair: Any) -> Bidirectional[Any]:
+def _check_pair(name: str, pair: Any) -> None:
+    if not isinstance(pair, Bidirectional):
+        raise ArgumentTypeError(f"{name} must be Bidirectional(forward, backward), got {type(pair).__name__}.")
+
+
+def _checked_pair(name: str, pair: Any) -> Bidirectional[Any]:
     if pair is None:
         return Bidirectional(None, None)
-    if not isinstance(pair, Bidirectional):
-        raise TypeError(f"{function}: {name} must be Bidirectional(forward, backward), got {type(pair).__name__}.")
+    _check_pair(name, pair)
     return pair

@@ -1,8 +1,8 @@
-"""The gradient of an LSTM by hand: backpropagation through time, written out (Werbos 1990; Greff et al. 2017).
+"""The gradient of an LSTM derived by hand: backpropagation through time, written out (Werbos 1990; Greff et al. 2017).
 
-An independent witness: it shares the equations with `unroll`, and none of the code that computes them. Forward lines
-are numbered, and every backward line names the forward lines it differentiates; `docs/derivation.md` derives them under
-the same numbers. `d_v` is the derivative of the loss by `v`.
+It shares the equations with `unroll`, but none of the code that computes them. Forward lines are numbered, and every
+backward line cites the forward lines it differentiates; `docs/derivation.md` derives them under the same numbers. `d_v`
+is the derivative of the loss by `v`.
 """
 
 from typing import Any, NamedTuple
@@ -12,13 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxlstm.cell import PyTree
-from jaxlstm.checks import check_sequence, check_steps, describe, same_structure
+from jaxlstm.checks import ArgumentTypeError, border, check_sequence, checked_flags
 from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState
 
 
 class LSTMResiduals(NamedTuple):
-    """What the forward pass keeps for the backward pass; every field has a time axis in front."""
+    """What the forward pass keeps for the backward pass; every field starts with a time axis."""
 
     xs: Float[Array, "time *batch input"]
     previous: LSTMState  # h_{t-1}, c_{t-1}
@@ -27,6 +26,7 @@ class LSTMResiduals(NamedTuple):
     mask: Bool[Array, "time *batch 1"]
 
 
+@border("lstm_forward")
 def lstm_forward(
     params: LSTMParams,
     xs: Float[Array, "time *batch input"],
@@ -34,7 +34,7 @@ def lstm_forward(
     *,
     mask: Bool[Array, "time *batch"] | None = None,
 ) -> tuple[tuple[LSTMState, Float[Array, "time *batch hidden"]], LSTMResiduals]:
-    """Run an LSTM and keep what its gradient needs.
+    """Run an LSTM and keep the values that its gradient needs.
 
     Args:
       params: of one layer.
@@ -48,9 +48,10 @@ def lstm_forward(
     Raises:
       TypeError, ValueError: as `unroll`.
     """
-    params, xs, carry, mask = _checked("lstm_forward", params, xs, carry, mask)
+    params, xs, carry, mask = _checked(params, xs, carry, mask)
     w_ih, w_hh, b = params
     mask = mask[..., None]
+    # A NaN in padding must not be multiplied into the gradient of the weights.
     xs = jnp.where(mask, xs, 0)
 
     def step(state: LSTMState, inputs: Any) -> Any:
@@ -76,25 +77,26 @@ def lstm_forward(
     return (carry, ys), LSTMResiduals(xs, previous, gates, tanh_c, mask)
 
 
+@border("lstm_backward")
 def lstm_backward(
     params: LSTMParams, residuals: LSTMResiduals, cotangents: tuple[LSTMState, Float[Array, "time *batch hidden"]]
 ) -> tuple[LSTMParams, Float[Array, "time *batch input"], LSTMState]:
-    """Go back through time.
+    """Go back through time and return the gradient.
 
     Args:
       params: as in the forward pass.
       residuals: from `lstm_forward`.
-      cotangents: derivatives of the loss by the final state and by the outputs: (d_carry, d_ys).
+      cotangents: (d_carry, d_ys), derivatives of the loss by the final state and by the outputs.
 
     Returns:
-      Derivatives by the parameters, the inputs and the initial state: (d_params, d_xs, d_carry).
+      (d_params, d_xs, d_carry), derivatives by the parameters, the inputs and the initial state.
 
     Raises:
       TypeError: the cotangents are not (d_carry, d_ys).
     """
     w_ih, w_hh, _ = params
     if len(cotangents) != 2 or not isinstance(cotangents[0], LSTMState):
-        raise TypeError("lstm_backward: cotangents must be (d_carry, d_ys), with d_carry an LSTMState(h, c).")
+        raise ArgumentTypeError("cotangents must be (d_carry, d_ys), with d_carry an LSTMState(h, c).")
     d_carry, d_ys = cotangents
 
     def step(d_state: LSTMState, inputs: Any) -> Any:
@@ -121,8 +123,9 @@ def lstm_backward(
     xs, previous, gates, tanh_c, mask = residuals
     d_carry, d_zs = lax.scan(step, d_carry, (d_ys, previous, gates, tanh_c, mask), reverse=True)
 
+    # Weights are shared over time and batch, so their gradient sums over every use: one matmul after the loop.
     # fmt: off
-    steps = tuple(range(d_zs.ndim - 1))  # time and batch: every use of the weights
+    steps = tuple(range(d_zs.ndim - 1))  # time and batch
     d_params = LSTMParams(
         w_ih=jnp.tensordot(xs, d_zs, (steps, steps)),           # (1)
         w_hh=jnp.tensordot(previous.h, d_zs, (steps, steps)),   # (1)
@@ -133,6 +136,7 @@ def lstm_backward(
     return d_params, d_xs, d_carry
 
 
+@border("lstm_bptt")
 def lstm_bptt(
     params: LSTMParams,
     xs: Float[Array, "time *batch input"],
@@ -142,22 +146,21 @@ def lstm_bptt(
 ) -> tuple[LSTMState, Float[Array, "time *batch hidden"]]:
     """Run an LSTM whose gradient, under `jax.grad`, is the hand-derived one.
 
-    Equal to `unroll(LSTM, params, xs, carry, mask=mask)`, derivative included. For checking: it has reverse mode only,
-    and no gradient under `shard_map` or on meshes with Explicit axes, where `unroll` has one.
+    Values and gradient equal those of `unroll(LSTM, params, xs, carry, mask=mask)`. It is for checking: it supports
+    reverse mode only, and has no gradient under `shard_map` or on meshes with Explicit axes; `unroll` does.
 
     Args, Returns, Raises: as `lstm_forward`, without the residuals.
     """
-    return _lstm_bptt(*_checked("lstm_bptt", params, xs, carry, mask))
+    return _lstm_bptt(*_checked(params, xs, carry, mask))
 
 
-def _checked(function: str, params: Any, xs: Any, carry: Any, mask: Any) -> Any:
+def _checked(params: Any, xs: Any, carry: Any, mask: Any) -> Any:
     params, xs, carry = jax.tree.map(jnp.asarray, (params, xs, carry))
     if carry is None:
-        raise TypeError(f"{function}: carry must be LSTMState(h, c), got None; LSTM.initial_carry(...) makes one.")
-    batch_shape = check_sequence(function, LSTM, params, xs, carry)
-    mask = jnp.ones(xs.shape[:-1], bool) if mask is None else jnp.asarray(mask)
-    check_steps(function, "mask", mask, xs.shape[0], batch_shape)
-    return params, xs, carry, mask
+        raise ArgumentTypeError("carry must be LSTMState(h, c), got None; LSTM.initial_carry(...) makes one.")
+    batch_shape = check_sequence(LSTM, params, xs, carry)
+    mask, _ = checked_flags(mask, None, xs.shape[0], batch_shape)
+    return params, xs, carry, jnp.ones(xs.shape[:-1], bool) if mask is None else mask
 
 
 @jax.custom_vjp
@@ -175,39 +178,3 @@ def _backward(kept: tuple[LSTMParams, LSTMResiduals], cotangents: Any) -> Any:
 
 
 _lstm_bptt.defvjp(_forward, _backward)
-
-
-def gradient_error(gradients: PyTree, reference: PyTree) -> PyTree:
-    """Return ‖g − r‖₂ / ‖r‖₂ for every leaf, and ‖g‖₂ where r = 0.
-
-    Args:
-      gradients: any pytree of floating arrays.
-      reference: the same pytree, of the gradients held to be right; may be of a wider dtype.
-
-    Returns:
-      The same pytree of scalars; NaN where a NaN is found.
-
-    Raises:
-      ValueError: the trees or the shapes differ.
-
-    >>> import jax.numpy as jnp, jaxlstm
-    >>> print(jaxlstm.gradient_error({"w": jnp.array([3.0, 4.1])}, {"w": jnp.array([3.0, 4.0])})["w"].round(4))
-    0.02
-    """
-    gradients, reference = jax.tree.map(jnp.asarray, (gradients, reference))
-    shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (gradients, reference)]
-    if not same_structure(gradients, reference) or shapes[0] != shapes[1]:
-        raise ValueError(
-            f"gradient_error: gradients and reference must be alike, got {type(gradients).__name__} of "
-            f"{describe(gradients)}; and {type(reference).__name__} of {describe(reference)}."
-        )
-
-    def error(g: Array, r: Array) -> Array:
-        dtype = max(g.dtype, r.dtype, jnp.dtype("float32"), key=lambda dtype: jnp.finfo(dtype).bits)
-        g, r = g.astype(dtype), r.astype(dtype)
-        # Scaled to at most 1, so that squares of tiny gradients do not vanish in float32.
-        scale = jnp.maximum(jnp.abs(g).max(initial=0), jnp.abs(r).max(initial=0))
-        norm = lambda v: jnp.linalg.norm((v / jnp.where(scale == 0, 1, scale)).ravel())
-        return jnp.where(norm(r) == 0, jnp.linalg.norm(g.ravel()), norm(g - r) / norm(r))
-
-    return jax.tree.map(error, gradients, reference)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,51 +11,93 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.derivative import jvp, present
+from jaxlstm.checks import border, check_cell, check_low_dtype
+from jaxlstm.tangents import jvp, present
+
+Params = TypeVar("Params")
+Carry = TypeVar("Carry")
+
+
+@border("low_precision")
+def low_precision(cell: Cell[Params, Carry], dtype: DTypeLike) -> Cell[Params, Carry]:
+    """Make the cell whose matmuls read x, h and weights rounded to `dtype`; everything else keeps its dtype.
+
+    That includes sums, biases, gates, carry, outputs and gradients. The derivative is taken at the rounded values, in
+    the parameters' dtype: rounding has derivative 1, and no gradient is ever rounded.
+
+    Args:
+      cell: any cell. Matmuls are `project` and `recur`; weights are parameters of rank 2 and more.
+      dtype: "bfloat16" or "float16".
+
+    Returns:
+      A cell; equal arguments give the same cell, which compiles once.
+
+    Raises:
+      TypeError: `dtype` is not a floating type.
+
+    >>> import jax, jaxlstm
+    >>> params = jaxlstm.LSTM.init(jax.random.key(0), 5, 7)
+    >>> cell = jaxlstm.low_precision(jaxlstm.LSTM, "bfloat16")
+    >>> jaxlstm.unroll(cell, params, jax.numpy.ones((11, 3, 5)))[1].dtype
+    dtype('float32')
+    """
+    check_cell(cell)
+    check_low_dtype(dtype)
+    return _low_precision(cell, jnp.dtype(dtype))
 
 
 @functools.cache
-def in_compute_dtype(cell: Cell[Any, Any], dtype: DTypeLike) -> Cell[Any, Any]:
-    """Make the cell whose `project` and `recur` read x, h and weights rounded to `dtype`.
-
-    The derivative is that of the function at the rounded values, in the parameters' own dtype: rounding has derivative
-    1, and no gradient is ever rounded. The same cell and dtype give the same cell, so it compiles once.
-    """
-    rounded = functools.partial(_rounded, dtype=jnp.dtype(dtype))
+def _low_precision(cell: Cell[Params, Carry], dtype: jnp.dtype[Any]) -> Cell[Params, Carry]:
     return dataclasses.replace(
-        cell, project=rounded(cell.project), recur=None if cell.recur is None else rounded(cell.recur)
+        cell,
+        project=_rounded(cell.project, dtype),
+        recur=_rounded(cell.recur, dtype),
+        name=f"low_precision({cell.name})",
     )
 
 
-def _rounded(function: Callable[[PyTree, PyTree], PyTree], dtype: jnp.dtype[Any]) -> Callable[[PyTree, PyTree], PyTree]:
-    def of_read(change: Callable[[Any], Any], params: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
-        """Change what a matmul reads: weights, not biases, and inputs; not the integers among them."""
-        weights = jax.tree.map(lambda v: change(v) if v.ndim >= 2 and _is_float(v) else v, params)
-        return weights, jax.tree.map(lambda v: change(v) if _is_float(v) else v, inputs)
+def _rounded(function: Callable[[Any, Any], Any], dtype: jnp.dtype[Any]) -> Callable[[Any, Any], Any]:
+    """Make the function that reads weights and inputs rounded to `dtype`."""
 
     @jax.custom_jvp
     def low(params: PyTree, inputs: PyTree) -> PyTree:
         (own,) = {v.dtype for v in jax.tree.leaves(params) if _is_float(v)}
-        out = function(*of_read(lambda v: v.astype(dtype), params, inputs))
-        return jax.tree.map(lambda v: v.astype(own) if _is_float(v) else v, out)
+        out = function(*_change_operands(functools.partial(_cast, dtype=dtype), params, inputs))
+        return jax.tree.map(functools.partial(_cast, dtype=own), out)
 
     @functools.partial(low.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
-        values = of_read(lambda v: _round(v, dtype), *primals)
+        # At the rounded values but in the wide dtype: otherwise tangents and gradients would be rounded as well.
+        values = _change_operands(functools.partial(_round, dtype), *primals)
         _, d_out = jvp(function, values, jax.tree.map(present, primals, tangents))
         return low(*primals), d_out
 
-    return low
+    # `wraps` tells the checks which function this is, so that errors still name w_ih and features.
+    @functools.wraps(function)
+    def rounded(params: PyTree, inputs: PyTree) -> PyTree:
+        return low(params, inputs)
+
+    return rounded
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _round(value: Array, dtype: jnp.dtype[Any]) -> Array:
+def _change_operands(change: Callable[[Any], Any], params: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
+    """Change what a matmul reads: weights and floating inputs, not biases and integers."""
+    weights = jax.tree.map(lambda v: change(v) if v.ndim >= 2 and _is_float(v) else v, params)
+    return weights, jax.tree.map(lambda v: change(v) if _is_float(v) else v, inputs)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _round(dtype: jnp.dtype[Any], value: Array) -> Array:
     return value.astype(dtype).astype(value.dtype)
 
 
 @_round.defjvp
 def _(dtype: jnp.dtype[Any], primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return _round(*primals, dtype), *tangents
+    return _round(dtype, *primals), *tangents
+
+
+def _cast(value: Any, dtype: jnp.dtype[Any]) -> Any:
+    return value.astype(dtype) if _is_float(value) else value
 
 
 def _is_float(value: Any) -> bool:

@@ -1,11 +1,11 @@
-"""Regularisers: each turns a cell into a cell, and its noise is an input.
+"""Regularisers: each turns a cell into a cell whose noise is an input.
 
-What stays the same for a whole sequence comes with the parameters, `Locked(params, x, h)`; what is drawn anew at every
-step comes with the input, `Noisy(xs, noise)`. Without it the cell is as it is for evaluation. So a regularised cell is
-pure like any other: it is unrolled, differentiated, stacked and stepped alike, and the keys are the caller's.
+Noise that stays the same for a whole sequence comes with the parameters, `Locked(params, x, h)`. Noise drawn anew at
+every step comes with the input, `Noisy(xs, noise)`. Without noise the cell computes what evaluation needs. So a
+regularised cell is as pure as any other: unroll, differentiate, stack and step it alike; the caller holds the keys.
 
-A mask of dropout holds 0 with probability `rate`, else 1 / (1 − rate): what it multiplies keeps its mean in training,
-and evaluation needs no factor.
+A dropout mask holds 0 with probability `rate`, else 1 / (1 − rate). This keeps the mean during training, so evaluation
+needs no factor.
 """
 
 import dataclasses
@@ -22,98 +22,110 @@ from jaxtyping import Array, Bool, Float, Key
 from jaxlstm import baselines, lstm
 from jaxlstm.baselines import GRUParams, GRUState
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import check_cell, check_key, checked_rate, kind_of
-from jaxlstm.derivative import where
+from jaxlstm.checks import ArgumentTypeError, ArgumentValueError, border, check_cell, check_key, checked_rate, kind_of
 from jaxlstm.lstm import LSTMParams, LSTMState
+from jaxlstm.masks import where
+
+__all__ = [
+    "Locked",
+    "Noisy",
+    "dropout_mask",
+    "recurrent_dropout",
+    "variational_dropout",
+    "weight_drop",
+    "zoneout",
+    "zoneout_noise",
+]
 
 Params = TypeVar("Params")
 Carry = TypeVar("Carry")
 
 
 class Noisy(NamedTuple):
-    """The input of a cell with noise of its own at every step."""
+    """The input of a cell, with noise for every step."""
 
-    x: PyTree  # [time, *batch, input], or whatever the cell within takes
+    x: PyTree  # [time, *batch, input], or whatever the inner cell takes
     noise: PyTree | None  # leaves [time, *batch, ...]; None: evaluation
 
 
 class Locked(NamedTuple):
-    """Parameters of a cell with masks that stay for the whole sequence. None: no mask."""
+    """The parameters of a cell, with masks that stay for the whole sequence. None: no mask."""
 
     params: PyTree
     x: Float[Array, "*batch input"] | None = None
     h: Float[Array, "*batch hidden"] | None = None
 
 
+@border("dropout_mask")
 def dropout_mask(
     key: Key[Array, ""], rate: float, shape: Sequence[int], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "..."]:
-    """Draw a mask of dropout: 0 with probability `rate`, else 1 / (1 − rate).
+    """Draw a dropout mask: 0 with probability `rate`, else 1 / (1 − rate).
 
-    Srivastava et al., Dropout: a simple way to prevent neural networks from overfitting, 2014.
+    Srivastava et al., Dropout: a simple way to prevent neural networks from overfitting, 2014. To drop whole symbols
+    from an embedding table: `embedding * dropout_mask(key, rate, (len(embedding), 1))` (Gal & Ghahramani 2016).
 
     Args:
-      key: a typed key; the same key is the same mask, in any process.
-      rate: share that is dropped, in [0, 1).
-      shape: of the mask. Leave out the time axis for one that is locked over time.
-      dtype: that of what it multiplies.
+      key: a typed key; the same key gives the same mask in any process.
+      rate: probability of a 0, in [0, 1).
+      shape: of the mask. Leave out the time axis to lock the mask over time.
+      dtype: of the arrays that the mask multiplies.
 
     Raises:
-      TypeError: `key` is no typed key.
-      ValueError: `rate` lies outside [0, 1).
+      TypeError: `key` is not a typed key.
+      ValueError: `rate` is not in [0, 1).
 
-    >>> import jax, jaxlstm
-    >>> sorted(set(jaxlstm.dropout_mask(jax.random.key(0), 0.75, (100,)).tolist()))
+    >>> import jax
+    >>> from jaxlstm.regularize import dropout_mask
+    >>> sorted(set(dropout_mask(jax.random.key(0), 0.75, (100,)).tolist()))
     [0.0, 4.0]
     """
-    return draw_mask("dropout_mask", key, rate, shape, dtype)
-
-
-def draw_mask(function: str, key: Any, rate: float, shape: Sequence[int], dtype: DTypeLike) -> Float[Array, "..."]:
-    """Do what `dropout_mask` does, for a function that errors are to name."""
-    check_key(function, key)
-    rate = checked_rate(function, "rate", rate)
+    check_key(key)
+    rate = checked_rate("rate", rate)
     return _flags(key, 1 - rate, shape).astype(dtype) / jnp.asarray(1 - rate, dtype)
 
 
 def _flags(key: Key[Array, ""], rate: float, shape: Sequence[int]) -> Bool[Array, "..."]:
-    """Draw flags that are True with a probability; in float32, so that they do not depend on whether x64 is enabled."""
+    """Draw flags that are True with a probability; in float32, so that enabling x64 changes no flag."""
     return jax.random.bernoulli(key, jnp.asarray(rate, jnp.float32), tuple(shape))
 
 
+# Masks that stay for the whole sequence.
+
+
 @functools.cache
+@border("variational_dropout")
 def variational_dropout(cell: Cell[Params, Carry]) -> Cell[Any, Carry]:
-    """Make the cell that drops the same inputs and the same units of h at every step: z = (x ⊙ m_x) W_ih + b,
-    a = (h ⊙ m_h) W_hh.
+    """Make the cell that drops the same inputs and units of h at every step: x ⊙ m_x and h ⊙ m_h in its matmuls.
 
     Gal & Ghahramani, A theoretically grounded application of dropout in recurrent neural networks, 2016; with one mask
-    for all gates. It goes next to the cell: `zoneout(variational_dropout(LSTM), 0.1)`.
+    for all gates. Apply it first, other regularisers around it: `zoneout(variational_dropout(LSTM), 0.1)`.
 
     Args:
       cell: any cell whose `recur` reads `carry.h`.
 
     Returns:
-      A cell whose parameters are `Locked(params, x, h)`; plain `params`: evaluation.
+      A cell whose parameters are `Locked(params, x, h)`; plain `params` mean evaluation.
 
     Raises:
-      ValueError: when it runs, if a mask does not have the batch axes of the sequence.
+      ValueError: when it runs, a mask does not have the batch axes of the sequence.
 
     >>> import jax, jaxlstm
+    >>> from jaxlstm.regularize import Locked, dropout_mask, variational_dropout
     >>> params = jaxlstm.LSTM.init(jax.random.key(0), 5, 7)
-    >>> h = jaxlstm.dropout_mask(jax.random.key(1), 0.3, (3, 7))
-    >>> cell = jaxlstm.variational_dropout(jaxlstm.LSTM)
-    >>> _, ys = jaxlstm.unroll(cell, jaxlstm.Locked(params, h=h), jax.numpy.ones((11, 3, 5)))
+    >>> h = dropout_mask(jax.random.key(1), 0.3, (3, 7))
+    >>> _, ys = jaxlstm.unroll(variational_dropout(jaxlstm.LSTM), Locked(params, h=h), jax.numpy.ones((11, 3, 5)))
     """
-
-    check_cell("variational_dropout", cell)
+    check_cell(cell)
 
     def initial_carry(params: Any, batch_shape: tuple[int, ...] = ()) -> Carry:
         params, x_mask, h_mask = _locked(params)
-        if h_mask is not None and cell.recur is None:
-            raise ValueError(f"Locked.h is given, and {cell.name} has no matmul that reads h.")
+        carry = cell.initial_carry(params, batch_shape)
+        if h_mask is not None and not jax.tree.leaves(jax.eval_shape(cell.recur, params, carry)):
+            raise ValueError(f"Locked.h is given, but {cell.name} has no matmul that reads h.")
         _check_mask("x", x_mask, batch_shape)
         _check_mask("h", h_mask, batch_shape)
-        return cell.initial_carry(params, batch_shape)
+        return carry
 
     def project(params: Any, xs: Any) -> Any:
         params, mask, _ = _locked(params)
@@ -121,24 +133,27 @@ def variational_dropout(cell: Cell[Params, Carry]) -> Cell[Any, Carry]:
 
     def recur(params: Any, carry: Any) -> Any:
         params, _, mask = _locked(params)
-        assert cell.recur is not None
-        return cell.recur(params, carry._replace(h=_masked("h", carry.h, mask)))
+        return cell.recur(params, carry if mask is None else carry._replace(h=_masked("h", carry.h, mask)))
 
-    own = lambda function: function and (lambda params, *rest: function(_locked(params).params, *rest))
     return dataclasses.replace(
         cell,
         initial_carry=initial_carry,
         project=project,
-        recur=cell.recur and recur,
-        gates=own(cell.gates),
-        activations=own(cell.activations),
-        gates_jvp=own(cell.gates_jvp),
+        recur=recur,
+        gates=_of_locked(cell.gates),
+        activations=_of_locked(cell.activations),
+        gates_jvp=_of_locked(cell.gates_jvp),
         name=f"variational_dropout({cell.name})",
     )
 
 
 def _locked(params: Any) -> Locked:
     return params if isinstance(params, Locked) else Locked(params)
+
+
+def _of_locked(function: Any) -> Any:
+    """Make a cell's function read the parameters inside `Locked`; None stays None."""
+    return function and (lambda params, *rest: function(_locked(params).params, *rest))
 
 
 def _check_mask(name: str, mask: Array | None, batch_shape: tuple[int, ...]) -> None:
@@ -148,9 +163,9 @@ def _check_mask(name: str, mask: Array | None, batch_shape: tuple[int, ...]) -> 
 
 
 def _masked(name: str, value: Array, mask: Array | None) -> Array:
-    """Multiply by a mask [*batch, features] what is [..., *batch, features], its leading axes perhaps made into one.
+    """Multiply [..., *batch, features] by a mask [*batch, features]; the leading axes may be merged into one.
 
-    A mask is noise and no parameter: it has no gradient, so no optimiser moves it.
+    A mask is noise, not a parameter: it has no gradient, so an optimiser never moves it.
     """
     if mask is None:
         return value
@@ -158,38 +173,44 @@ def _masked(name: str, value: Array, mask: Array | None) -> Array:
         expected = list(value.shape[-mask.ndim :] if mask.ndim <= value.ndim else value.shape)
         raise ValueError(f"Locked.{name} must be [*batch, features] = {expected}, got {list(mask.shape)}.")
     mask = lax.stop_gradient(mask).astype(value.dtype)
+    # The derivative rule merges time and batch, in that order, so the mask repeats once per step.
     if value.shape[-mask.ndim :] == mask.shape:
         return value * mask
     return (value.reshape(-1, *mask.shape) * mask).reshape(value.shape)
 
 
-@functools.cache
-def recurrent_dropout(cell: Cell[Params, Carry]) -> Cell[Params, Carry]:
-    """Make the cell that drops units of the candidate, the news of each step, and never what is remembered.
+# Noise that is drawn anew at every step.
 
-    LSTM: c_t = f ⊙ c_{t-1} + i ⊙ (m_t ⊙ g); GRU: h_t = (1 − u) ⊙ (m_t ⊙ n) + u ⊙ h_{t-1}. Semeniuta, Severyn & Barth,
-    Recurrent dropout without memory loss, 2016.
+
+@functools.cache
+@border("recurrent_dropout")
+def recurrent_dropout(cell: Cell[Params, Carry]) -> Cell[Params, Carry]:
+    """Make the cell that drops units of the candidate, new information, never memory: m_t ⊙ g in place of g.
+
+    Semeniuta, Severyn & Barth, Recurrent dropout without memory loss, 2016.
 
     Args:
-      cell: `LSTM` or `GRU`; other regularisers go around it.
+      cell: `LSTM` or `GRU`; apply it first, other regularisers around it.
 
     Returns:
-      A cell whose input is `Noisy(xs, m)`, m [time, *batch, hidden] from `dropout_mask`; plain `xs`: evaluation.
+      A cell whose input is `Noisy(xs, m)`, m [time, *batch, hidden] from `dropout_mask`; plain `xs` mean evaluation.
 
     Raises:
       ValueError: it is another cell.
 
     >>> import jax, jaxlstm
+    >>> from jaxlstm.regularize import Noisy, dropout_mask, recurrent_dropout
     >>> params, xs = jaxlstm.LSTM.init(jax.random.key(0), 5, 7), jax.numpy.ones((11, 3, 5))
-    >>> m = jaxlstm.dropout_mask(jax.random.key(1), 0.25, (11, 3, 7))
-    >>> _, ys = jaxlstm.unroll(jaxlstm.recurrent_dropout(jaxlstm.LSTM), params, jaxlstm.Noisy(xs, m))
+    >>> m = dropout_mask(jax.random.key(1), 0.25, (11, 3, 7))
+    >>> _, ys = jaxlstm.unroll(recurrent_dropout(jaxlstm.LSTM), params, Noisy(xs, m))
     """
-    check_cell("recurrent_dropout", cell)
+    check_cell(cell)
+    # The candidate is inside `gates`, so only known equations can be rewritten.
     known: dict[Any, Any] = {lstm.gates: _lstm_gates, baselines.gru_gates: _gru_gates}
     if cell.gates not in known:
-        raise ValueError(
-            f"recurrent_dropout: cell must be LSTM or GRU, whose candidate it knows, got {cell!r}; put other "
-            "regularisers around it, or give your cell's candidate z.noise as a factor."
+        raise ArgumentValueError(
+            f"cell must be LSTM or GRU, whose candidate it knows, got {cell!r}; put other regularisers around it, or "
+            "multiply your cell's candidate by z.noise."
         )
     return _with_noise(cell, known[cell.gates], f"recurrent_dropout({cell.name})")
 
@@ -218,42 +239,46 @@ def _gru_gates(
 
 
 def output_h(carry: Any) -> Array:
-    """Return `carry.h`: what most cells put out."""
+    """Return `carry.h`, the output of most cells."""
     return carry.h
 
 
+@border("zoneout")
 def zoneout(cell: Cell[Params, Carry], rates: Any, *, output: Callable[[Carry], Any] = output_h) -> Cell[Params, Carry]:
-    """Make the cell whose units keep their last value with a probability: s_t = d_t ⊙ s_{t-1} + (1 − d_t) ⊙ s̃_t.
+    """Make the cell whose units keep their last value at random: s_t = d_t ⊙ s_{t-1} + (1 − d_t) ⊙ s̃_t.
 
     Without noise, d_t is its expectation, the rate. Krueger et al., Zoneout: regularizing RNNs by randomly preserving
     hidden activations, 2017.
 
     Args:
       cell: any cell.
-      rates: of every leaf of the carry, in [0, 1): one number, or a carry of them, `LSTMState(h=0.05, c=0.5)`.
-      output: the step's output, by the carry after it; what the cell itself puts out knows nothing of zoneout.
+      rates: for every leaf of the carry, in [0, 1): one number, or a carry of numbers, `LSTMState(h=0.05, c=0.5)`.
+      output: computes a step's output from the carry after it, because the cell's own output ignores zoneout.
 
     Returns:
-      A cell whose input is `Noisy(xs, d)`, d from `zoneout_noise`; plain `xs`: evaluation.
+      A cell whose input is `Noisy(xs, d)`, d from `zoneout_noise`; plain `xs` mean evaluation.
 
     Raises:
       TypeError: rates are traced, or a dict.
-      ValueError: a rate lies outside [0, 1).
+      ValueError: a rate is not in [0, 1).
 
     >>> import jax, jaxlstm
+    >>> from jaxlstm.regularize import Noisy, zoneout, zoneout_noise
     >>> params, xs = jaxlstm.LSTM.init(jax.random.key(0), 5, 7), jax.numpy.ones((11, 3, 5))
     >>> rates = jaxlstm.LSTMState(h=0.05, c=0.5)
-    >>> d = jaxlstm.zoneout_noise(jax.random.key(1), rates, jaxlstm.LSTM.initial_carry(params, (3,)), 11)
-    >>> _, ys = jaxlstm.unroll(jaxlstm.zoneout(jaxlstm.LSTM, rates), params, jaxlstm.Noisy(xs, d))
+    >>> d = zoneout_noise(jax.random.key(1), rates, jaxlstm.LSTM.initial_carry(params, (3,)), 11)
+    >>> _, ys = jaxlstm.unroll(zoneout(jaxlstm.LSTM, rates), params, Noisy(xs, d))
     """
-    check_cell("zoneout", cell)
+    check_cell(cell)
     if any(isinstance(rate, jax.core.Tracer) for rate in jax.tree.leaves(rates)):
-        raise TypeError("zoneout: rates must be known before anything is traced: they are part of the cell.")
-    rates = jax.tree.map(functools.partial(checked_rate, "zoneout", "rates"), rates)
+        raise ArgumentTypeError("rates must be known before tracing, because they are part of the cell.")
+    rates = jax.tree.map(functools.partial(checked_rate, "rates"), rates)
     try:
         return _zoneout(cell, rates, output)
-    except TypeError as error:
-        raise TypeError(f"zoneout: rates must be one number or a NamedTuple of them, got {kind_of(rates)}.") from error
+    except TypeError as error:  # the cache cannot hash them
+        raise ArgumentTypeError(
+            f"rates must be one number or a NamedTuple of numbers, got {kind_of(rates)}."
+        ) from error
 
 
 @functools.cache
@@ -278,6 +303,7 @@ def _check_noise(function: str, noise: Array, leaf: Array, *, is_bool: bool = Fa
         raise ValueError(f"{function}: noise of a step must be {list(leaf.shape)}, got {list(noise.shape)}.")
 
 
+@border("zoneout_noise")
 def zoneout_noise(
     key: Key[Array, ""], rates: Any, carry: Carry, num_steps: int
 ) -> Bool[Array, "time *batch hidden"] | Carry:
@@ -286,18 +312,19 @@ def zoneout_noise(
     Args:
       key: a typed key.
       rates: as given to `zoneout`.
-      carry: any carry of the cell, [*batch, ...]; its shapes are what is read.
+      carry: any carry of the cell, [*batch, ...]; only its shapes matter.
       num_steps: T.
 
     Returns:
       A tree like the carry, its leaves bool [time, *batch, ...].
 
     Raises:
-      TypeError: `key` is no typed key.
-      ValueError: a rate lies outside [0, 1).
+      TypeError: `key` is not a typed key.
+      ValueError: a rate is not in [0, 1).
     """
-    check_key("zoneout_noise", key)
-    rates = jax.tree.map(functools.partial(checked_rate, "zoneout_noise", "rates"), rates)
+    check_key(key)
+    rates = jax.tree.map(functools.partial(checked_rate, "rates"), rates)
+    # One key per leaf: h and c keep their values independently.
     treedef: Any = jax.tree.structure(carry)
     keys = treedef.unflatten(jax.random.split(key, treedef.num_leaves))
     draw = lambda key, rate, leaf: _flags(key, rate, (num_steps, *leaf.shape))
@@ -309,7 +336,7 @@ def _like(rates: Any, carry: PyTree) -> PyTree:
 
 
 def _with_noise(cell: Cell[Params, Carry], gates: Callable[..., Any], name: str) -> Cell[Params, Carry]:
-    """Make the cell that hands the noise of each step to `gates(inner, params, carry, z, a, noise)`."""
+    """Make the cell that passes the noise of each step to `gates(inner, params, carry, z, a, noise)`."""
 
     def project(params: Params, xs: Any) -> Any:
         x, noise = _noisy(xs)
@@ -329,7 +356,7 @@ def _with_noise(cell: Cell[Params, Carry], gates: Callable[..., Any], name: str)
         project=project,
         gates=noisy_gates,
         activations=cell.activations and activations,
-        gates_jvp=None,  # that of the cell within is another function's
+        gates_jvp=None,  # the inner cell's closed form knows nothing of the noise
         name=name,
     )
 
@@ -338,50 +365,31 @@ def _noisy(x: Any) -> Noisy:
     return x if isinstance(x, Noisy) else Noisy(x, None)
 
 
-# Dropout of weights makes other parameters of the same cell; there is nothing to unroll differently.
+# Dropping weights changes the parameters; the cell stays the same.
 
 
+@border("weight_drop")
 def weight_drop(key: Key[Array, ""], rate: float, params: Params) -> Params:
-    """Drop entries of w_hh, the same at all steps and for the whole batch (DropConnect).
+    """Drop entries of w_hh, the same ones at all steps and for the whole batch (DropConnect).
 
     Wan et al., Regularization of neural networks using DropConnect, 2013; Merity, Keskar & Socher, Regularizing and
     optimizing LSTM language models, 2018.
 
     Args:
       key: a typed key.
-      rate: share that is dropped, in [0, 1).
+      rate: probability of dropping an entry, in [0, 1).
       params: a NamedTuple with w_hh, such as `LSTMParams`.
 
     Raises:
-      TypeError: `key` is no typed key, or `params` have no w_hh.
-      ValueError: `rate` lies outside [0, 1).
+      TypeError: `key` is not a typed key, or `params` have no w_hh.
+      ValueError: `rate` is not in [0, 1).
 
     >>> import jax, jaxlstm
     >>> params = jaxlstm.LSTM.init(jax.random.key(0), 5, 7)
-    >>> dropped = jaxlstm.weight_drop(jax.random.key(1), 0.5, params)
+    >>> dropped = jaxlstm.regularize.weight_drop(jax.random.key(1), 0.5, params)
     >>> _, ys = jaxlstm.unroll(jaxlstm.LSTM, dropped, jax.numpy.ones((11, 3, 5)))
     """
     if not (hasattr(params, "w_hh") and hasattr(params, "_replace")):
-        raise TypeError(f"weight_drop: params must be a NamedTuple with w_hh, got {type(params).__name__}.")
+        raise ArgumentTypeError(f"params must be a NamedTuple with w_hh, got {type(params).__name__}.")
     w_hh = params.w_hh
-    return params._replace(w_hh=w_hh * draw_mask("weight_drop", key, rate, w_hh.shape, w_hh.dtype))
-
-
-def embedding_dropout(
-    key: Key[Array, ""], rate: float, embedding: Float[Array, "symbols features"]
-) -> Float[Array, "symbols features"]:
-    """Drop whole symbols, wherever they occur, from a table of embeddings.
-
-    Gal & Ghahramani 2016; Merity, Keskar & Socher 2018.
-
-    Raises:
-      TypeError: `key` is no typed key.
-      ValueError: `rate` lies outside [0, 1), or `embedding` is no table.
-
-    >>> import jax, jaxlstm
-    >>> jaxlstm.embedding_dropout(jax.random.key(0), 0.1, jax.numpy.ones((50, 8)))[jax.numpy.array([3, 1, 3])].shape
-    (3, 8)
-    """
-    if embedding.ndim != 2:
-        raise ValueError(f"embedding_dropout: embedding must be [symbols, features], got {list(embedding.shape)}.")
-    return embedding * draw_mask("embedding_dropout", key, rate, (len(embedding), 1), embedding.dtype)
+    return params._replace(w_hh=w_hh * dropout_mask(key, rate, w_hh.shape, w_hh.dtype))

@@ -1,15 +1,15 @@
 """Real-time recurrent learning: the gradient forward in time, for any cell (Williams & Zipser 1989).
 
-With s the carry, θ the parameters and E_t the loss of a step, the influence M_t = ∂s_t/∂θ goes from step to step:
+With s the carry, θ the parameters and E_t the loss of a step, each step updates the influence M_t = ∂s_t/∂θ:
 
     M_t     = ∂s_t/∂s_{t−1} M_{t−1} + ∂s_t/∂θ
     ∂E_t/∂θ = ∂E_t/∂y_t (∂y_t/∂s_{t−1} M_{t−1} + ∂y_t/∂θ)
 
-Nothing of the past is kept but M, whose size does not grow with T. It is large, though: for an LSTM 2·hidden numbers a
-parameter and example. There are two approximations. SnAp-1 keeps of M what one step can fill, for an LSTM 2 numbers a
-parameter (Menick et al. 2021): pass `pattern=snap1_pattern(cell, params, x)`. E-prop leaves the way through `recur` out
-of ∂s_t/∂s_{t−1} (Bellec et al. 2020): pass `cut_recurrence(cell)` as the cell. Of an LSTM cut so, SnAp-1 loses nothing,
-so that both together are e-prop as it is meant: exact, and as large as the parameters.
+Only M remembers the past, and its size does not grow with T. But it is large: for an LSTM, 2·hidden numbers per
+parameter and example. There are two approximations. SnAp-1 keeps only the entries of M that one step can fill, for an
+LSTM 2 numbers per parameter (Menick et al. 2021): pass `pattern=snap1_pattern(cell, params, x)`. E-prop omits the path
+through `recur` from ∂s_t/∂s_{t−1} (Bellec et al. 2020): pass `cut_recurrence(cell)` as the cell. For an LSTM, combine
+the two: SnAp-1 is exact after the cut, so the result is e-prop itself, at 2 numbers per parameter.
 """
 
 import dataclasses
@@ -28,26 +28,39 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlstm.cell import Cell, PyTree, num_params
-from jaxlstm.checks import check_sequence, check_step_loss, checked_flags, of_one_step
-from jaxlstm.derivative import select, where
+from jaxlstm.checks import ArgumentValueError, border, check_sequence, check_step_loss, checked_flags, of_one_step
+from jaxlstm.masks import Steps, hold, select
+
+__all__ = [
+    "OnlineState",
+    "RTRLState",
+    "SnAp1Pattern",
+    "cut_recurrence",
+    "init_rtrl",
+    "make_online_step",
+    "rtrl_gradient",
+    "rtrl_step",
+    "snap1_pattern",
+]
 
 MAX_BYTES = 4 << 30
 
 
 class RTRLState(NamedTuple):
-    """What goes from step to step."""
+    """The state that passes from step to step."""
 
     carry: PyTree  # its leaves [*batch, ...]
-    influence: Float[Array, "*batch n p"]  # ∂carry/∂params: n numbers of a carry (SnAp-1: its leaves), p parameters
+    influence: Float[Array, "*batch n p"]  # ∂carry/∂params: n numbers of a carry (SnAp-1: n leaves), p parameters
 
 
 class SnAp1Pattern(NamedTuple):
-    """Which number of each leaf of a carry, and of y, a parameter reaches within one step; −1 for none."""
+    """The number that a parameter reaches within one step, in each leaf of a carry and in y; −1 if there is none."""
 
-    carry: Int[Array, "leaves p"]  # its place in the carry, all leaves in a row
+    carry: Int[Array, "leaves p"]  # its index in the flat carry
     y: Int[Array, "p"]
 
 
+@border("init_rtrl")
 def init_rtrl(
     cell: Cell[Any, Any],
     params: PyTree,
@@ -62,18 +75,19 @@ def init_rtrl(
     Args:
       cell, params: as in `unroll`.
       batch_shape: the batch axes.
-      carry: its leaves [*batch, ...], taken not to depend on the parameters; default the cell's initial carry.
-      pattern: for SnAp-1.
-      max_bytes: that the influence may take.
+      carry: the carry to start from, its leaves [*batch, ...], assumed independent of the parameters; default the
+        cell's initial carry.
+      pattern: for SnAp-1; default exact.
+      max_bytes: most memory that the influence may take.
 
     Raises:
-      ValueError: it would take more.
+      ValueError: the influence would take more.
     """
     num_bytes = influence_bytes(cell, params, batch_shape, pattern)
     if num_bytes > max_bytes:
-        raise ValueError(
-            f"init_rtrl: how the carry depends on {num_params(params):,} parameters takes {num_bytes:,} bytes at batch "
-            f"shape {list(batch_shape)}, more than max_bytes={max_bytes:,}; take fewer units or examples, "
+        raise ArgumentValueError(
+            f"the influence of {num_params(params):,} parameters on the carry takes {num_bytes:,} bytes at batch shape "
+            f"{list(batch_shape)}, more than max_bytes={max_bytes:,}; use fewer units or examples, "
             "pattern=snap1_pattern(...), or backpropagation through time."
         )
     initial = _initial_state(cell, params, batch_shape, pattern)
@@ -92,22 +106,25 @@ def influence_bytes(
 def _initial_state(
     cell: Cell[Any, Any], params: PyTree, batch_shape: tuple[int, ...], pattern: SnAp1Pattern | None
 ) -> RTRLState:
-    """Return the initial carry, and how it depends on the parameters: where it is learned, it does."""
+    """Return the initial carry and its derivative by the parameters, which is not 0 if the carry is learned."""
     flat, unravel = ravel_pytree(params)
-    one = lambda flat: ravel_pytree(cell.initial_carry(unravel(flat)))[0]
+
+    def initial_carry(flat: Array) -> Array:
+        return ravel_pytree(cell.initial_carry(unravel(flat)))[0]
+
     if pattern is None:
-        influence = jax.jacrev(one)(flat)
+        influence = jax.jacrev(initial_carry)(flat)
     else:
         sizes = [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(cell.initial_carry, params))]
-        influence = jnp.where(pattern.carry >= 0, _leaf_by_leaf(one, flat, sizes), 0)
+        influence = jnp.where(pattern.carry >= 0, _leaf_by_leaf(initial_carry, flat, sizes), 0)
     carry = cell.initial_carry(params, batch_shape)
     return RTRLState(carry, jnp.broadcast_to(influence, (*batch_shape, *influence.shape)))
 
 
 def _leaf_by_leaf(function: Callable[[Array], Array], flat: Array, sizes: list[int]) -> Float[Array, "leaves p"]:
-    """Return the derivative of the sum of each leaf, by one pullback a leaf.
+    """Return the derivative of the sum of each leaf, with one pullback per leaf.
 
-    As long as a parameter reaches one number of a leaf at most, that is the derivative of this number.
+    If a parameter reaches at most one number of a leaf, as SnAp-1 assumes, this is the derivative of that number.
     """
     out, pull = jax.vjp(function, flat)
     leaf_of = np.repeat(np.arange(len(sizes)), sizes)
@@ -125,14 +142,16 @@ def rtrl_step(
     reset: Bool[Array, "*batch"] | None = None,
     pattern: SnAp1Pattern | None = None,
 ) -> tuple[RTRLState, Array, Callable[[Array], PyTree]]:
-    """Take one step, and say what its output's cotangent is worth to the parameters, the whole past included.
+    """Take one step; return also the map from the derivative by its output to the gradient by the parameters.
+
+    That gradient includes all earlier uses of the parameters.
 
     Args:
       cell, params: as in `unroll`.
       state: from `init_rtrl` or the step before.
       x: [*batch, input].
-      mask, reset: of this step; a reset puts the cell's initial carry in place, as in `unroll`.
-      pattern: for SnAp-1, as the state was made for; default exact.
+      mask, reset: flags of this step, as in `unroll`; a reset replaces the carry by the cell's initial carry.
+      pattern: for SnAp-1, the pattern that the state was initialised with; default exact.
 
     Returns:
       The state after the step, the output y [*batch, hidden], and d_y -> d_params, which sums over the batch.
@@ -145,16 +164,14 @@ def rtrl_step(
     for _ in batch_shape:
         advance = jax.vmap(advance)
     new_state, y, y_influence = advance(state, x)
-    if mask is not None:
-        new_state = select(mask, new_state, state)
-        y, y_influence = (where(mask, v, jnp.zeros_like(v)) for v in (y, y_influence))
+    new_state, (y, y_influence) = hold(Steps(x, mask), state, new_state, (y, y_influence))
     return new_state, y, Partial(_pull, Partial(unravel), None if pattern is None else pattern.y, y_influence)
 
 
 def _advance(
     cell: Cell[Any, Any], params: PyTree, pattern: SnAp1Pattern | None, state: RTRLState, x: PyTree
 ) -> tuple[RTRLState, Array, Array]:
-    """Take a step of one example; return its state, its output, and ∂y/∂params, of SnAp-1 one number a parameter."""
+    """Take a step of one example; return its state, its output, and ∂y/∂params (SnAp-1: one number per parameter)."""
     flat_params, unravel_params = ravel_pytree(params)
     flat_carry, unravel_carry = ravel_pytree(state.carry)
 
@@ -162,13 +179,17 @@ def _advance(
         carry, y = cell.step(unravel_params(flat_params), unravel_carry(flat_carry), x)
         return jnp.concatenate([ravel_pytree(carry)[0], y]), (carry, y)
 
+    def step_by_params(flat_params: Array) -> Array:
+        return step(flat_params, flat_carry)[0]
+
+    # Carry and y are one vector in here, and y has the last rows of its derivatives.
     if pattern is None:
         (by_params, by_carry), (carry, y) = jax.jacrev(step, (0, 1), has_aux=True)(flat_params, flat_carry)
         influence = by_carry @ state.influence + by_params
     else:
         by_carry, (carry, y) = jax.jacrev(step, 1, has_aux=True)(flat_params, flat_carry)
         sizes = [leaf.size for leaf in jax.tree.leaves(state.carry)]
-        by_params = _leaf_by_leaf(lambda flat: step(flat, flat_carry)[0], flat_params, [*sizes, y.size])
+        by_params = _leaf_by_leaf(step_by_params, flat_params, [*sizes, y.size])
         reached = jnp.concatenate([pattern.carry, jnp.where(pattern.y >= 0, pattern.y + sum(sizes), -1)[None]])
         through = by_carry[reached[:, None], pattern.carry] * state.influence
         influence = jnp.where(reached >= 0, through.sum(axis=1) + by_params, 0)
@@ -183,6 +204,7 @@ def _pull(unravel: Any, reached: Array | None, y_influence: Array, d_y: Array) -
     return unravel((d_y[..., reached] * y_influence).reshape(-1, reached.size).sum(axis=0))
 
 
+@border("rtrl_gradient")
 def rtrl_gradient(
     cell: Cell[Any, Any],
     params: PyTree,
@@ -195,31 +217,35 @@ def rtrl_gradient(
     pattern: SnAp1Pattern | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> tuple[Array, PyTree]:
-    """Return the loss of a sequence, Σ_t E_t, and its gradient by the parameters: that of `unroll`, forward in time.
+    """Return the loss of a sequence, Σ_t E_t, and its gradient by the parameters, computed forward in time.
+
+    Without `pattern`, this equals the gradient of `unroll`.
 
     Args:
       cell, params, xs, carry, mask, reset: as in `unroll`.
       step_loss: (y_t, t) -> E_t, a number; y_t is [*batch, hidden].
-      pattern: as in `rtrl_step`.
-      max_bytes: as in `init_rtrl`.
+      pattern: for SnAp-1; default exact.
+      max_bytes: most memory that the influence may take.
 
     Raises:
-      TypeError, ValueError: as `unroll` and `init_rtrl`; ValueError if `step_loss` is no such function.
+      TypeError: as `unroll`.
+      ValueError: as `unroll` and `init_rtrl`; or `step_loss` is not such a function.
 
-    >>> import jax, jaxlstm
-    >>> params = jaxlstm.LSTM.init(jax.random.key(0), 5, 7)
-    >>> xs, square = jax.numpy.ones((11, 3, 5)), lambda y, t: (y**2).sum()
-    >>> loss, gradient = jaxlstm.rtrl_gradient(jaxlstm.LSTM, params, xs, square)
+    >>> import jax
+    >>> from jaxlstm import LSTM
+    >>> from jaxlstm.rtrl import rtrl_gradient
+    >>> params = LSTM.init(jax.random.key(0), 5, 7)
+    >>> loss, gradient = rtrl_gradient(LSTM, params, jax.numpy.ones((11, 3, 5)), lambda y, t: (y**2).sum())
     >>> gradient.w_hh.shape
     (7, 28)
     """
     params, xs, carry = jax.tree.map(jnp.asarray, (params, xs, carry))
-    batch_shape = check_sequence("rtrl_gradient", cell, params, xs, carry)
+    batch_shape = check_sequence(cell, params, xs, carry)
     num_steps = jax.tree.leaves(xs)[0].shape[0]
-    mask, reset = checked_flags("rtrl_gradient", mask, reset, num_steps, batch_shape)
+    mask, reset = checked_flags(mask, reset, num_steps, batch_shape)
     state = init_rtrl(cell, params, batch_shape, carry=carry, pattern=pattern, max_bytes=max_bytes)
     y = jax.eval_shape(cell.step, params, state.carry, of_one_step(xs))[1]
-    check_step_loss("rtrl_gradient", step_loss, y)
+    check_step_loss(step_loss, y)
 
     def step(so_far: Any, inputs: Any) -> Any:
         (state, loss, gradient), (t, x, mask, reset) = so_far, inputs
@@ -227,33 +253,40 @@ def rtrl_gradient(
         e, d_y = jax.value_and_grad(step_loss)(y, t)
         return (state, loss + e, jax.tree.map(jnp.add, gradient, pull(d_y))), None
 
-    loss_dtype = jax.eval_shape(step_loss, y, jax.ShapeDtypeStruct((), jnp.arange(0).dtype)).dtype
+    times = jnp.arange(num_steps)
+    # The loss may have a wider dtype than the net.
+    loss_dtype = jax.eval_shape(step_loss, y, jax.ShapeDtypeStruct((), times.dtype)).dtype
     start = (state, jnp.zeros((), loss_dtype), jax.tree.map(jnp.zeros_like, params))
-    (_, loss, gradient), _ = lax.scan(step, start, (jnp.arange(num_steps), xs, mask, reset))
+    (_, loss, gradient), _ = lax.scan(step, start, (times, xs, mask, reset))
     return loss, gradient
 
 
+@border("snap1_pattern")
 def snap1_pattern(cell: Cell[Any, Any], params: PyTree, x: PyTree) -> SnAp1Pattern:
     """Return which numbers of the carry and of y each parameter reaches within one step, for SnAp-1.
 
-    For an LSTM that is the weights into a unit, and this unit's own h and c. It is found at small random values, where
-    no derivative is 0 by chance.
+    In an LSTM, the weights into a unit reach its own h and c. The pattern is found from the derivatives at random
+    parameters, carry and input, where no derivative is 0 by coincidence; only the shapes of the arguments matter.
 
     Args:
       cell, params: as in `unroll`.
       x: one input without batch axes, [input].
 
     Raises:
-      ValueError: a parameter reaches two numbers of a leaf, as that of a projection does.
+      ValueError: a parameter reaches two numbers of one leaf, as a projection of h does.
     """
     carry = jax.eval_shape(cell.initial_carry, params)
     leaves, treedef = jax.tree.flatten((params, carry, x))
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    # Small ones: a saturated gate is flat to the last digit.
+    # Small values, since the derivative of a saturated gate rounds to 0.
     random = [jax.random.normal(key, v.shape, v.dtype) / 10 for key, v in zip(keys, leaves, strict=True)]
     params, carry, x = jax.tree.unflatten(treedef, random)
     flat_params, unravel = ravel_pytree(params)
-    out, pull = jax.vjp(lambda flat: ravel_pytree(cell.step(unravel(flat), carry, x))[0], flat_params)
+
+    def step(flat_params: Array) -> Array:
+        return ravel_pytree(cell.step(unravel(flat_params), carry, x))[0]
+
+    out, pull = jax.vjp(step, flat_params)
     sizes = [leaf.size for leaf in jax.tree.leaves(carry)]
     leaf_of = np.repeat(np.arange(len(sizes) + 1), [*sizes, out.size - sum(sizes)])
 
@@ -266,29 +299,31 @@ def snap1_pattern(cell: Cell[Any, Any], params: PyTree, x: PyTree) -> SnAp1Patte
     nowhere = jnp.full((len(sizes) + 1, flat_params.size), -1)
     places, twice = lax.scan(one_number, nowhere, (jnp.arange(out.size), jnp.asarray(leaf_of)))
     if twice.any():
-        raise ValueError(
-            f"snap1_pattern: a parameter of {cell.name} reaches two numbers of a carry's leaf within one step, which "
-            "SnAp-1 has no room for; use exact RTRL (no pattern)."
+        raise ArgumentValueError(
+            f"a parameter of {cell.name} reaches two numbers of one leaf of the carry within one step, but SnAp-1 "
+            "keeps only one; use exact RTRL (no pattern)."
         )
     return SnAp1Pattern(places[:-1], jnp.where(places[-1] >= 0, places[-1] - sum(sizes), -1))
 
 
 @functools.cache
 def cut_recurrence(cell: Cell[Any, Any]) -> Cell[Any, Any]:
-    """Make the cell whose gradient does not flow through `recur`: of an LSTM, along c alone.
+    """Make the cell whose gradient does not flow through `recur`: for an LSTM, it flows along c alone.
 
-    Its gradient, by whatever road, is the truncated one of 1997 (Hochreiter & Schmidhuber, Long short-term memory).
+    Any method then computes the truncated gradient of 1997 (Hochreiter & Schmidhuber, Long short-term memory).
     """
-    recur = cell.recur
-    if recur is None:
-        return cell
-    return dataclasses.replace(cell, recur=lambda params, carry: recur(params, lax.stop_gradient(carry)))
+
+    @functools.wraps(cell.recur)  # checks of the weights see the original function
+    def recur(params: PyTree, carry: PyTree) -> PyTree:
+        return cell.recur(params, lax.stop_gradient(carry))
+
+    return dataclasses.replace(cell, recur=recur)
 
 
 class OnlineState(NamedTuple):
-    """What an online learner holds between two steps of its stream."""
+    """The state of an online learner between two steps of its stream."""
 
-    params: tuple[PyTree, PyTree]  # the cell's, and the readout's
+    params: tuple[PyTree, PyTree]  # of the cell and of the readout
     opt_state: optax.OptState
     rtrl: RTRLState
 
@@ -302,16 +337,16 @@ def make_online_step(
 ) -> Callable[[OnlineState, PyTree, PyTree], tuple[OnlineState, Array]]:
     """Make the step of a learner that updates its parameters after every step of a stream.
 
-    While parameters move, the influence is of parameters that were: exact in the limit of small learning rates.
+    The influence mixes derivatives at earlier parameters, so this is exact in the limit of small learning rates.
 
     Args:
       cell: as in `unroll`.
       loss_fn: (readout, y, target) -> loss of one step, a number.
-      optimizer: of (params, readout).
-      pattern: as in `rtrl_step`.
+      optimizer: updates (params, readout).
+      pattern: for SnAp-1; default exact.
 
     Returns:
-      (state, x, target) -> (state, loss), to be jitted; begin with `OnlineState((params, readout),
+      (state, x, target) -> (state, loss), ready for `jax.jit`. Start with `OnlineState((params, readout),
       optimizer.init((params, readout)), init_rtrl(cell, params, batch_shape, pattern=pattern))`.
     """
 

@@ -1,4 +1,4 @@
-"""Training: a step that drives any loss with any Optax optimiser, and many steps in one scan. It knows no cell."""
+"""Training: one step for any loss and any Optax optimiser, and many steps as one scan. It knows nothing of cells."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,16 +14,16 @@ Metrics = dict[str, Array]
 
 
 class TrainState(NamedTuple):
-    """Everything a run is: save it, and the run can go on; stack it, and `jax.vmap` trains many runs at once."""
+    """The whole state of a run: save it to resume the run, stack several to train many runs at once with `jax.vmap`."""
 
     params: PyTree
     opt_state: PyTree
     step: Int[Array, ""]
     key: Key[Array, ""]
-    carry: PyTree = ()  # what one batch hands to the next: truncated BPTT, running statistics
+    carry: PyTree = ()  # passed from one batch to the next: truncated BPTT, running statistics
 
 
-# (params, batch, carry, key) -> (loss, (carry, metrics)); a loss without a carry passes () through.
+# (params, batch, carry, key) -> (loss, (carry, metrics)); a loss without a carry returns () for it.
 LossFn = Callable[[PyTree, PyTree, PyTree, Key[Array, ""]], tuple[Float[Array, ""], tuple[PyTree, Metrics]]]
 TrainStep = Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]
 
@@ -34,7 +34,7 @@ def init_train_state(
     """Return the state before the first step.
 
     Raises:
-      TypeError: `key` is no typed key.
+      TypeError: `key` is not a typed key.
     """
     if not jnp.issubdtype(getattr(key, "dtype", object), jax.dtypes.prng_key):
         raise TypeError("init_train_state: key must be a typed key; make one with jax.random.key(seed).")
@@ -42,28 +42,30 @@ def init_train_state(
 
 
 def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> TrainStep:
-    """Make a pure step of training; jit it, scan it with `fit`, vmap it over seeds.
+    """Make a pure training step; jit it, scan it with `fit`, vmap it over seeds.
 
     Args:
-      loss_fn: `(params, batch, carry, key) -> (loss, (carry, metrics))`, with a fresh key at every step. The carry that
-        came with the state is a constant to the gradient, so handing it on *is* truncated BPTT.
-      optimizer: any Optax gradient transformation; those that ask for the loss, the gradient or the loss function
+      loss_fn: `(params, batch, carry, key) -> (loss, (carry, metrics))`, with a fresh key at every step. The carry from
+        the state is a constant for the gradient, so passing it on *is* truncated BPTT.
+      optimizer: any Optax gradient transformation. Those that need the loss, the gradient or the loss function
         (`value`, `grad`, `value_fn`: line searches, plateau schedules) get them.
 
     Returns:
-      `train_step(state, batch) -> (state, metrics)`. The metrics are the loss's own and `loss`, `grad_norm` (before any
-      clipping) and, where the optimiser's state holds it (`optax.inject_hyperparams`), the `learning_rate` used.
+      `train_step(state, batch) -> (state, metrics)`. To the metrics of `loss_fn` it adds `loss`, `grad_norm` (before
+      clipping) and, if the optimiser's state holds it (`optax.inject_hyperparams`), the `learning_rate`.
 
     Raises:
-      ValueError: when the step runs, if `loss_fn` names a metric like one of these.
+      ValueError: when the step runs, if a metric of `loss_fn` has one of these names.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+        # A function of the step alone, so that a resumed run draws the same noise.
         key = jax.random.fold_in(state.key, state.step)
         (loss, (carry, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params, batch, state.carry, key
         )
+        # The extra arguments serve line searches and schedules that watch the loss; other optimisers ignore them.
         updates, opt_state = optimizer.update(
             grads,
             state.opt_state,
@@ -76,7 +78,9 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) ->
 
         own = {"loss": loss, "grad_norm": optax.tree.norm(grads), **_learning_rate(opt_state)}
         if taken := own.keys() & metrics.keys():
-            raise ValueError(f"train_step: loss_fn's metrics must not be named {sorted(taken)}; these are added here.")
+            raise ValueError(
+                f"train_step: loss_fn's metrics must not be named {sorted(taken)}; the training step adds these itself."
+            )
         return TrainState(params, opt_state, state.step + 1, state.key, carry), {**own, **metrics}
 
     return train_step
@@ -87,8 +91,8 @@ def fit(train_step: TrainStep, state: TrainState, batches: PyTree) -> tuple[Trai
 
     Args:
       train_step: from `make_train_step`.
-      state: where to start.
-      batches: a pytree whose leaves have the batches along axis 0.
+      state: the state to start from.
+      batches: a pytree whose leaves stack the batches along axis 0.
 
     Returns:
       The state after the last batch, and the metrics of every step, stacked along axis 0.
@@ -97,6 +101,6 @@ def fit(train_step: TrainStep, state: TrainState, batches: PyTree) -> tuple[Trai
 
 
 def _learning_rate(opt_state: PyTree) -> Metrics:
-    # A schedule's own state stands in the optimiser's under the same name; it is no array.
+    # A schedule keeps its own state under the same name in the optimiser's state; that one is not an array.
     found = optax.tree.get_all_with_path(opt_state, "learning_rate", lambda path, value: hasattr(value, "dtype"))
     return {"learning_rate": found[0][1]} if len(found) == 1 else {}

@@ -1,1 +1,1 @@
-"""The only place that knows other frameworks; nothing imports it, so neither does `import jaxlstm` import them."""
+"""The only code that knows other frameworks. Nothing imports it, so `import jaxlstm` imports no framework."""

@@ -1,4 +1,4 @@
-"""What `linen` and `nnx` share: Flax's gate functions, its layout [batch, time, features], its dtypes."""
+"""Conventions that `linen` and `nnx` share: gate functions, the layout [batch, time, features], dtypes."""
 
 import dataclasses
 import functools
@@ -21,13 +21,14 @@ from jaxlstm import (
     LSTMState,
     init_stack,
     length_mask,
+    low_precision,
     unroll_stack,
 )
 
 Function = Callable[[Array], Array]
 
 
-# One step, as Flax's cells take it: `low` are parameters, h and x in the dtype of the matmuls.
+# One step of Flax's cells; `low` holds parameters, h and x in the dtype of the matmuls.
 
 
 def step_lstm(
@@ -46,13 +47,13 @@ def step_gru(cell: Any, h: Array, low: tuple[GRUParams, Array, Array]) -> tuple[
 
 
 def _step(cell: Cell[Any, Any], state: Any, params: Any, h: Array, x: Array) -> tuple[Any, Array]:
-    a = cell.recur and cell.recur(params, state._replace(h=h))
+    a = cell.recur(params, state._replace(h=h))
     return cell.gates(params, state, cell.project(params, x), a)
 
 
 @functools.cache
 def _lstm(gate_fn: Function, activation_fn: Function) -> Cell[LSTMParams, LSTMState]:
-    """Return the LSTM with these functions for σ and tanh."""
+    """Return the LSTM with these functions in place of σ and tanh."""
     if _are_usual(gate_fn, activation_fn):
         return LSTM
 
@@ -67,7 +68,8 @@ def _lstm(gate_fn: Function, activation_fn: Function) -> Cell[LSTMParams, LSTMSt
 
 @functools.cache
 def _gru(gate_fn: Function, activation_fn: Function) -> Cell[GRUParams, GRUState]:
-    """Return the GRU with these functions for σ and tanh."""
+    """Return the GRU with these functions in place of σ and tanh."""
+    # The usual functions keep the cell itself, and with it the names of its gates.
     if _are_usual(gate_fn, activation_fn):
         return GRU
 
@@ -89,13 +91,34 @@ def _are_usual(gate_fn: Function, activation_fn: Function) -> bool:
 
 
 class Options(NamedTuple):
-    """What makes a layer, beside the number of features it reads."""
+    """The settings of a layer, apart from the number of features it reads."""
 
     cell: Cell[Any, Any]
     features: int
     num_layers: int
     bidirectional: bool
     param_dtype: DTypeLike
+    dtype: DTypeLike | None
+    gradient: Any
+
+
+class Call(NamedTuple):
+    """The arguments of one call of a layer, after its attributes have filled in what the caller left out."""
+
+    initial_carry: list[Any] | None
+    seq_lengths: Array | None
+    mask: Array | None
+    reset: Array | None
+    noise: list[Any] | None
+    dropout: float
+    key: Key[Array, ""] | None
+    time_major: bool
+    return_carry: bool
+
+
+def either(given: Any, own: Any) -> Any:
+    """Return the argument of a call, or the layer's own attribute if it is None."""
+    return own if given is None else given
 
 
 def init_layers(key: Key[Array, ""], input_size: int, options: Options) -> dict[str, Any]:
@@ -105,14 +128,11 @@ def init_layers(key: Key[Array, ""], input_size: int, options: Options) -> dict[
 
 
 def layers_of(tree: Any, input_size: int, options: Options) -> list[Any]:
-    """Return the stack whose parameters `init_layers` made.
-
-    Raises:
-      ValueError: they are of another number of layers.
-    """
+    """Return the stack from parameters that `init_layers` made."""
+    # Flax stores nested dicts. The shapes of a fresh stack say which NamedTuple each of them was.
     like = jax.eval_shape(lambda: _init_stack(jax.random.key(0), input_size, options))
     if len(tree) != len(like):
-        raise ValueError(f"Recurrent: num_layers is {len(like)}, the parameters are of {len(tree)} layers.")
+        raise ValueError(f"Recurrent: num_layers is {len(like)}, the parameters have {len(tree)} layers.")
     return [serialization.from_state_dict(layer, tree[f"layer_{depth}"]) for depth, layer in enumerate(like)]
 
 
@@ -130,53 +150,49 @@ def _init_stack(key: Key[Array, ""], input_size: int, options: Options) -> list[
     )
 
 
-def run_layers(
-    cell: Cell[Any, Any],
-    layers: list[Any],
-    inputs: Array,
-    *,
-    initial_carry: list[Any] | None,
-    seq_lengths: Array | None,
-    mask: Array | None,
-    reset: Array | None,
-    noise: list[Any] | None,
-    dropout: float,
-    key: Key[Array, ""] | None,
-    time_major: bool,
-    return_carry: bool,
-    dtype: DTypeLike | None,
-) -> Any:
+def run_layers(layers: list[Any], inputs: Array, options: Options, call: Call) -> Any:
     """Run a stack on [*batch, time, features], or [time, *batch, features]."""
-    to_time_major = lambda v: v if time_major else jnp.moveaxis(v, v.ndim - 2, 0)
+    time_major, dtype = call.time_major, options.dtype
+
+    def to_time_major(v: Array) -> Array:
+        return v if time_major else jnp.moveaxis(v, v.ndim - 2, 0)
+
+    # As Flax's layers do: inputs of another precision are cast, where `unroll` refuses them.
     if jnp.issubdtype(inputs.dtype, jnp.floating):
         inputs = inputs.astype(jax.tree.leaves(layers)[0].dtype)
-    xs, noise = to_time_major(inputs), jax.tree.map(to_time_major, noise)
-    mask, reset = (_time_major_flags(name, v, inputs, time_major) for name, v in (("mask", mask), ("reset", reset)))
-    if seq_lengths is not None:
-        if jnp.shape(seq_lengths) != xs.shape[1:-1]:
-            got = list(jnp.shape(seq_lengths))
-            raise ValueError(f"Recurrent: seq_lengths must be [*batch] = {list(xs.shape[1:-1])}, got {got}.")
-        real = length_mask(seq_lengths, len(xs))
+    xs = to_time_major(inputs)
+    mask = _time_major_flags("mask", call.mask, inputs, time_major)
+    if call.seq_lengths is not None:
+        real = _checked_lengths(call.seq_lengths, xs)
         mask = real if mask is None else mask & real
     carries, ys = unroll_stack(
-        cell,
+        options.cell if dtype is None else low_precision(options.cell, dtype),
         layers,
         xs,
-        initial_carry,
+        call.initial_carry,
         mask=mask,
-        reset=reset,
-        noise=noise,
-        dropout=dropout,
-        key=key,
-        compute_dtype=dtype,
+        reset=_time_major_flags("reset", call.reset, inputs, time_major),
+        noise=jax.tree.map(to_time_major, call.noise),
+        dropout=call.dropout,
+        key=call.key,
+        gradient=options.gradient,
     )
+    # Flax's layers return their dtype, where the core keeps that of the parameters.
     outputs = ys if time_major else jnp.moveaxis(ys, 0, -2)
     outputs = outputs if dtype is None else outputs.astype(dtype)
-    return (carries, outputs) if return_carry else outputs
+    return (carries, outputs) if call.return_carry else outputs
+
+
+def _checked_lengths(seq_lengths: Any, xs: Array) -> Array:
+    """Check lengths of [time, *batch, features]; return their mask."""
+    batch_shape, got = list(xs.shape[1:-1]), list(jnp.shape(seq_lengths))
+    if got != batch_shape:
+        raise ValueError(f"Recurrent: seq_lengths must be [*batch] = {batch_shape}, got {got}.")
+    return length_mask(seq_lengths, len(xs))
 
 
 def _time_major_flags(name: str, flags: Any, inputs: Array, time_major: bool) -> Array | None:
-    """Check a mask or resets in the layout of the inputs; return them [time, *batch]."""
+    """Check a mask or resets in the layout of the inputs; return them as [time, *batch]."""
     if flags is None:
         return None
     flags, shape = jnp.asarray(flags), inputs.shape[:-1]

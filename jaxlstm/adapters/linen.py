@@ -1,11 +1,11 @@
-"""For `flax.linen`: `Recurrent`, a layer that trains by the library's rule, and cells in place of Flax's own.
+"""For `flax.linen`: `Recurrent`, a layer that trains with the library's rule, and replacements for Flax's own cells.
 
     lstm = Recurrent(features=64, num_layers=2, bidirectional=True)
     variables = lstm.init(key, inputs)                                 # [batch, time, features]
     outputs = lstm.apply(variables, inputs, seq_lengths=lengths)
 
 A checkpoint of `nn.LSTMCell`, `nn.OptimizedLSTMCell` or `nn.GRUCell` loads into the cells here, and `lstm_params` and
-`gru_params` make parameters for `unroll` of it.
+`gru_params` turn it into parameters for `unroll`.
 """
 
 from collections.abc import Mapping
@@ -27,13 +27,14 @@ class Recurrent(nn.Module):
 
     Attributes:
       features: units of each layer, and of each direction.
-      num_layers: layers upon one another.
+      num_layers: layers stacked on one another.
       bidirectional: every layer runs in both directions; outputs have 2·features.
-      dropout: rate between layers, with the key of the collection "dropout".
-      cell: a `Cell`, such as `LSTM`, `GRU`, or one of your own.
-      dtype: what matmuls read, and of the outputs; sums, gates and carries keep `param_dtype`.
+      dropout: rate between layers; the key comes from the collection "dropout".
+      cell: a `Cell`, such as `LSTM`, `GRU`, or your own.
+      dtype: of the outputs and of what matmuls read; sums, gates and carries keep `param_dtype`.
       param_dtype: of the parameters.
       time_major, return_carry: as in `nn.RNN`.
+      gradient: how to differentiate, as in `unroll`: `Bulk()`, `Scan()`, `Chunked()`.
       deterministic: no dropout.
     """
 
@@ -47,6 +48,7 @@ class Recurrent(nn.Module):
     time_major: bool = False
     return_carry: bool = False
     deterministic: bool | None = None
+    gradient: Any = "bulk"
 
     @nn.compact
     def __call__(
@@ -66,22 +68,26 @@ class Recurrent(nn.Module):
 
         Args:
           inputs: [*batch, time, features], or [time, *batch, features] if `time_major`.
-          initial_carry: a list of carries, one a layer, as it was returned.
-          seq_lengths: [*batch] integers; outputs beyond are 0, and the carry is that after the last real step.
+          initial_carry: a list of carries, one per layer, as an earlier call returned it.
+          seq_lengths: [*batch] integers; later outputs are 0, and the carry returned is the last real one.
           mask: [*batch, time], True where a step is real.
           reset: [*batch, time], True where a new segment or episode starts.
-          noise: for a regularised cell, one a layer, [*batch, time, ...]: what `Noisy` has beside x. None: evaluation.
-          return_carry, time_major, deterministic: in place of the attributes.
+          noise: for a regularised cell, the `noise` of its `Noisy` input, one per layer, [*batch, time, ...].
+          return_carry, time_major, deterministic: override the attributes.
         """
-        choose = lambda given, own: own if given is None else given
         inputs = jnp.asarray(inputs)
-        options = conventions.Options(self.cell, self.features, self.num_layers, self.bidirectional, self.param_dtype)
+        options = conventions.Options(
+            cell=self.cell,
+            features=self.features,
+            num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+            param_dtype=self.param_dtype,
+            dtype=self.dtype,
+            gradient=self.gradient,
+        )
         layers = self.param("layers", lambda key: conventions.init_layers(key, inputs.shape[-1], options))
-        drops = self.dropout and not choose(deterministic, self.deterministic)
-        return conventions.run_layers(
-            self.cell,
-            conventions.layers_of(layers, inputs.shape[-1], options),
-            inputs,
+        drops = self.dropout and not conventions.either(deterministic, self.deterministic)
+        call = conventions.Call(
             initial_carry=initial_carry,
             seq_lengths=seq_lengths,
             mask=mask,
@@ -89,14 +95,14 @@ class Recurrent(nn.Module):
             noise=noise,
             dropout=self.dropout if drops else 0.0,
             key=self.make_rng("dropout") if drops else None,
-            time_major=choose(time_major, self.time_major),
-            return_carry=choose(return_carry, self.return_carry),
-            dtype=self.dtype,
+            time_major=conventions.either(time_major, self.time_major),
+            return_carry=conventions.either(return_carry, self.return_carry),
         )
+        return conventions.run_layers(conventions.layers_of(layers, inputs.shape[-1], options), inputs, options, call)
 
 
 class LSTMCell(nn.OptimizedLSTMCell):
-    """`nn.LSTMCell` and `nn.OptimizedLSTMCell` by jaxlstm's equations: same arguments, parameters and carry (c, h)."""
+    """`nn.LSTMCell` and `nn.OptimizedLSTMCell` computed by jaxlstm: same arguments, parameters and carry (c, h)."""
 
     @nn.compact
     def __call__(self, carry: tuple[Array, Array], inputs: Array) -> tuple[tuple[Array, Array], Array]:
@@ -108,7 +114,7 @@ class LSTMCell(nn.OptimizedLSTMCell):
 
 
 class GRUCell(nn.GRUCell):
-    """`nn.GRUCell` by jaxlstm's equations: same arguments, parameters and carry."""
+    """`nn.GRUCell` computed by jaxlstm: same arguments, parameters and carry."""
 
     @nn.compact
     def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:

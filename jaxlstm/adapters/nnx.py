@@ -1,9 +1,9 @@
-"""For `flax.nnx`: `Recurrent`, a layer that trains by the library's rule, and cells in place of Flax's own.
+"""For `flax.nnx`: `Recurrent`, a layer that trains with the library's rule, and replacements for Flax's own cells.
 
     lstm = Recurrent(80, 64, num_layers=2, bidirectional=True, rngs=nnx.Rngs(0))
     outputs = lstm(inputs, seq_lengths=lengths)                        # [batch, time, features]
 
-The cells have the parameters of Flax's, so its checkpoints load, and `cell.params` is what `unroll` takes.
+The cells have the same parameters as Flax's, so checkpoints load; `cell.params` returns them as `unroll` takes them.
 """
 
 from typing import Any
@@ -35,6 +35,7 @@ class Recurrent(nnx.Module):
         time_major: bool = False,
         return_carry: bool = False,
         deterministic: bool = False,
+        gradient: Any = "bulk",
         rngs: nnx.Rngs,
     ):
         """Draw the parameters.
@@ -42,19 +43,20 @@ class Recurrent(nnx.Module):
         Args:
           in_features: features of the inputs.
           features: units of each layer, and of each direction.
-          num_layers: layers upon one another.
+          num_layers: layers stacked on one another.
           bidirectional: every layer runs in both directions; outputs have 2·features.
           dropout: rate between layers.
-          cell: a `Cell`, such as `LSTM`, `GRU`, or one of your own.
-          dtype: what matmuls read, and of the outputs; sums, gates and carries keep `param_dtype`.
+          cell: a `Cell`, such as `LSTM`, `GRU`, or your own.
+          dtype: of the outputs and of what matmuls read; sums, gates and carries keep `param_dtype`.
           param_dtype: of the parameters.
           time_major, return_carry: as in `nnx.RNN`.
+          gradient: how to differentiate, as in `unroll`: `Bulk()`, `Scan()`, `Chunked()`.
           deterministic: no dropout; `model.eval()` sets it.
           rngs: the stream "params" draws the parameters, "dropout" the masks.
         """
-        self.in_features, self.dropout, self.dtype = in_features, dropout, dtype
+        self.in_features, self.dropout = in_features, dropout
         self.time_major, self.return_carry, self.deterministic = time_major, return_carry, deterministic
-        self.options = conventions.Options(cell, features, num_layers, bidirectional, param_dtype)
+        self.options = conventions.Options(cell, features, num_layers, bidirectional, param_dtype, dtype, gradient)
         tree = conventions.init_layers(rngs.params(), in_features, self.options)
         self.layers = nnx.data(jax.tree.map(nnx.Param, tree))
         self.rngs = rngs.dropout.fork() if dropout else nnx.data(None)
@@ -77,22 +79,14 @@ class Recurrent(nnx.Module):
 
         Args:
           inputs: [*batch, time, features], or [time, *batch, features] if `time_major`.
-          initial_carry: a list of carries, one a layer, as it was returned.
-          seq_lengths: [*batch] integers; outputs beyond are 0, and the carry is that after the last real step.
-          mask: [*batch, time], True where a step is real.
-          reset: [*batch, time], True where a new segment or episode starts.
-          noise: for a regularised cell, one a layer, [*batch, time, ...]: what `Noisy` has beside x. None: evaluation.
-          return_carry, time_major, deterministic: in place of the attributes.
-          rngs: for dropout, in place of the module's own.
+          initial_carry, seq_lengths, mask, reset, noise: as in `jaxlstm.adapters.linen.Recurrent`.
+          return_carry, time_major, deterministic: override the attributes.
+          rngs: for dropout; overrides the module's own.
         """
-        choose = lambda given, own: own if given is None else given
         tree = jax.tree.map(lambda p: p[...], self.layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
-        drops = self.dropout and not choose(deterministic, self.deterministic)
+        drops = self.dropout and not conventions.either(deterministic, self.deterministic)
         stream = self.rngs if rngs is None else getattr(rngs, "dropout", rngs)
-        return conventions.run_layers(
-            self.options.cell,
-            conventions.layers_of(tree, self.in_features, self.options),
-            jnp.asarray(inputs),
+        call = conventions.Call(
             initial_carry=initial_carry,
             seq_lengths=seq_lengths,
             mask=mask,
@@ -100,14 +94,15 @@ class Recurrent(nnx.Module):
             noise=noise,
             dropout=self.dropout if drops else 0.0,
             key=stream() if drops else None,
-            time_major=choose(time_major, self.time_major),
-            return_carry=choose(return_carry, self.return_carry),
-            dtype=self.dtype,
+            time_major=conventions.either(time_major, self.time_major),
+            return_carry=conventions.either(return_carry, self.return_carry),
         )
+        layers = conventions.layers_of(tree, self.in_features, self.options)
+        return conventions.run_layers(layers, jnp.asarray(inputs), self.options, call)
 
 
 class LSTMCell(nnx.LSTMCell):
-    """`nnx.LSTMCell` by jaxlstm's equations: same arguments, parameters and carry (c, h)."""
+    """`nnx.LSTMCell` computed by jaxlstm: same arguments, parameters and carry (c, h)."""
 
     @property
     def params(self) -> LSTMParams:
@@ -125,7 +120,7 @@ class LSTMCell(nnx.LSTMCell):
 
 
 class OptimizedLSTMCell(nnx.OptimizedLSTMCell):
-    """`nnx.OptimizedLSTMCell` by jaxlstm's equations: same arguments, parameters and carry (c, h)."""
+    """`nnx.OptimizedLSTMCell` computed by jaxlstm: same arguments, parameters and carry (c, h)."""
 
     @property
     def params(self) -> LSTMParams:
@@ -138,7 +133,7 @@ class OptimizedLSTMCell(nnx.OptimizedLSTMCell):
 
 
 class GRUCell(nnx.GRUCell):
-    """`nnx.GRUCell` by jaxlstm's equations: same arguments, parameters and carry; it has no b_hn."""
+    """`nnx.GRUCell` computed by jaxlstm: same arguments, parameters and carry; it has no b_hn."""
 
     @property
     def params(self) -> GRUParams:

@@ -1,4 +1,4 @@
-"""Where the gradient flows: the derivative of a loss by the carry after every step, for any cell."""
+"""Show where the gradient flows: the derivative of a loss by the carry after every step, for any cell."""
 
 import dataclasses
 import functools
@@ -11,10 +11,11 @@ from jax.extend.core import Literal
 from jaxtyping import Array
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import check_number, check_sequence
+from jaxlstm.checks import ArgumentValueError, border, check_number, check_sequence
 from jaxlstm.recurrence import unroll
 
 
+@border("gradient_flow")
 def gradient_flow(
     cell: Cell[Any, Any],
     params: PyTree,
@@ -25,41 +26,48 @@ def gradient_flow(
 ) -> PyTree:
     """Return the derivative of a loss by the carry after every step, in one backward pass.
 
-    These are the d_h and d_c of the derivation by hand, complete: h_t counts where it is the output and where it goes
-    on, c_t also through the h_t that is made of it. They are had from probes, zeros added to each leaf of the carry
-    where the cell computes it, so that any cell will do.
+    For an LSTM these are the complete d_h and d_c of the hand-derived gradient: h_t counts as output and as input of
+    the next step, and c_t counts also through h_t, which is computed from it. They are computed with probes: zeros
+    that are added to each leaf of the carry where the cell computes it. This works for any cell.
 
     Args:
       cell, params, xs, carry, options: as in `unroll`.
-      loss_fn: of the outputs ys [time, *batch, hidden], a number. Of the last output alone, what is returned for step t
-        is the gradient at lag T − t.
+      loss_fn: a function of the outputs ys [time, *batch, hidden] that returns a number. If it reads the last output
+        alone, the result at step t is the gradient at lag T − t.
 
     Returns:
       A pytree like the carry, its leaves [time, *batch, ...]; 0 at masked steps.
 
     Raises:
-      TypeError, ValueError: as `unroll`; ValueError if `loss_fn` returns no number, or the cell computes several leaves
-        of its carry inside one `jax.checkpoint` or custom derivative, where no probe reaches.
+      TypeError: as `unroll`.
+      ValueError: as `unroll`; or `loss_fn` does not return a number, or the cell computes several leaves of its carry
+        inside one `jax.checkpoint` or custom derivative, where probes cannot be added.
 
-    >>> import jax, jaxlstm
-    >>> params = jaxlstm.LSTM.init(jax.random.key(0), 5, 7)
-    >>> d = jaxlstm.gradient_flow(jaxlstm.LSTM, params, jax.numpy.ones((11, 3, 5)), lambda ys: ys[-1].sum())
+    >>> import jax
+    >>> from jaxlstm import LSTM
+    >>> from jaxlstm.diagnostics import gradient_flow
+    >>> params = LSTM.init(jax.random.key(0), 5, 7)
+    >>> d = gradient_flow(LSTM, params, jax.numpy.ones((11, 3, 5)), lambda ys: ys[-1].sum())
     >>> d.c.shape
     (11, 3, 7)
     """
     xs, carry = jax.tree.map(jnp.asarray, (xs, carry))
-    batch_shape = check_sequence("gradient_flow", cell, params, xs, carry)
+    # Checked here, since `unroll` sees only the probed cell with its unusual inputs.
+    batch_shape = check_sequence(cell, params, xs, carry)
     num_steps = jax.tree.leaves(xs)[0].shape[0]
-    one = jax.eval_shape(lambda params: cell.initial_carry(params, batch_shape), params)
-    probes = jax.tree.map(lambda leaf: jnp.zeros((num_steps, *leaf.shape), leaf.dtype), one)
-    loss = lambda probes: loss_fn(unroll(_probed(cell), params, (xs, probes), carry, **options)[1])
-    check_number("gradient_flow", "loss_fn", jax.eval_shape(loss, probes))
+    initial = cell.initial_carry(params, batch_shape)
+    probes = jax.tree.map(lambda leaf: jnp.zeros((num_steps, *leaf.shape), leaf.dtype), initial)
+
+    def loss(probes: PyTree) -> Array:
+        return loss_fn(unroll(_probed(cell), params, (xs, probes), carry, **options)[1])
+
+    check_number("loss_fn", jax.eval_shape(loss, probes))
     return jax.grad(loss)(probes)
 
 
 @functools.cache
 def _probed(cell: Cell[Any, Any]) -> Cell[Any, Any]:
-    """Make the cell whose input has a probe for every leaf of the carry beside it."""
+    """Make the cell whose input also holds a probe for every leaf of the carry."""
 
     def project(params: PyTree, inputs: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         x, probe = inputs
@@ -72,9 +80,9 @@ def _probed(cell: Cell[Any, Any]) -> Cell[Any, Any]:
 
 
 def _with_probes(gates: Callable[..., tuple[PyTree, PyTree]], arguments: PyTree, probes: PyTree) -> Any:
-    """Evaluate `gates` operation by operation, adding to each leaf of the new carry as soon as it is known.
+    """Evaluate `gates`, and add a probe to each leaf of the new carry as soon as it is computed.
 
-    Whatever the step computes from it later, such as h from c, sees the sum.
+    A probe added to the result of `gates` would come too late: h is already computed from c, and must see its probe.
     """
     closed, out = jax.make_jaxpr(gates, return_shape=True)(*arguments)
     added = [*jax.tree.leaves(probes), *[None] * len(jax.tree.leaves(out[1]))]
@@ -82,33 +90,35 @@ def _with_probes(gates: Callable[..., tuple[PyTree, PyTree]], arguments: PyTree,
 
 
 def _evaluate(closed: Any, arguments: list[Any], to_add: list[Any]) -> list[Any]:
-    """Evaluate a jaxpr, with what is to be added to each of its results where it is computed; None for nothing."""
+    """Evaluate a jaxpr, and add to each of its results, where it is computed, a probe or None."""
     jaxpr = closed.jaxpr
     known: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     known.update(zip(jaxpr.invars, arguments, strict=True))
     probes: dict[Any, Any] = {}
-    late = []  # the probes of leaves that are handed on as they were, which nothing here reads as new
+    late = []  # probes of results that no operation here computes, such as a leaf that is passed on unchanged
     for v, probe in zip(jaxpr.outvars, to_add, strict=True):
-        if probe is not None and (isinstance(v, Literal) or v in probes or v in jaxpr.invars):
-            late.append(probe)
-        else:
-            late.append(None)
-            if probe is not None:
-                probes[v] = probe
-    read = lambda v: v.val if isinstance(v, Literal) else known[v]
+        is_late = probe is not None and (isinstance(v, Literal) or v in probes or v in jaxpr.invars)
+        late.append(probe if is_late else None)
+        if probe is not None and not is_late:
+            probes[v] = probe
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, Literal) else known[v]
+
     for equation in jaxpr.eqns:
-        settings = equation.primitive.get_bind_params(equation.params)
         values = [read(v) for v in equation.invars]
         own = [probes.get(v) for v in equation.outvars]
-        several = len(own) > 1 and any(probe is not None for probe in own)  # one may be made of another
+        # One result may be computed from another inside the operation, so that probes must be added in there.
+        several = len(own) > 1 and any(probe is not None for probe in own)
         if several and equation.primitive.name in ("jit", "pjit"):
             results = _evaluate(equation.params["jaxpr"], values, own)
         elif several and any(map(_is_jaxpr, equation.params.values())):
-            raise ValueError(
-                f"gradient_flow: the cell computes its carry inside a {equation.primitive.name}, where a probe cannot "
-                "reach what is made of it; take that away for this, or have it compute one leaf at a time."
+            raise ArgumentValueError(
+                f"the cell computes its carry inside a {equation.primitive.name}, where no probe can be added; remove "
+                "it for this analysis, or compute one leaf at a time in it."
             )
         else:
+            settings = equation.primitive.get_bind_params(equation.params)
             results = equation.primitive.bind(*values, **settings)
             results = results if equation.primitive.multiple_results else [results]
             results = [r if probe is None else r + probe for r, probe in zip(results, own, strict=True)]

@@ -1,0 +1,165 @@
+"""The scan over time, and its derivative: one rule for every cell.
+
+The recurrence, with s the carry and r the carry that a reset puts in its place:
+
+    s'_t       = where(reset_t, r_t, s_{t-1})
+    z_t        = project(params, x_t)
+    a_t        = recur(params, s'_t)
+    (s_t, y_t) = gates(params, s'_t, z_t, a_t)                           held where masked
+
+Its derivative, with R_t the linearisation of `gates` at (params, s'_t, z_t, a_t):
+
+    F_t            = R_t(d_params, 0, d_z_t, recur(d_params, s'_t))      the forcing: from parameters and input
+    d_s'_t         = where(reset_t, d_r_t, d_s_{t-1})
+    (d_s_t, d_y_t) = F_t + R_t(0, d_s'_t, 0, recur(params, d_s'_t))      held where masked
+
+Only the last two lines wait for the step before. The rest is computed for all steps of a block at once. JAX transposes
+this rule: reverse mode is backpropagation through time with one weight-gradient matmul per block instead of one per
+step. The rule is ordinary JAX, so it can itself be differentiated, vmapped and sharded.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.tree_util import Partial
+
+from jaxlstm.cell import Cell, PyTree, leaf_path
+from jaxlstm.masks import Steps, hold, start_of
+from jaxlstm.tangents import add, as_custom_jvp_output, filled, jvp, present
+from jaxlstm.tuning import Plan, for_the_loop, in_bulk, scan_blocks
+
+
+class Kept(NamedTuple):
+    """What the forward pass keeps of every step for the derivative."""
+
+    carry: PyTree  # s'_t
+    gates: PyTree | None  # the cell's `activations`; None: they are computed again
+
+
+class How(NamedTuple):
+    """The static side of a recurrence."""
+
+    cell: Cell[Any, Any]
+    plan: Plan
+    reverse: bool = False
+    returns_kept: bool = False
+
+
+def run(how: How, params: PyTree, steps: Steps, carry: PyTree, reset_carry: PyTree) -> tuple[PyTree, PyTree, Any]:
+    """Run a recurrence; return the last carry, the outputs, and what is kept of every step if `how` asks for it."""
+    plan, cell = how.plan, for_the_loop(how.cell, how.plan)
+    zs: Any = cell.project(params, steps.x) if plan.pieces else None
+
+    def step(carry: PyTree, inputs: tuple[Steps, Any]) -> tuple[PyTree, Any]:
+        now, z = inputs
+        start = start_of(now, carry, reset_carry)
+        z = cell.project(params, now.x) if z is None else z
+        a = cell.recur(params, start)
+        carry, y = hold(now, start, *cell.gates(params, start, z, a))
+        if not how.returns_kept:  # without a derivative, nobody reads it
+            return carry, (y, None)
+        return carry, (y, Kept(start, _activations(cell, params, start, z, a) if plan.keep_gates else None))
+
+    carry, (ys, kept) = lax.scan(step, carry, (steps, zs), reverse=how.reverse)
+    return carry, ys, kept
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def run_in_bulk(how: How, params: PyTree, steps: Steps, carry: PyTree, reset_carry: PyTree) -> tuple[PyTree, Any, Any]:
+    """Do what `run` does, differentiated by the rule below."""
+    return run(how, params, steps, carry, reset_carry)
+
+
+@functools.partial(run_in_bulk.defjvp, symbolic_zeros=True)
+def _rule(how: How, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    params, steps, carry, _ = primals
+    d_params, d_steps, d_carry, d_reset_carry = jax.tree.map(present, primals, tangents)
+    # Not `run`: then a second derivative would differentiate a plain scan.
+    last, ys, kept = run_in_bulk(how._replace(returns_kept=True), *primals)
+    ys, kept = _named(ys, "y"), Kept(*map(_named, kept))
+
+    def block(d_carry: PyTree, inputs: tuple[Steps, Steps, Kept]) -> tuple[PyTree, Any]:
+        now, d_now, kept = inputs
+        advance, forcing = _linearize(how, params, d_params, now.x, d_now.x, kept)
+
+        # Linear in d_carry, so that JAX can transpose it into a step of the backward pass.
+        def step(d_carry: PyTree, inputs: Any) -> tuple[PyTree, Any]:
+            now, start, advance, forcing = inputs
+            d_start = start_of(now, d_carry, d_reset_carry)
+            _, d_a = jvp(how.cell.recur, (params, start), (None, d_start))
+            d_carry, d_y = hold(now, d_start, *advance(d_start, d_a, forcing))
+            return d_carry, (d_y, d_start if how.returns_kept else None)
+
+        each = (now._replace(x=None, reset_carry=d_now.reset_carry), kept.carry, advance, forcing)
+        d_carry, (d_ys, d_starts) = lax.scan(step, d_carry, each, reverse=how.reverse)
+        d_kept = _kept_tangent(how, params, d_params, now.x, d_now.x, kept.carry, d_starts)
+        return d_carry, (d_ys, d_kept)
+
+    # The backward pass reads `steps` and `kept` and computes the rest of a block again. If nothing else stops XLA from
+    # merging that with the forward pass, which would keep z of all steps, checkpoint must.
+    block = jax.checkpoint(block, prevent_cse=how.plan.pieces > 0 and not how.plan.keep_gates)
+    blocks = (steps, d_steps, kept)
+    d_last, (d_ys, d_kept) = scan_blocks(block, filled(carry, d_carry), blocks, how.plan.block_size, how.reverse)
+    out = (last, ys, kept if how.returns_kept else None)
+    return out, jax.tree.map(as_custom_jvp_output, out, (d_last, d_ys, d_kept))
+
+
+def _linearize(
+    how: How, params: PyTree, d_params: PyTree, x: PyTree, d_x: PyTree, kept: Kept
+) -> tuple[Partial, PyTree]:
+    """Linearise all steps of a block: return `advance`, (d_carry, d_a, forcing) -> (d_carry, d_y), and the forcing.
+
+    The closed form reads z and a by their sum, so there the forcing is the tangent of z + a, not of the results.
+    """
+    cell, bulk, start = how.cell, in_bulk(how.cell, how.plan), kept.carry
+    z, d_z = jvp(bulk.project, (params, x), (d_params, d_x))
+    a, d_a = jvp(bulk.recur, (params, start), (d_params, None))
+    if cell.gates_jvp is not None:
+        # Four products per step instead of JAX's derivative of every operation in `gates`.
+        gates = _activations(cell, params, start, z, a) if kept.gates is None else kept.gates
+        return Partial(_advance_closed, cell.gates_jvp(params, start, gates)), add(d_z, d_a)
+
+    def forcing(start: PyTree, z: PyTree, a: PyTree, d_z: PyTree, d_a: PyTree) -> PyTree:
+        return jvp(cell.gates, (params, start, z, a), (d_params, None, d_z, d_a))[1]
+
+    # The parameters have no time axis for the scan to slice, so they are not among the arrays of the Partial.
+    advance = Partial(functools.partial(_advance_open, cell.gates, params), (start, z, a))
+    return advance, jax.vmap(forcing)(start, z, a, d_z, d_a)
+
+
+def _advance_closed(linear: Partial, d_carry: PyTree, d_a: PyTree, forcing: PyTree) -> tuple[PyTree, PyTree]:
+    return linear(d_carry, add(forcing, d_a))
+
+
+def _advance_open(gates: Any, params: PyTree, at: PyTree, d_carry: PyTree, d_a: PyTree, forcing: PyTree) -> PyTree:
+    return add(jvp(gates, (params, *at), (None, d_carry, None, d_a))[1], forcing)
+
+
+def _kept_tangent(
+    how: How, params: PyTree, d_params: PyTree, x: PyTree, d_x: PyTree, start: PyTree, d_start: PyTree
+) -> Kept | None:
+    """Return the tangent of what is kept, which second derivatives need."""
+    if not how.returns_kept:
+        return None
+    if not how.plan.keep_gates:
+        return Kept(d_start, None)
+    # A second derivative differentiates the rule, which reads the gates that were kept.
+    bulk = in_bulk(how.cell, how.plan)
+
+    def gates(params: PyTree, x: PyTree, start: PyTree) -> PyTree:
+        return _activations(how.cell, params, start, bulk.project(params, x), bulk.recur(params, start))
+
+    return Kept(d_start, jvp(gates, (params, x, start), (d_params, d_x, d_start))[1])
+
+
+def _activations(cell: Cell[Any, Any], *args: PyTree) -> PyTree:
+    assert cell.activations is not None  # a cell with gates_jvp has them
+    return cell.activations(*args)
+
+
+def _named(tree: PyTree, name: str | None = None) -> PyTree:
+    """Name every leaf after its field, `h`, `c`, `i`, ..., so that a custom `jax.checkpoint` policy can save it."""
+    return jax.tree.map_with_path(lambda path, leaf: checkpoint_name(leaf, name or leaf_path(path)), tree)

@@ -1,0 +1,54 @@
+"""Check gradients and see where they come from, for any cell.
+
+Is a gradient right? `check_gradients` (any model), `compare_gradients` (a recurrent cell, by several methods).
+Where does it come from? `gradient_flow`, `gradient_sources`, `cell_state_terms`, `truncated_gradient`.
+What does the net do? `trace`, `carry_jacobians`, `lyapunov_exponents`.
+"""
+
+from jaxlstm.diagnostics.comparison import Comparison, Departure, compare_gradients
+from jaxlstm.diagnostics.differences import (
+    Entry,
+    GradientCheck,
+    LeafCheck,
+    central_differences,
+    check_gradients,
+    gradient_error,
+)
+from jaxlstm.diagnostics.dynamics import (
+    CellStateTerms,
+    Trace,
+    carry_jacobians,
+    cell_state_terms,
+    jacobian_products,
+    lyapunov_exponents,
+    term_shares,
+    trace,
+    truncated_gradient,
+)
+from jaxlstm.diagnostics.flow import gradient_flow
+from jaxlstm.diagnostics.sources import GradientSources, gradient_cosine, gradient_sources
+
+__all__ = [
+    "CellStateTerms",
+    "Comparison",
+    "Departure",
+    "Entry",
+    "GradientCheck",
+    "GradientSources",
+    "LeafCheck",
+    "Trace",
+    "carry_jacobians",
+    "cell_state_terms",
+    "central_differences",
+    "check_gradients",
+    "compare_gradients",
+    "gradient_cosine",
+    "gradient_error",
+    "gradient_flow",
+    "gradient_sources",
+    "jacobian_products",
+    "lyapunov_exponents",
+    "term_shares",
+    "trace",
+    "truncated_gradient",
+]

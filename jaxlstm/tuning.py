@@ -1,0 +1,169 @@
+"""What exists for a compiler's sake: how a recurrence is cut into blocks, and the shapes that XLA runs fast.
+
+Nothing here changes what is computed. Each choice was measured by itself, all in one interleaved run over the six
+shapes of `benchmarks/` (two cores of an AMD EPYC, jax 0.10). Times without it over times with it, geometric means of
+the six shapes; identical programs differed by up to 1.05:
+
+    choice                                         gradient      forward
+    closed-form gates (`Cell.gates_jvp`)           1.26-1.29     1
+    blocks of time                                 1.08-1.16     1
+    time and batch merged in bulk matmuls          1.07-1.09     1
+    gates kept for the backward pass               1.04-1.07     1          1.34 at 512 units
+    z cut into gates before the loop               0.99-1.02     1.06-1.10  1.36 for one stream
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxlstm.cell import Cell, PyTree
+from jaxlstm.gradients import Bulk
+from jaxlstm.masks import Steps
+
+# A block of z of this size stays in cache while the rest of the block is computed from it.
+BLOCK_BYTES = 3 << 20
+# Up to here, z and the gates of all steps are worth keeping; beyond, fresh memory costs as much time as it saves.
+SHORT_BYTES = 8 << 20
+# The gates of so many units cost more to compute again than to keep, for sequences of any length.
+LARGE_HIDDEN = 512
+
+
+class Plan(NamedTuple):
+    """How a recurrence is run and differentiated; no choice changes the result."""
+
+    block_size: int  # steps differentiated at once
+    merged_axes: int = 0  # leading axes, time and batch, merged into one for the matmuls of a block; 0: none
+    pieces: int = 0  # z is computed before the loop and cut into this many; 0: inside the loop
+    keep_gates: bool = False  # for the backward pass, which otherwise computes them again
+
+
+def make_plan(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree, gradient: Bulk) -> Plan:
+    """Decide how to run a recurrence.
+
+    On a CPU, a block holds about `BLOCK_BYTES` of z, and a sequence of up to twice that is one block. Elsewhere, and
+    where the batch is sharded over a mesh in use, all steps are one block: devices sum their weight gradients once.
+    """
+    z = jax.eval_shape(cell.project, params, steps.x)
+    zs = jax.tree.leaves(z)
+    num_steps, num_bytes = zs[0].shape[0], sum(z.size * z.dtype.itemsize for z in zs)
+    hidden_size = max((leaf.shape[-1] for leaf in jax.tree.leaves(carry) if leaf.ndim), default=0)
+    on_cpu = jax.default_backend() == "cpu"
+    in_blocks = on_cpu and gradient.block_size is None and not _is_sharded()
+    is_short = num_bytes <= SHORT_BYTES
+
+    # A caller who names a block size, or shards the batch, decides; then nothing is reshaped or cut either.
+    block_size = gradient.block_size or num_steps
+    if in_blocks and num_bytes > 2 * BLOCK_BYTES:
+        block_size = size_without_remainder(num_steps, max(4, BLOCK_BYTES * num_steps // num_bytes))
+    # Accelerators are fastest with one large matmul; a CPU would write z to memory and read it back.
+    pieces = 0 if on_cpu else 1
+    if in_blocks and is_short and _reads_sum(cell, z, hidden_size):
+        pieces = z.shape[-1] // hidden_size
+    keep_gates = gradient.keep_gates
+    if keep_gates is None:
+        keep_gates = is_short or hidden_size >= LARGE_HIDDEN
+    return Plan(
+        block_size=block_size,
+        merged_axes=zs[0].ndim - 1 if in_blocks else 0,
+        pieces=pieces,
+        keep_gates=keep_gates and cell.gates_jvp is not None,
+    )
+
+
+def _reads_sum(cell: Cell[Any, Any], z: Any, hidden_size: int) -> bool:
+    """Return whether the gates read z + a, one array that can be cut into pieces of the hidden size."""
+    return bool(cell.gates_jvp and hasattr(z, "shape") and hidden_size and z.shape[-1] % hidden_size == 0)
+
+
+def _is_sharded() -> bool:
+    """Return whether a mesh is in use whose axes are not all manual: in `shard_map` each device sees its own part."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and any(kind != jax.sharding.AxisType.Manual for kind in mesh.axis_types)
+
+
+# Blocks of time.
+
+
+def size_without_remainder(num_steps: int, most: int) -> int:
+    """Return the largest divisor of a number of steps between `most` / 2 and `most`; if there is none, `most`.
+
+    A remainder is correct but slow: XLA then copies the inputs and outputs of every other block.
+    """
+    return next((size for size in range(most, most // 2, -1) if num_steps % size == 0), most)
+
+
+def scan_blocks(
+    block: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carry: PyTree, steps: PyTree, size: int, reverse: bool
+) -> tuple[PyTree, PyTree]:
+    """Scan over blocks of time; if their size does not divide the sequence, the last block processed is shorter."""
+    num_steps = jax.tree.leaves(steps)[0].shape[0]
+    if size >= num_steps:
+        return block(carry, steps)
+    num_blocks, rest = divmod(num_steps, size)
+    whole, left = slice(0, num_steps - rest), slice(num_steps - rest, None)
+    if reverse:
+        whole, left = slice(rest, None), slice(0, rest)
+    cut = lambda v: v[whole].reshape(num_blocks, size, *v.shape[1:])
+    carry, outs = lax.scan(block, carry, jax.tree.map(cut, steps), reverse=reverse)
+    outs = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), outs)
+    if not rest:
+        return carry, outs
+    carry, last = block(carry, jax.tree.map(lambda v: v[left], steps))
+    join = lambda v, w: jnp.concatenate([w, v] if reverse else [v, w])
+    return carry, jax.tree.map(join, outs, last)
+
+
+# Cells in the shape that XLA runs fast.
+
+
+def for_the_loop(cell: Cell[Any, Any], plan: Plan) -> Cell[Any, Any]:
+    """Make the cell whose z is a list of pieces, one per gate, for gates that read z + a.
+
+    XLA's CPU compiler does not vectorise a loop that takes several gates from one slice of z in time. It does if every
+    gate is an array of its own; without the cut, computing z before the loop made the forward pass slower, not faster.
+    """
+    if plan.pieces < 2:
+        return cell
+
+    def project(params: PyTree, xs: PyTree) -> list[Array]:
+        return jnp.split(cell.project(params, xs), plan.pieces, axis=-1)
+
+    def gates(params: PyTree, carry: PyTree, z: list[Array], a: Array) -> Any:
+        return cell.gates(params, carry, *_sum_of_pieces(z, a))
+
+    def activations(params: PyTree, carry: PyTree, z: list[Array], a: Array) -> Any:
+        assert cell.activations is not None
+        return cell.activations(params, carry, *_sum_of_pieces(z, a))
+
+    return dataclasses.replace(cell, project=project, gates=gates, activations=activations)
+
+
+def _sum_of_pieces(z: list[Array], a: Array) -> tuple[Array, Array]:
+    """Return z + a in place of z, and 0 in place of a."""
+    pieces = [z_k + a_k for z_k, a_k in zip(z, jnp.split(a, len(z), axis=-1), strict=True)]
+    return jnp.concatenate(pieces, axis=-1), jnp.zeros_like(a)
+
+
+def in_bulk(cell: Cell[Any, Any], plan: Plan) -> Cell[Any, Any]:
+    """Make the cell that projects and recurs on all steps of a block with time and batch merged into one axis.
+
+    XLA's CPU backend multiplies two matrices faster than it contracts over two axes. Where the batch is sharded,
+    merging would gather it on every device, so the plan merges nothing.
+    """
+    if plan.merged_axes < 2:
+        return cell
+    project, recur = (functools.partial(_merged, f, plan.merged_axes) for f in (cell.project, cell.recur))
+    return dataclasses.replace(cell, project=project, recur=recur)
+
+
+def _merged(function: Callable[..., PyTree], axes: int, params: PyTree, tree: PyTree) -> PyTree:
+    lead = jax.tree.leaves(tree)[0].shape[:axes]
+    merged = jax.tree.map(lambda v: v.reshape(math.prod(lead), *v.shape[axes:]), tree)
+    return jax.tree.map(lambda v: v.reshape(*lead, *v.shape[1:]), function(params, merged))
