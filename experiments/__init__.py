@@ -1,1 +1,1 @@
-"""Experiments: one file per question, run as `python -m experiments.<name> --help`. They need a clone."""
+"""Experiments: one file per question. Run `python -m experiments.NAME --help` in a clone of the repository."""

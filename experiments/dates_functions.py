@@ -1,4 +1,4 @@
-"""A reader of dates as pure functions: bidirectional encoder, decoder with attention over what is real of the text."""
+"""The date reader as pure functions: a bidirectional encoder, and a decoder with attention over the unpadded text."""
 
 from typing import Any, NamedTuple
 
@@ -20,12 +20,12 @@ from jaxlstm import (
 
 
 class Reader(NamedTuple):
-    """The parameters. Text symbols and written symbols have embeddings of `hidden` features."""
+    """The parameters. Input symbols and output symbols have embeddings of `hidden` features."""
 
     read: Float[Array, "symbols hidden"]
     encoder: Bidirectional[LSTMParams]
-    bridge: Float[Array, "2*hidden hidden"]  # from the ends of the encoder to the start of the decoder
-    written: Float[Array, "outputs+1 hidden"]  # the last one: nothing written yet
+    bridge: Float[Array, "2*hidden hidden"]  # from the encoder's last states to the decoder's first
+    written: Float[Array, "outputs+1 hidden"]  # the last row is for "nothing written yet"
     decoder: LSTMParams
     query: Float[Array, "hidden 2*hidden"]
     combine: Float[Array, "3*hidden hidden"]
@@ -33,15 +33,15 @@ class Reader(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What the encoder leaves behind."""
+    """The encoder's result, which the decoder reads."""
 
     ys: Float[Array, "time batch 2*hidden"]
-    real: Bool[Array, "time batch"]
-    start: LSTMState  # of the decoder
+    real: Bool[Array, "time batch"]  # False at padding
+    start: LSTMState  # the decoder's first carry
 
 
 def init(key: Key[Array, ""], num_symbols: int, num_outputs: int, hidden_size: int) -> Reader:
-    """Draw a reader."""
+    """Draw the initial parameters."""
     keys = jax.random.split(key, 8)
     glorot, h = jax.nn.initializers.glorot_uniform(), hidden_size
     return Reader(
@@ -57,7 +57,7 @@ def init(key: Key[Array, ""], num_symbols: int, num_outputs: int, hidden_size: i
 
 
 def encode(reader: Reader, chars: Int[Array, "batch time"], lengths: Int[Array, "batch"]) -> Memory:
-    """Read a text in both directions."""
+    """Read texts in both directions."""
     real = length_mask(lengths, chars.shape[1])
     ends, ys = unroll_bidirectional(LSTM, reader.encoder, reader.read[chars.T], mask=real)
     h = jnp.tanh(jnp.concatenate([ends.forward.h, ends.backward.h], axis=-1) @ reader.bridge)
@@ -65,7 +65,7 @@ def encode(reader: Reader, chars: Int[Array, "batch time"], lengths: Int[Array, 
 
 
 def attend(reader: Reader, memory: Memory, h: Float[Array, "*steps batch hidden"]) -> tuple[Array, Array]:
-    """Look where h asks to; return the logits of the next symbol, and where it looked, [*steps, batch, time]."""
+    """Attend to the text; return the logits of the next symbol, and the attention weights [*steps, batch, time]."""
     scores = jnp.einsum("...bh,tbh->...bt", h @ reader.query, memory.ys)
     weights = jax.nn.softmax(scores, where=memory.real.T)
     seen = jnp.einsum("...bt,tbh->...bh", weights, memory.ys)
@@ -75,7 +75,7 @@ def attend(reader: Reader, memory: Memory, h: Float[Array, "*steps batch hidden"
 def predict(
     reader: Reader, chars: Int[Array, "batch time"], lengths: Int[Array, "batch"], previous: Int[Array, "batch steps"]
 ) -> tuple[Float[Array, "batch steps outputs"], Float[Array, "batch steps time"]]:
-    """Return the logits of every symbol by those before it, and where the reader looked."""
+    """Return the logits of every symbol given the symbols before it, and the attention weights."""
     memory = encode(reader, chars, lengths)
     _, hs = unroll(LSTM, reader.decoder, reader.written[previous.T], memory.start)
     logits, weights = attend(reader, memory, hs)
@@ -85,7 +85,7 @@ def predict(
 def write(
     reader: Reader, chars: Int[Array, "batch time"], lengths: Int[Array, "batch"], num_steps: int
 ) -> Int[Array, "batch steps"]:
-    """Write symbol by symbol, each the likeliest."""
+    """Write greedily: the most likely symbol at every step."""
     memory = encode(reader, chars, lengths)
 
     def step(state: LSTMState, symbol: Array, key: Any) -> tuple[LSTMState, Array]:

@@ -1,4 +1,4 @@
-"""The reader of dates as a module of flax.linen: its encoder is `Recurrent`, its decoder `nn.RNN` over our cell."""
+"""The date reader as a flax.linen module: the encoder is `Recurrent`, the decoder is `nn.RNN` over our cell."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxlstm.adapters.linen import LSTMCell, Recurrent
 
 
 class Reader(nn.Module):
-    """Bidirectional encoder, decoder with attention over what is real of the text."""
+    """A bidirectional encoder, and a decoder with attention over the unpadded text."""
 
     num_symbols: int
     num_outputs: int
@@ -32,31 +32,31 @@ class Reader(nn.Module):
     def __call__(
         self, chars: Int[Array, "batch time"], lengths: Int[Array, "batch"], previous: Int[Array, "batch steps"]
     ) -> tuple[Float[Array, "batch steps outputs"], Float[Array, "batch steps time"]]:
-        """Return the logits of every symbol by those before it, and where the reader looked."""
+        """Return the logits of every symbol given the symbols before it, and the attention weights."""
         ys, real, start = self.encode(chars, lengths)
         return self.attend(ys, real, self.decoder(self.written(previous), initial_carry=start))
 
     def encode(self, chars: Array, lengths: Array) -> tuple[Array, Array, tuple[Array, Array]]:
-        """Read a text in both directions."""
+        """Read texts in both directions."""
         (ends,), ys = self.encoder(self.read(chars), seq_lengths=lengths)
         h = jnp.tanh(self.bridge(jnp.concatenate([ends.forward.h, ends.backward.h], axis=-1)))
         return ys, jnp.arange(chars.shape[1]) < lengths[:, None], (jnp.zeros_like(h), h)  # Flax's carry is (c, h)
 
     def attend(self, ys: Array, real: Array, hs: Float[Array, "batch steps hidden"]) -> tuple[Array, Array]:
-        """Look where h asks to; return the logits of the next symbol, and where it looked."""
+        """Attend to the text; return the logits of the next symbol, and the attention weights."""
         scores = jnp.einsum("bsh,bth->bst", self.query(hs), ys)
         weights = jax.nn.softmax(scores, where=real[:, None])
         seen = jnp.einsum("bst,bth->bsh", weights, ys)
         return self.readout(jnp.tanh(self.combine(jnp.concatenate([hs, seen], axis=-1)))), weights
 
     def step(self, carry: Any, symbol: Array, ys: Array, real: Array) -> tuple[Any, Array]:
-        """Write one symbol, the likeliest."""
+        """Write the most likely next symbol."""
         carry, h = self.decoder.cell(carry, self.written(symbol))
         return carry, self.attend(ys, real, h[:, None])[0][:, 0].argmax(axis=-1).astype(symbol.dtype)
 
 
 def init(key: Key[Array, ""], num_symbols: int, num_outputs: int, hidden_size: int) -> Any:
-    """Draw the parameters."""
+    """Draw the initial parameters."""
     one = jnp.ones((1, 1), int)
     return Reader(num_symbols, num_outputs, hidden_size).init(key, one, one[0], one)["params"]
 
@@ -64,17 +64,20 @@ def init(key: Key[Array, ""], num_symbols: int, num_outputs: int, hidden_size: i
 def predict(
     params: Any, chars: Int[Array, "batch time"], lengths: Int[Array, "batch"], previous: Int[Array, "batch steps"]
 ) -> tuple[Float[Array, "batch steps outputs"], Float[Array, "batch steps time"]]:
-    """Return the logits of every symbol by those before it, and where the reader looked."""
+    """Return the logits of every symbol given the symbols before it, and the attention weights."""
     return _reader(params).apply({"params": params}, chars, lengths, previous)
 
 
 def write(
     params: Any, chars: Int[Array, "batch time"], lengths: Int[Array, "batch"], num_steps: int
 ) -> Int[Array, "batch steps"]:
-    """Write symbol by symbol, each the likeliest."""
+    """Write greedily: the most likely symbol at every step."""
     reader = _reader(params).bind({"params": params})
     ys, real, start = reader.encode(chars, lengths)
-    step = lambda carry, symbol, key: reader.step(carry, symbol, ys, real)
+
+    def step(carry: Any, symbol: Array, key: Any) -> tuple[Any, Array]:
+        return reader.step(carry, symbol, ys, real)
+
     nothing = jnp.full(len(chars), reader.num_outputs)
     return generate(step, start, nothing, jax.random.key(0), num_steps)[1].T
 

@@ -1,4 +1,4 @@
-"""The reader of dates as a module of flax.nnx: its encoder is `Recurrent`, its decoder `nnx.RNN` over our cell."""
+"""The date reader as a flax.nnx module: the encoder is `Recurrent`, the decoder is `nnx.RNN` over our cell."""
 
 import functools
 from typing import Any
@@ -13,7 +13,7 @@ from jaxlstm.adapters.nnx import OptimizedLSTMCell, Recurrent
 
 
 class Reader(nnx.Module):
-    """Bidirectional encoder, decoder with attention over what is real of the text."""
+    """A bidirectional encoder, and a decoder with attention over the unpadded text."""
 
     def __init__(self, num_symbols: int, num_outputs: int, hidden_size: int, *, rngs: nnx.Rngs):
         h, embedding = hidden_size, nnx.initializers.normal(1.0)
@@ -29,25 +29,25 @@ class Reader(nnx.Module):
     def __call__(
         self, chars: Int[Array, "batch time"], lengths: Int[Array, "batch"], previous: Int[Array, "batch steps"]
     ) -> tuple[Float[Array, "batch steps outputs"], Float[Array, "batch steps time"]]:
-        """Return the logits of every symbol by those before it, and where the reader looked."""
+        """Return the logits of every symbol given the symbols before it, and the attention weights."""
         ys, real, start = self.encode(chars, lengths)
         return self.attend(ys, real, self.decoder(self.written(previous), initial_carry=start))
 
     def encode(self, chars: Array, lengths: Array) -> tuple[Array, Array, tuple[Array, Array]]:
-        """Read a text in both directions."""
+        """Read texts in both directions."""
         (ends,), ys = self.encoder(self.read(chars), seq_lengths=lengths)
         h = jnp.tanh(self.bridge(jnp.concatenate([ends.forward.h, ends.backward.h], axis=-1)))
         return ys, jnp.arange(chars.shape[1]) < lengths[:, None], (jnp.zeros_like(h), h)  # Flax's carry is (c, h)
 
     def attend(self, ys: Array, real: Array, hs: Float[Array, "batch steps hidden"]) -> tuple[Array, Array]:
-        """Look where h asks to; return the logits of the next symbol, and where it looked."""
+        """Attend to the text; return the logits of the next symbol, and the attention weights."""
         scores = jnp.einsum("bsh,bth->bst", self.query(hs), ys)
         weights = jax.nn.softmax(scores, where=real[:, None])
         seen = jnp.einsum("bst,bth->bsh", weights, ys)
         return self.readout(jnp.tanh(self.combine(jnp.concatenate([hs, seen], axis=-1)))), weights
 
     def write(self, chars: Array, lengths: Array, num_steps: int) -> Int[Array, "batch steps"]:
-        """Write symbol by symbol, each the likeliest."""
+        """Write greedily: the most likely symbol at every step."""
         ys, real, start = self.encode(chars, lengths)
 
         def step(carry: Any, symbol: Array, key: Any) -> tuple[Any, Array]:
@@ -59,7 +59,7 @@ class Reader(nnx.Module):
 
 
 def init(key: Key[Array, ""], num_symbols: int, num_outputs: int, hidden_size: int) -> Any:
-    """Draw the parameters."""
+    """Draw the initial parameters."""
     reader = Reader(num_symbols, num_outputs, hidden_size, rngs=nnx.Rngs(key))
     return nnx.to_pure_dict(nnx.state(reader, nnx.Param))
 
@@ -67,20 +67,24 @@ def init(key: Key[Array, ""], num_symbols: int, num_outputs: int, hidden_size: i
 def predict(
     params: Any, chars: Int[Array, "batch time"], lengths: Int[Array, "batch"], previous: Int[Array, "batch steps"]
 ) -> tuple[Float[Array, "batch steps outputs"], Float[Array, "batch steps time"]]:
-    """Return the logits of every symbol by those before it, and where the reader looked."""
+    """Return the logits of every symbol given the symbols before it, and the attention weights."""
     return _reader(params)(chars, lengths, previous)
 
 
 def write(
     params: Any, chars: Int[Array, "batch time"], lengths: Int[Array, "batch"], num_steps: int
 ) -> Int[Array, "batch steps"]:
-    """Write symbol by symbol, each the likeliest."""
+    """Write greedily: the most likely symbol at every step."""
     return _reader(params).write(chars, lengths, num_steps)
 
 
 def _reader(params: Any) -> Reader:
     (num_symbols, hidden_size), num_outputs = params["read"]["embedding"].shape, params["readout"]["kernel"].shape[1]
-    reader = nnx.eval_shape(lambda: Reader(num_symbols, num_outputs, hidden_size, rngs=nnx.Rngs(0)))
+
+    def abstract() -> Reader:
+        return Reader(num_symbols, num_outputs, hidden_size, rngs=nnx.Rngs(0))
+
+    reader = nnx.eval_shape(abstract)  # shapes only: the parameters replace its values
     graph, state = nnx.split(reader, nnx.Param)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)

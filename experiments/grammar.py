@@ -1,8 +1,9 @@
-"""A small English: "the cats which already ate the king were full because they slept ." Number and gender are exact.
+"""A small fragment of English with exact number and gender.
 
-A clause is a subject, a relative clause of any length, was or were, an adjective, because, and a pronoun for the
-subject. The nouns of the relative clause have numbers of their own: those of the other number than the subject's are
-attractors (Linzen, Dupoux & Goldberg, Assessing the ability of LSTMs to learn syntax-sensitive dependencies, 2016).
+Example: "the cats which already ate the king were full because they slept ." A clause is a subject, a relative clause
+of any length, was or were, an adjective, because, and a pronoun for the subject. A noun in the relative clause that
+differs from the subject in number is an attractor (Linzen, Dupoux & Goldberg, Assessing the ability of LSTMs to learn
+syntax-sensitive dependencies, 2016).
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ ADVERBS = "already often quietly once again secretly never always gladly slowly 
 
 
 def plural(noun: str) -> str:
-    """Return the plural of a noun of this English."""
+    """Return the plural of a noun of this fragment."""
     return PLURALS.get(noun, noun + ("es" if noun.endswith("s") else "s"))
 
 
@@ -42,11 +43,11 @@ NUMBER = {word: n for n, word in enumerate(WORDS)}
 
 
 class Clause(NamedTuple):
-    """A clause, and where its subject stands and what it decides."""
+    """A clause, and the indices of the two words that agree with its subject."""
 
     words: list[str]
-    verb: int  # the place of was or were
-    pronoun: int  # the place of he, she, it or they
+    verb: int  # index of was or were
+    pronoun: int  # index of he, she, it or they
 
 
 def clause(
@@ -56,27 +57,34 @@ def clause(
     number: int | None = None,
     noun: str = "",
 ) -> Clause:
-    """Write a clause.
+    """Generate a clause.
 
     Args:
-      rng: draws what is not given.
-      distance: words between the subject and its verb: 0, or 2 and more.
-      between: the number of each noun between them, 0 for one, 1 for many; by default up to four, of any number. What
-        they leave of the distance is adverbs.
-      number: of the subject.
-      noun: the subject.
+      rng: draws everything that is not given.
+      distance: number of words between the subject and its verb: 0, or at least 2.
+      between: the number of each noun between them, 0 for singular, 1 for plural; by default up to four nouns of random
+        number. Adverbs fill the rest of the distance.
+      number: 0 for a singular subject, 1 for a plural one.
+      noun: the subject in the singular.
+
+    Raises:
+      ValueError: `distance` is too short for the nouns of `between`.
     """
-    pick = lambda words: words[rng.integers(len(words))]
+
+    def pick(words: Sequence[str]) -> str:
+        return words[int(rng.integers(len(words)))]
+
     number = int(rng.integers(2)) if number is None else number
     noun = noun or pick(NOUNS)
     room = max(distance - 1, 0)
     between = list(rng.integers(2, size=rng.integers(min(4, room // 2) + 1)) if between is None else between)
     if 2 * len(between) > room:
-        raise ValueError(f"clause: {len(between)} nouns take a distance of {2 * len(between) + 1}, got {distance}.")
-    form = lambda noun, many: plural(noun) if many else noun
-    words = ["the", form(noun, number)]
+        raise ValueError(
+            f"clause: {len(between)} nouns need a distance of at least {2 * len(between) + 1}, got {distance}."
+        )
+    words = ["the", _inflected(noun, number)]
     if distance:
-        pieces = [[pick(VERBS), form(pick(NOUNS), many)] for many in between] or [[pick(VERBS)]]
+        pieces = [[pick(VERBS), _inflected(pick(NOUNS), many)] for many in between] or [[pick(VERBS)]]
         articles = rng.integers(min(len(between), room - sum(map(len, pieces))) + 1)
         pieces[:articles] = [[verb, "the", noun] for verb, noun in pieces[:articles]]
         pieces += [[pick(ADVERBS)] for _ in range(room - sum(map(len, pieces)))]
@@ -87,10 +95,14 @@ def clause(
     return Clause(words, verb, verb + 3)
 
 
+def _inflected(noun: str, number: int) -> str:
+    return plural(noun) if number else noun
+
+
 def corpus(
     seed: int, num_texts: int, max_distance: int, num_clauses: int = 2
 ) -> tuple[Int[np.ndarray, "texts time"], Bool[np.ndarray, "texts time"]]:
-    """Write texts of clauses with subjects of their own; return the words' numbers, and True where there is one."""
+    """Generate texts of clauses with independent subjects; return word indices and a mask that is False at padding."""
     rng = np.random.default_rng(seed)
     distances = [0, *range(2, max_distance + 1)]
     texts = [
@@ -101,7 +113,7 @@ def corpus(
 
 
 def encode(texts: list[list[str]], length: int) -> tuple[Int[np.ndarray, "texts time"], Bool[np.ndarray, "texts time"]]:
-    """Number the words, each text filled up with full stops."""
+    """Replace words by indices and pad with full stops; return the indices and a mask that is False at padding."""
     tokens = np.array(
         [[NUMBER[word] for word in text] + [NUMBER["."]] * (length - len(text)) for text in texts], np.int32
     )

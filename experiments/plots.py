@@ -1,4 +1,4 @@
-"""Pictures: each answers its question by itself."""
+"""Pictures of the experiments. Each one can be read without its experiment."""
 
 import math
 from pathlib import Path
@@ -12,13 +12,22 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 
+def _save(figure: Any, path: Path, dpi: int) -> Path:
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)  # pyplot keeps figures, and warns after twenty
+    return path
+
+
+# Language models.
+
+
 def learning_curve(path: Path, metrics: list[dict[str, Any]], baselines: dict[str, float]) -> Path:
-    """Draw bits per character against steps, with the baselines as lines."""
+    """Draw bits per character over the training steps, with the baselines as dashed lines."""
     evaluations = [row for row in metrics if "held_out_bits" in row]
     rows = [(row["step"], row["loss"] / math.log(2)) for row in metrics if "loss" in row]
-    steps, bits = np.reshape(rows, (-1, 2)).T  # a run that has lost its metrics.jsonl may have few, or none
+    steps, bits = np.reshape(rows, (-1, 2)).T  # the reshape allows for no rows at all
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    axes.plot(steps, bits, color="0.8", linewidth=0.6, label="LSTM, each training batch")
+    axes.plot(steps, bits, color="0.8", linewidth=0.6, label="LSTM, training batches")
     axes.plot(
         [row["step"] for row in evaluations],
         [row["held_out_bits"] for row in evaluations],
@@ -33,23 +42,24 @@ def learning_curve(path: Path, metrics: list[dict[str, Any]], baselines: dict[st
     for last in (row["held_out_bits"] for row in evaluations[-1:]):
         axes.annotate(f"LSTM {last:.2f}", (1, last), xycoords=("axes fraction", "data"), xytext=(6, -2),
                       textcoords="offset points", color="C0", va="top", weight="bold")  # fmt: skip
-    axes.set(xlabel="optimiser step", ylabel="bits per character", xlim=(0, max(steps, default=1)),
+    axes.set(xlabel="optimizer step", ylabel="bits per character", xlim=(0, max(steps, default=1)),
              ylim=(min([1.0, *bits]), baselines["unigram"] + 0.8),
-             title="A character LSTM against n-grams and xz on held-out text (dashed)")  # fmt: skip
+             title="A character LSTM compared with n-grams and xz (dashed) on held-out text")  # fmt: skip
     axes.legend(loc="upper right")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
+    return _save(figure, path, dpi=130)
 
 
 def gate_maps(path: Path, sentence: str, trace: dict[str, Any]) -> Path:
-    """Draw i, f, g, o and c over a sentence: a row a unit, sorted by how long it remembers; a column a character."""
+    """Draw i, f, g, o and c over a sentence: one row per unit, one column per character.
+
+    The units are sorted by their mean forget gate: those that remember longest come first.
+    """
     titles = {
-        "i": "input gate i: how much is written",
-        "f": "forget gate f: how much is kept",
-        "g": "candidate g: what is written",
-        "o": "output gate o: how much is shown",
-        "c": "cell state c: what is remembered",
+        "i": "input gate i: how much the cell writes",
+        "f": "forget gate f: how much it keeps",
+        "g": "candidate g: what it writes",
+        "o": "output gate o: how much it shows",
+        "c": "cell state c: what it remembers",
     }
     order = np.argsort(np.asarray(trace["f"]).mean(axis=0))[::-1]
     figure, rows = plt.subplots(5, 1, figsize=(13, 15), layout="constrained", sharex=True)
@@ -62,41 +72,12 @@ def gate_maps(path: Path, sentence: str, trace: dict[str, Any]) -> Path:
             else {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
         )
         image = axes.imshow(values, aspect="auto", interpolation="nearest", **colours)
-        axes.set(title=title, ylabel="unit, by mean f")
+        axes.set(title=title, ylabel="unit, sorted by mean f")
         figure.colorbar(image, ax=axes, pad=0.01)
     symbols = ["·" if symbol == " " else symbol if symbol.isprintable() else "↵" for symbol in sentence]
     rows[-1].set_xticks(range(len(sentence)), symbols, family="monospace")
-    rows[-1].set_xlabel("character read (· is a space, ↵ a new line)")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
-
-
-def benchmark(path: Path, result: dict[str, Any]) -> Path:
-    """Draw how many times as long as jaxlstm every library takes: a row a shape, a marker a library."""
-    markers = dict(zip(result["shapes"][0]["forward"], "|xosv^DPX*<>", strict=False))
-    figure, panels = plt.subplots(1, 2, figsize=(14, 5.5), layout="constrained", sharey=True)
-    for axes, kind in zip(panels, ("gradient", "forward"), strict=True):
-        for place, name in enumerate(name for name in markers if name != "jaxlstm"):
-            points = [(n, row) for n, row in enumerate(result["shapes"]) if name in row[kind]]
-            ratio = [row[kind][name]["median"] / row[kind]["jaxlstm"]["median"] for _, row in points]
-            height = [n + 0.06 * (place - len(markers) / 2) for n, _ in points]
-            colour = "0.6" if name == "jaxlstm, scan" else f"C{place}"
-            axes.plot(ratio, height, markers[name], color=colour, label=name, markersize=8, markeredgewidth=1.5)
-        axes.axvline(1, color="black", linewidth=1)
-        axes.set_xscale("log")
-        ticks = [0.5, 0.7, 1, 1.5, 2, 3, 4, 6]
-        axes.set_xticks(ticks, map(str, ticks))
-        axes.minorticks_off()
-        axes.grid(axis="x", color="0.9")
-        axes.set(title=kind, xlabel="time over jaxlstm's, medians (right of the line: slower)")
-    names = ["T {}, B {}, I {}, H {}".format(*row["shape"]) for row in result["shapes"]]
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].invert_yaxis()
-    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    rows[-1].set_xlabel("character read (· is a space, ↵ a newline)")
+    return _save(figure, path, dpi=110)
 
 
 # The gradient by lag.
@@ -112,7 +93,7 @@ NETS = {
 
 
 def gradient_flow(path: Path, measured: dict[str, Any], recurrent: str) -> Path:
-    """Draw how much of the gradient is left at every lag: before and after training, for small and large inputs."""
+    """Draw how much of the gradient is left at every lag, before and after training, for small and large inputs."""
     first, *_, last = measured
     figure, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained", sharex=True, sharey=True)
     for row, (step, when) in zip(panels, ((first, "before training"), (last, f"after {last} steps")), strict=True):
@@ -123,14 +104,14 @@ def gradient_flow(path: Path, measured: dict[str, Any], recurrent: str) -> Path:
                     _band(axes, np.array(found["flow"]), label, colour)
             _by_lag(axes, f"{when}, inputs of scale {scale:g}")
     for axes in panels[:, 0]:
-        axes.set_ylabel("|gradient by the carry|, over that at lag 0")
+        axes.set_ylabel("norm of the gradient, relative to lag 0")
     for axes in panels[1]:
         axes.set_xlabel("lag: steps back from the loss")
-    figure.suptitle(f"How far back a gradient reaches; recurrent weights {recurrent} (median and range of the seeds)")
+    figure.suptitle(
+        f"How far back the gradient reaches, with {recurrent} recurrent weights (median and range of the seeds)"
+    )
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=12)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path
+    return _save(figure, path, dpi=100)
 
 
 def _band(axes: Any, flow: np.ndarray, label: str, colour: Any) -> None:
@@ -152,7 +133,7 @@ def _orthogonal(rows: list[dict[str, Any]], cell: str, forget: float | str | Non
 
 
 def flow_in_training(path: Path, measured: dict[str, Any]) -> Path:
-    """Draw a panel a net: the gradient by lag after more and more steps of training."""
+    """Draw the gradient by lag at several stages of training, one panel per net."""
     figure, panels = plt.subplots(2, 3, figsize=(12, 7), layout="constrained", sharex=True, sharey=True)
     colours = plt.get_cmap("plasma")(np.linspace(0, 0.85, len(measured)))
     for axes, (key, (label, _)) in zip(panels.flat, NETS.items(), strict=True):
@@ -161,40 +142,34 @@ def flow_in_training(path: Path, measured: dict[str, Any]) -> Path:
             _band(axes, np.array(found["flow"]), f"{step} steps", colour)
         _by_lag(axes, label)
     for axes in panels[:, 0]:
-        axes.set_ylabel("gradient, over that at lag 0")
+        axes.set_ylabel("gradient, relative to lag 0")
     for axes in panels[1]:
         axes.set_xlabel("lag")
-    figure.suptitle("What training does to it (orthogonal, inputs of scale 1)")
+    figure.suptitle("How training changes the gradient (orthogonal recurrent weights, inputs of scale 1)")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=12)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path
+    return _save(figure, path, dpi=100)
 
 
 def four_terms(path: Path, measured: dict[str, Any]) -> Path:
-    """Draw what share the carousel and the three gates have in the derivative of c by the c before."""
+    """Draw the shares of the carousel and of the three gates in the derivative of c_t with respect to c_{t−1}."""
     names = {"carousel": "the carousel, diag(f)", "forget_gate": "through the forget gate",
              "input_gate": "through the input gate", "candidate": "through the candidate"}  # fmt: skip
     figure, panels = plt.subplots(1, 4, figsize=(12, 4.5), layout="constrained", sharey=True)
     for axes, (_, forget) in zip(panels, list(NETS)[2:], strict=True):
         below = np.zeros(len(measured))
         for name, label in names.items():
-            shares = []
-            for rows in measured.values():
-                shares.append(np.mean(_orthogonal(rows, "LSTM", forget)["shares"][name]))
+            shares = [np.mean(_orthogonal(rows, "LSTM", forget)["shares"][name]) for rows in measured.values()]
             axes.bar(range(len(measured)), shares, bottom=below, label=label, width=0.8)
             below += shares
         axes.set_xticks(range(len(measured)), list(measured))
         axes.set(title=NETS["LSTM", forget][0], xlabel="steps of training")
     panels[0].set_ylabel("share of the norm of dc_t / dc_(t-1)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=12)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path
+    return _save(figure, path, dpi=100)
 
 
 def gate_histograms(path: Path, measured: dict[str, Any]) -> Path:
-    """Draw how open the gates of an LSTM are, before and after training."""
+    """Draw histograms of the gates of an LSTM, before and after training."""
     titles = {"i": "input gate i", "f": "forget gate f", "o": "output gate o"}
     first, *_, last = measured
     figure, panels = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained", sharey=True)
@@ -203,36 +178,36 @@ def gate_histograms(path: Path, measured: dict[str, Any]) -> Path:
         for step, colour, when in ((first, "C1", "before training"), (last, "C0", f"after {last} steps")):
             row = _orthogonal(measured[step], "LSTM", 1.0)
             axes.stairs(np.mean(row["histogram"][name], axis=0), edges, color=colour, fill=True, alpha=0.5, label=when)
-        axes.set(title=title, xlabel="0 is shut, 1 is open", xlim=(0, 1))
-    panels[0].set_ylabel("share of all units, steps and texts")
-    figure.suptitle("How open the gates of an LSTM are (forget bias 1, orthogonal, inputs of scale 1)")
+        axes.set(title=title, xlabel="0 is closed, 1 is open", xlim=(0, 1))
+    panels[0].set_ylabel("share, over all units, steps and texts")
+    figure.suptitle(
+        "How open the gates of an LSTM are (forget bias 1, orthogonal recurrent weights, inputs of scale 1)"
+    )
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=12)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path
+    return _save(figure, path, dpi=100)
 
 
-def roads(path: Path, rows: list[dict[str, Any]], length: int, width: int) -> Path:
-    """Draw error, time and memory of every road, over the length of a sequence and over the width of a layer."""
+def gradient_methods(path: Path, rows: list[dict[str, Any]], length: int, width: int) -> Path:
+    """Draw error, time and memory of every method, over the sequence length and over the width of the layer."""
     colours = {"autodiff": "0.35", "rule": "C0", "by hand": "C2", "rtrl": "C1", "differences": "C3"}
     markers = dict(zip(colours, "osv^D", strict=True))
     figure, panels = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
     kinds = {
         "error": "relative error of the gradient",
-        "seconds": "seconds, float32",
-        "temporaries": "temporaries, bytes, float32",
+        "seconds": "time in seconds, float32",
+        "temporaries": "temporary memory in bytes, float32",
     }
     for line, (over, other, at, label) in zip(
         panels, (("num_steps", "hidden", width, "steps"), ("hidden", "num_steps", length, "units")), strict=True
     ):
         for axes, (kind, title) in zip(line, kinds.items(), strict=True):
             for dtype, style in (("float64", "-"), ("float32", "--"), ("bfloat16", ":")):
-                for road, colour in colours.items():
-                    own = [r for r in rows if (r["road"], r["dtype"], r[other]) == (road, dtype, at)]
+                for method, colour in colours.items():
+                    own = [r for r in rows if (r["road"], r["dtype"], r[other]) == (method, dtype, at)]
                     own.sort(key=lambda row: row[over])
                     if own and (kind == "error" or dtype == "float32"):
-                        look = {"marker": markers[road], "linestyle": style, "color": colour, "markersize": 5}
-                        axes.plot([r[over] for r in own], [r[kind] for r in own], label=road, **look)
+                        look = {"marker": markers[method], "linestyle": style, "color": colour, "markersize": 5}
+                        axes.plot([r[over] for r in own], [r[kind] for r in own], label=method, **look)
             axes.set(
                 xscale="log",
                 yscale="log",
@@ -251,16 +226,14 @@ def roads(path: Path, rows: list[dict[str, Any]], length: int, width: int) -> Pa
         axes.set_ylim(1e-17, 1)
     handles, labels = panels[0, 1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=12)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path
+    return _save(figure, path, dpi=100)
 
 
 # Agreement.
 
 
 def agreement(path: Path, result: dict[str, Any], trained: int, attractors_at: int) -> Path:
-    """Draw how often number and gender are right, over distance and attractors, and what clamping a unit does."""
+    """Draw the accuracy on number and gender, over distance and attractors, and with units held fixed."""
     colours = {"RNN": "C3", "GRU": "C2", "LSTM": "C0"}
     figure, panels = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
     curves = (
@@ -269,8 +242,8 @@ def agreement(path: Path, result: dict[str, Any], trained: int, attractors_at: i
         (
             panels[1, 0],
             result["attractors"],
-            f"was or were, {attractors_at} words away?",
-            "of four nouns between, so many have the other number",
+            f"was or were, at {attractors_at} words?",
+            "attractors (nouns of the other number), out of four nouns",
         ),
     )
     for axes, found, title, label in curves:
@@ -299,19 +272,17 @@ def agreement(path: Path, result: dict[str, Any], trained: int, attractors_at: i
             axes.bar(middle, np.mean(column), width=0.22, color=colour, alpha=0.35)
             axes.plot(middle + np.linspace(-0.09, 0.09, len(column)), column, "o", color=colour, markersize=4)
     axes.axhline(0.5, color="black", linewidth=1, linestyle="--")
-    axes.set_xticks(range(4), ["none", "a random\nunit", "the unit\nfound", "the two\nfound"])
-    axes.set(title=f"was or were, {trained} words away, held still:", ylim=(0.3, 1.03))
+    axes.set_xticks(range(4), ["no unit", "a random\nunit", "the unit\nfound", "both units\nfound"])
+    axes.set(title=f"was or were, at {trained} words, with units held fixed", ylim=(0.3, 1.03))
     for axes in panels[:, 0]:
-        axes.set_ylabel("share right (dashed: chance)")
-    figure.suptitle("A subject's number and gender across a relative clause: mean and range of the seeds")
+        axes.set_ylabel("accuracy (dashed: chance)")
+    figure.suptitle("Number and gender of the subject across a relative clause (mean and range of the seeds)")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=12)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path
+    return _save(figure, path, dpi=100)
 
 
 def unit(path: Path, clause: dict[str, Any], title: str) -> Path:
-    """Draw the gates and the cell state of one unit over a clause, once with one subject and once with many."""
+    """Draw the gates and the cell state of one unit over a clause, once in singular and once in plural."""
     names = {"i": "input gate i", "f": "forget gate f", "g": "candidate g", "o": "output gate o", "c": "cell state c"}
     figure, rows = plt.subplots(5, 1, figsize=(11, 10), layout="constrained", sharex=True)
     for axes, (name, label) in zip(rows, names.items(), strict=True):
@@ -326,24 +297,20 @@ def unit(path: Path, clause: dict[str, Any], title: str) -> Path:
     rows[-1].set_xticks(range(len(clause["one"]["words"])), [a if a == b else f"{a}/\n{b}" for a, b in both])
     figure.legend(*rows[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=12)
     figure.suptitle(title)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path
+    return _save(figure, path, dpi=100)
 
 
-def attention(path: Path, texts: list[str], written: list[str], looked: np.ndarray, exact_match: float) -> Path:
-    """Draw where a reader looks: a panel a text, a row a symbol it writes, a column a character it reads."""
+def attention(path: Path, texts: list[str], written: list[str], attended: np.ndarray, exact_match: float) -> Path:
+    """Draw the attention weights: one panel per text, one row per symbol written, one column per character read."""
     figure, rows = plt.subplots(len(texts), 1, figsize=(10, 2.9 * len(texts)), layout="constrained")
-    for axes, text, answer, weights in zip(rows, texts, written, looked, strict=True):
+    for axes, text, answer, weights in zip(rows, texts, written, attended, strict=True):
         image = axes.imshow(weights[:, : len(text)], cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(text)), list(text), family="monospace", fontsize=12)
         axes.set_yticks(range(len(answer)), list(answer), family="monospace", fontsize=10)
         axes.set_title(f"{text}   →   {answer}", family="monospace", fontsize=12)
-        axes.set_ylabel("written")
-    figure.colorbar(image, ax=rows, label="attention", shrink=0.3)
+        axes.set_ylabel("symbol written")
+    figure.colorbar(image, ax=rows, label="attention weight", shrink=0.3)
     figure.suptitle(
-        f"Where the reader looks as it writes ({100 * exact_match:.2f} % of held-out strings exactly right)"
+        f"Where the model attends while it writes ({100 * exact_match:.2f} % of held-out strings exactly right)"
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return _save(figure, path, dpi=110)

@@ -1,10 +1,11 @@
-"""What does a trained character model write? One `step` per character, the carry kept.
+"""What does a trained character model write? Read a prompt, then write one character per step.
 
-The end of a run of char_lm prints the command:
+The last line that char_lm logs is the command to paste:
 
     python -m experiments.sample runs/char_lm/20260102-030405-678 --prompt "The "
 """
 
+import functools
 import signal
 import sys
 from pathlib import Path
@@ -14,25 +15,35 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments import checkpoints, runs, text
-from experiments.char_lm import Model, init_model, initial_carries, write_next
+from experiments import text
+from experiments.char_lm import Model, init_model, initial_carries, predict, write_next
+from experiments.harness import checkpoints, runs
 
 
 def load(run: Path, best: bool = False) -> tuple[Model, str]:
-    """Return the model of a run's newest intact checkpoint, or of the best one, and its symbols."""
+    """Return the model and the symbols of a run, from its newest intact checkpoint or from its best one."""
     config = runs.read_config(run)
     if not {"symbols", "hidden_size", "num_layers"} <= config.keys():
-        sys.exit(f"sample: the run in {run} is none of experiments.char_lm.")
+        sys.exit(f"sample: the run in {run} is not a run of experiments.char_lm.")
     found = checkpoints.intact(run / "checkpoints")
-    checkpoint = min(found, key=lambda c: c.score, default=None) if best else next(found, None)
+    checkpoint = min(found, key=_score, default=None) if best else next(found, None)
     if checkpoint is None:
         sys.exit(f"sample: the run in {run} has no intact checkpoint.")
-    sizes = (len(config["symbols"]), config["hidden_size"], config["num_layers"])
-    model = jax.eval_shape(lambda: init_model(jax.random.key(0), *sizes))
+    init = functools.partial(
+        init_model,
+        num_symbols=len(config["symbols"]),
+        hidden_size=config["hidden_size"],
+        num_layers=config["num_layers"],
+    )
+    like = {"params": jax.eval_shape(init, jax.random.key(0))}
     try:
-        return checkpoints.restore(checkpoint, {"params": model}, partial=True)["params"], config["symbols"]
+        return checkpoints.restore(checkpoint, like, partial=True)["params"], config["symbols"]
     except checkpoints.Mismatch as error:
         sys.exit(f"sample: {error}")
+
+
+def _score(checkpoint: checkpoints.Checkpoint) -> float:
+    return checkpoint.score
 
 
 def main(
@@ -47,39 +58,43 @@ def main(
     """Write text with the model of a run.
 
     Args:
-      run: the folder of a run of experiments.char_lm.
-      prompt: what the model reads first; default the start of a line.
-      num_characters: how many characters it writes.
-      temperature: below 1 is bolder than the model believes, above 1 more timid; more than 0.
-      best: with the weights that did best on the held-out text, not the last ones.
-      seed: of the choice of characters.
+      run: folder of a run of experiments.char_lm.
+      prompt: text that the model reads first; by default a newline, the start of a line.
+      num_characters: how many characters to write.
+      temperature: sampling temperature; values below 1 make likely characters more likely, values above 1 less likely.
+      best: use the checkpoint with the best score on the held-out text instead of the newest one.
+      seed: random seed of the characters.
     """
     model, symbols = load(run, best)
     prompt = text.first_symbol(symbols) if prompt is None else prompt
+    check_flags(prompt, symbols, num_characters, temperature)
+    step = jax.jit(functools.partial(write_next, model, temperature=temperature))
+    tokens = jnp.asarray(text.encode(prompt, symbols))
+    carries, _ = predict(model, initial_carries(model), tokens[:-1])
+    token, written = tokens[-1], ""
+    keys = jax.random.split(jax.random.key(seed), len(prompt) + num_characters)  # one per character, read or written
+    sys.stdout.write(prompt.lstrip("\n"))
+    for key in keys[len(prompt) - 1 : -1]:
+        carries, token = step(carries, token, key)
+        written += symbols[int(token)]
+        sys.stdout.write(written[-1])
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return {"text": written}
+
+
+def check_flags(prompt: str, symbols: str, num_characters: int, temperature: float) -> None:
+    """Exit with one line that names the flag out of range."""
     if unknown := sorted(set(prompt) - set(symbols)):
-        sys.exit(f"sample: --prompt has characters the model never saw: {unknown}; it knows {symbols!r}.")
+        sys.exit(f"sample: --prompt has characters that the model does not know: {unknown}; it knows {symbols!r}.")
     if not prompt:
-        sys.exit("sample: --prompt needs at least one character.")
+        sys.exit("sample: --prompt must have at least one character.")
     if not temperature > 0:
         sys.exit(f"sample: --temperature must be above 0, got {temperature}.")
     if num_characters < 0:
-        sys.exit(f"sample: --num-characters must not be negative, got {num_characters}.")
-
-    step = jax.jit(lambda carries, token, key: write_next(model, carries, token, key, temperature))
-    keys = jax.random.split(jax.random.key(seed), len(prompt) + num_characters)
-    carries, token, written = initial_carries(model), jnp.asarray(0), []
-    for read, key in zip(text.encode(prompt, symbols), keys[: len(prompt)], strict=True):
-        carries, token = step(carries, jnp.asarray(read), key)
-    sys.stdout.write(prompt.lstrip("\n"))
-    for key in keys[len(prompt) :]:
-        written.append(symbols[int(token)])
-        sys.stdout.write(written[-1])
-        sys.stdout.flush()
-        carries, token = step(carries, token, key)
-    sys.stdout.write("\n")
-    return {"text": "".join(written)}
+        sys.exit(f"sample: --num-characters must be at least 0, got {num_characters}.")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it quietly
-    runs.cli("sample", main, log_to=sys.stderr)  # stdout is for the text
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `... | head` ends it without a traceback
+    runs.cli("sample", main, log_to=sys.stderr)  # stdout carries only the text

@@ -1,4 +1,4 @@
-"""Run folders: what a run was asked, what it measured, where it can go on, and how it is started and stopped."""
+"""Run folders: a run's settings, its metrics and checkpoints, and how a run starts, stops and resumes."""
 
 import contextlib
 import fcntl
@@ -23,11 +23,11 @@ from typing import Any, TextIO
 import jax
 import tyro
 
-from experiments import checkpoints, devices
+from experiments.harness import checkpoints, devices
 
 Row = dict[str, Any]
 PyTree = Any
-# Flags that say how a run is kept and shown, not what is computed: a resumed run may change them.
+# Flags that a resumed run may change: they say how a run is stored and shown, not what it computes.
 FREE = {
     "workdir",
     "resume",
@@ -36,8 +36,8 @@ FREE = {
     "tensorboard",
     "mesh",
     "cluster",
-    "corpus",
-}  # a corpus is compared by its hash
+    "corpus",  # the config also holds the corpus's hash, which is compared
+}
 
 log = logging.getLogger("runs")
 
@@ -46,17 +46,17 @@ log = logging.getLogger("runs")
 
 
 def cli(experiment: str, main: Callable[..., Any], log_to: TextIO = sys.stdout) -> None:
-    """Run an experiment's `main` with flags from the command line; with --resume, those of the run it goes on with.
+    """Run an experiment's `main` with flags from the command line, or with the saved flags if --resume is given.
 
-    Ctrl-C, and whatever the system refuses, end it in one line.
+    Ctrl-C and operating system errors end the run with a one-line message.
     """
     logging.basicConfig(format="%(message)s", stream=log_to, force=True)
     for name in (experiment, "runs", "trainer"):
         logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax prints what it raises
-    logging.raiseExceptions = False  # a reader that has gone, as `tee` after Ctrl-C, is no reason to stop
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax also prints the errors it raises
+    logging.raiseExceptions = False  # Ctrl-C may kill the `tee` that reads this output; the run must save anyway
     try:
-        tyro.cli(functools.partial(main, **_flags_of_the_run(main)))
+        tyro.cli(functools.partial(main, **_saved_flags(main)))
     except KeyboardInterrupt:
         print(f"{experiment}: interrupted.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -65,12 +65,12 @@ def cli(experiment: str, main: Callable[..., Any], log_to: TextIO = sys.stdout) 
     finally:
         try:
             sys.stdout.flush()
-        except OSError:  # nobody reads it any more, and Python must not find that out at its end
+        except OSError:  # the reader is gone; without this, Python flushes again at exit and prints a traceback
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _flags_of_the_run(main: Callable[..., Any]) -> Row:
-    """Return the flags that config.json holds, if --workdir and --resume are given."""
+def _saved_flags(main: Callable[..., Any]) -> Row:
+    """Return the flags in the config.json of --workdir if --resume is given."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--resume", action="store_true")
@@ -82,24 +82,24 @@ def _flags_of_the_run(main: Callable[..., Any]) -> Row:
 
 
 def command(module: str, *args: str | Path) -> str:
-    """Return the command that runs a module, as one can paste it here."""
+    """Return the shell command that runs a module, ready to paste in the current folder."""
     python = os.path.relpath(sys.executable)
     return shlex.join([sys.executable if python.startswith("..") else python, "-m", module, *map(str, args)])
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Note Ctrl-C and SIGTERM in the list instead of dying of them; a second one is no longer held back.
+    """Collect Ctrl-C and SIGTERM in a list instead of dying; a second signal takes effect at once.
 
-    A job in the background of a script, or under `nohup`, was told to ignore Ctrl-C and goes on doing so.
+    A job in the background of a script, or under `nohup`, inherits the setting to ignore Ctrl-C and still ignores it.
     """
     received: list[int] = []
 
     def note(number: int, _: Any) -> None:
         received.append(number)
         restore()
-        with contextlib.suppress(OSError):  # and not by print or logging: the signal may have come in the middle of one
-            os.write(2, b"\nThe run saves and stops at the end of this block; once more stops it at once.\n")
+        with contextlib.suppress(OSError):  # os.write, since the signal may have interrupted a print or a log call
+            os.write(2, b"\nThe run will save and stop at the end of this block; interrupt again to stop at once.\n")
 
     def restore() -> None:
         for number, handler in before.items():
@@ -119,23 +119,32 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def open_folder(experiment: str, workdir: str | None, config: Row, *, resume: bool = False) -> Path:
-    """Make the folder of a new run and write its config.json; or find that of the run to go on with, and compare.
+    """Create the folder of a new run and write its config.json, or open the folder of a run to resume.
 
-    Of several processes the first makes it, and all others compare.
+    If there are several processes, the first one creates the folder and the others compare their flags with it.
+
+    Args:
+      experiment: the experiment's name, used in messages and in the default folder.
+      workdir: the folder; default runs/<experiment>/<time>-<process>.
+      config: the run's flags; `versions` and `devices` are added.
+      resume: open an existing folder.
+
+    Returns:
+      The folder.
 
     Raises:
-      SystemExit: in one line, if a new run would be written into another, or an old one asked for with other flags.
+      SystemExit: in one line, the folder belongs to another run, or the flags differ from those of the run to resume.
     """
     folder = Path(workdir or Path("runs", experiment, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"))
     if jax.process_count() > 1 and workdir is None:
-        sys.exit(f"{experiment}: --cluster needs --workdir, a folder that all processes see.")
+        sys.exit(f"{experiment}: --cluster needs --workdir, a folder that all processes can see.")
     config = json.loads(json.dumps({**config, "versions": versions(), "devices": devices.found()}))
     if devices.is_first() and not resume:
         _make_folder(experiment, folder, config)
-    devices.wait("the folder of the run is there")
+    devices.wait("the run's folder exists")
     if resume or not devices.is_first():
         if workdir is None or not (folder / "config.json").exists():
-            sys.exit(f"{experiment}: --resume goes on with the run in --workdir; {workdir} has no config.json of one.")
+            sys.exit(f"{experiment}: --resume continues the run in --workdir, but {workdir} has no config.json.")
         _compare(experiment, folder, read_config(folder), config)
         (folder / "checkpoints").mkdir(exist_ok=True)
     return folder
@@ -151,21 +160,21 @@ def _make_folder(experiment: str, folder: Path, config: Row) -> None:
             (folder / "checkpoints").mkdir(exist_ok=True)
             write_json(beside, config)
             try:
-                os.link(beside, folder / "config.json")  # unlike a rename it never replaces that of another run
+                os.link(beside, folder / "config.json")  # unlike a rename, a link never replaces another run's file
             except FileExistsError:
                 foreign = ["config.json"]
             beside.unlink()
     except OSError as error:
-        sys.exit(f"{experiment}: --workdir {folder} cannot be written: {error.strerror}; name another folder.")
+        sys.exit(f"{experiment}: --workdir {folder} cannot be written: {error.strerror}; choose another folder.")
     if foreign:
         sys.exit(
-            f"{experiment}: --workdir {folder} is not empty (it has {min(foreign)}); "
-            "name a new folder, so that no run is lost, or go on with the run in it by --resume."
+            f"{experiment}: --workdir {folder} is not empty (it contains {min(foreign)}); "
+            "choose a new folder, or continue the run in it with --resume."
         )
 
 
 def _compare(experiment: str, folder: Path, before: Row, now: Row) -> None:
-    """Refuse to go on with a run under other flags; warn if it will not end in the same bits."""
+    """Refuse to resume a run with other flags; warn if versions or devices will change its bits."""
     changed = [
         f"{name} was {before.get(name)}, is {now.get(name)}"
         for name in now
@@ -173,34 +182,37 @@ def _compare(experiment: str, folder: Path, before: Row, now: Row) -> None:
     ]
     if changed:
         sys.exit(
-            f"{experiment}: --resume: the run in {folder} is another one: {'; '.join(changed)}. "
-            "Leave out the flags that it has, or begin a new run."
+            f"{experiment}: --resume: the run in {folder} has other settings: {'; '.join(changed)}. "
+            "Leave out the flags that the run already has, or start a new run."
         )
     for name in ("versions", "devices"):
         if before.get(name) != now[name]:
-            log.warning("%s were %s, are %s: the run will not end in the same bits.", name, before.get(name), now[name])
+            log.warning(
+                "%s changed from %s to %s: the run will not be bitwise identical to an uninterrupted one.",
+                name, before.get(name), now[name],
+            )  # fmt: skip
 
 
 def read_config(folder: Path) -> Row:
-    """Read config.json, or say in one line why it cannot be."""
+    """Read config.json, or exit with one line that says why it cannot be read."""
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        sys.exit(f"{folder} holds no run that can be read: config.json: {error}")
+        sys.exit(f"{folder} does not contain a readable run: config.json: {error}")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write beside and rename: the file is whole or not there."""
+    """Write a JSON file to a temporary name and rename it, so that readers see a complete file or none."""
     beside = path.with_name(path.name + ".part")
     text = json.dumps(content, indent=1, ensure_ascii=False)
-    # A list of numbers in one line; no string has a line break in it.
+    # Put a list of numbers on one line. The pattern needs a line break, and JSON escapes those in strings.
     text = re.sub(r"\[\n[\s\d.,eE+-]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
     beside.write_text(text + "\n", encoding="utf-8")
     beside.replace(path)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions a result depends on."""
+    """Return the versions that a result depends on."""
     return {"python": python_version(), **{name: version(name) for name in ("jaxlstm", "jax", "jaxlib", "optax")}}
 
 
@@ -209,13 +221,15 @@ def versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def metrics_writer(folder: Path, *, after: int, tensorboard: bool) -> Iterator[Callable[[list[Row]], None]]:
-    """Give a function that adds rows to metrics.jsonl, and their numbers to event files if asked.
+    """Yield a function that appends rows to metrics.jsonl, and their numbers to TensorBoard event files if asked.
 
     Args:
-      after: the step from which the run goes on: rows of later steps, and half a row, are cut off first.
+      folder: the run's folder.
+      after: the step from which the run continues: rows of later steps, and a half-written row, are cut off first.
+      tensorboard: also write event files.
 
     Raises:
-      SystemExit: another process is writing there.
+      SystemExit: another process is writing to the run.
     """
     if not devices.is_first():
         yield lambda rows: None
@@ -224,23 +238,23 @@ def metrics_writer(folder: Path, *, after: int, tensorboard: bool) -> Iterator[C
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("ab", buffering=0))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it when this process ends or is killed
         except BlockingIOError:
-            sys.exit(f"another process is running the run in {folder}; wait for its end, or stop it.")
+            sys.exit(f"another process is writing to the run in {folder}; wait for it to finish, or stop it.")
         except OSError as error:
-            log.warning("%s cannot be locked (%s): see to it that no other process writes there.", path, error.strerror)
+            log.warning("%s cannot be locked (%s): make sure that no other process writes to it.", path, error.strerror)
         _cut(path, after)
         events = None
         if tensorboard:
-            from tensorboardX import SummaryWriter  # imports torch, where there is one: a second that few ask for
+            from tensorboardX import SummaryWriter  # imported here, since it imports torch, which takes a second
 
             events = stack.enter_context(SummaryWriter(str(folder.resolve()), purge_step=after + 1))
 
         def write(rows: list[Row]) -> None:
             content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
             while content:
-                content = content[file.write(content) :]  # on a full disk, half of it first
-            os.fsync(file.fileno())  # a checkpoint that follows must not be there without its rows
+                content = content[file.write(content) :]  # a disk that fills up takes part of it before it raises
+            os.fsync(file.fileno())  # or a crash could keep the checkpoint that follows and lose its rows
             for row in rows:
                 for name, value in row.items():
                     if events and isinstance(value, float):
@@ -250,6 +264,7 @@ def metrics_writer(folder: Path, *, after: int, tensorboard: bool) -> Iterator[C
 
 
 def _cut(path: Path, after: int) -> None:
+    """Cut metrics.jsonl after the last row that can be read and belongs to a step up to `after`."""
     kept = last = 0
     with path.open("rb") as file:
         for line in file:
@@ -263,37 +278,38 @@ def _cut(path: Path, after: int) -> None:
     if last < after:
         found = path.with_suffix(".jsonl.damaged")
         shutil.copyfile(path, found)
-        log.warning("%s can be read up to step %d, the checkpoint is of step %d: what was found is kept as %s.",
+        log.warning("%s can be read up to step %d, but the checkpoint is from step %d; a copy was kept as %s.",
                     path, last, after, found)  # fmt: skip
     os.truncate(path, kept)
 
 
 def read_metrics(folder: Path) -> list[Row]:
     """Read the rows of metrics.jsonl."""
-    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:  # splitlines() would cut at U+2028 in a sample
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:  # splitlines() would split at U+2028 in a sample
         return [json.loads(line) for line in file]
 
 
 def restore(folder: Path, state: PyTree) -> PyTree:
-    """Return what the newest intact checkpoint of a run holds; before its first one, `state` itself.
+    """Return the state in a run's newest intact checkpoint, or `state` itself if nothing has been saved yet.
 
     Raises:
-      SystemExit: no checkpoint is intact, or it holds another tree than `state`.
+      SystemExit: no checkpoint is intact, or the checkpoint's tree differs from `state`.
     """
     try:
         for checkpoint in checkpoints.intact(folder / "checkpoints"):
-            log.info("goes on from %s", checkpoint.path)
+            log.info("resuming from %s", checkpoint.path)
             return checkpoints.restore(checkpoint, state)
     except checkpoints.Mismatch as error:
         sys.exit(str(error))
     if any((folder / "checkpoints").glob("step-*[0-9]")):
-        sys.exit(f"no checkpoint in {folder / 'checkpoints'} is intact; move them away to begin again at step 0.")
+        sys.exit(f"no checkpoint in {folder / 'checkpoints'} is intact; move them away to start again from step 0.")
     return state
 
 
-def go_on(experiment: str, folder: Path) -> str:
-    """Say from what, and by which command, a run can go on."""
-    return f"{last_good(folder)}; go on: {command(f'experiments.{experiment}', '--workdir', folder, '--resume')}"
+def how_to_resume(experiment: str, folder: Path) -> str:
+    """Name the newest intact checkpoint and the command that resumes from it."""
+    resume = command(f"experiments.{experiment}", "--workdir", folder, "--resume")
+    return f"{last_good(folder)}; resume with: {resume}"
 
 
 def last_good(folder: Path) -> str:

@@ -1,10 +1,11 @@
-"""How fast is it, side by side with what people use?
+"""How fast is one LSTM layer of jaxlstm beside the libraries people use?
 
-Forward, and gradient by parameters and inputs, of one LSTM layer against Flax, Equinox, Haiku, Keras, torch and ONNX
-Runtime, on the same weights, each in a process of its own; their results are compared before anything is timed. All
-take turns in every round, in a new order. All are started anew a few times, since the same program is up to a tenth
-slower in one process than in another. What counts is the ratio of medians. Expect a gradient some 1.3 times as fast as
-the fastest other JAX library in the geometric mean, and twice as fast on long sequences of small layers.
+The benchmark times the forward pass, and the gradient with respect to parameters and inputs, against a plain
+`lax.scan`, Flax, Equinox, Haiku, Keras, torch and ONNX Runtime. Every library runs in its own process on the same
+weights, and all results are compared before anything is timed. The libraries take turns in every round, in a new random
+order. All processes are restarted a few times, since the same program can be a tenth slower in one process than in
+another. The table shows ratios of medians. Expect the gradient to be about 1.3 times as fast as the fastest other JAX
+library in the geometric mean, and twice as fast for long sequences in small layers.
 """
 
 import contextlib
@@ -24,8 +25,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments import devices, plots, runs
-from experiments.peers import OF_JAX, PEERS, Shape
+from benchmarks import plots
+from benchmarks.peers import OF_JAX, PEERS, Shape
+from experiments.harness import devices, runs
 
 SHAPES: tuple[Shape, ...] = (
     (100, 32, 64, 64),
@@ -36,25 +38,25 @@ SHAPES: tuple[Shape, ...] = (
     (64, 128, 64, 1024),
 )
 KINDS = ("forward", "gradient")
-# What costs are measured at.
+# The sizes at which costs are measured.
 MEMORY_OF: dict[str, Any] = {"batch": 16, "input_size": 256, "hidden": 256, "lengths": [1000, 2000]}
 COMPILED: dict[str, Any] = {"batch": 16, "input_size": 64, "hidden": 64, "lengths": [10, 10_000]}
 DOUBLED: Shape = (10_000, 1, 8, 8)
 TRAINED: Shape = (100, 64, 128, 256)
 STREAMED: dict[str, Any] = {"input_size": 64, "hidden": 64, "streams": [1, 64, 1024, 8192]}
 SPREAD: tuple[Shape, ...] = ((100, 32, 64, 64), (100, 64, 128, 256))
-TOLERANCE = 1e-4  # relative, float32, over a thousand steps
+TOLERANCE = 1e-4  # relative, in float32, over a thousand time steps
 
 log = logging.getLogger("benchmark")
 
 
 class Peer:
-    """A process that times one library, or that says what jaxlstm costs."""
+    """A process that times one library or measures a cost of jaxlstm."""
 
-    def __init__(self, name: str, module: str = "experiments.peers"):
+    def __init__(self, name: str, module: str = "benchmarks.peers"):
         command = [sys.executable, "-m", module, name]
         self.name = name
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would fill up
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - an unread pipe would fill up and block
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
@@ -68,6 +70,7 @@ class Peer:
         self.process.kill()
 
     def ask(self, **question: Any) -> dict[str, Any]:
+        """Send a question and wait for its answer."""
         assert self.process.stdin
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
@@ -76,16 +79,16 @@ class Peer:
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout
         for line in self.process.stdout:
-            with contextlib.suppress(json.JSONDecodeError):  # some libraries print on their own
+            with contextlib.suppress(json.JSONDecodeError):  # some libraries print messages of their own
                 return dict(json.loads(line))
         self.errors.seek(0)
         last = self.errors.read().strip().rpartition("\n")[2]
-        raise OSError(f"the process of {self.name} has ended: {last}")
+        raise OSError(f"the process of {self.name} ended: {last}")
 
 
 @contextlib.contextmanager
 def processes(names: tuple[str, ...]) -> Iterator[dict[str, Peer]]:
-    """Start the libraries that are installed; the others are skipped with a line."""
+    """Start a process for each installed library; log a line for each that is not installed."""
     peers: dict[str, Peer] = {}
     try:
         for name in tqdm(names, desc="starting", file=sys.stderr, leave=False):
@@ -102,12 +105,23 @@ def processes(names: tuple[str, ...]) -> Iterator[dict[str, Peer]]:
 def side_by_side(
     peers: dict[str, Peer], shape: Shape, rounds: int, seconds: float, order: random.Random
 ) -> dict[str, Any]:
-    """Time one shape: every library takes its turn in every round. Return all times, and each library's temporaries.
+    """Time all libraries at one shape, one turn each per round.
 
-    Each round has an order of its own: the threads of some libraries go on spinning into the turn of the next.
+    Every round has a random order: threads of some libraries keep spinning into the turn of the next library, and a
+    fixed order would always slow down the same one.
+
+    Args:
+      peers: the libraries' processes.
+      shape: T, B, I, H.
+      rounds: the number of turns.
+      seconds: the length of a turn.
+      order: draws the order of each round.
+
+    Returns:
+      Each library's times for each kind, and the size of its gradient's temporaries.
 
     Raises:
-      ValueError: a library's results are not those of the first.
+      ValueError: a library's results differ from those of the first library.
     """
     temporaries = {}
     times: dict[str, dict[str, list[float]]] = {kind: {} for kind in KINDS}
@@ -125,15 +139,19 @@ def side_by_side(
 
 
 def summary(shape: Shape, starts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Summarise the times of one shape over all starts of the processes."""
-    of_kind = lambda kind: {name: [t for start in starts for t in start[kind][name]] for name in starts[0][kind]}
-    spread = lambda times: {"min": min(times), "median": statistics.median(times), "max": max(times)}
-    summaries = {kind: {name: spread(times) for name, times in of_kind(kind).items()} for kind in KINDS}
-    return {"shape": shape, "temporaries": starts[0]["temporaries"], **summaries}
+    """Return the smallest, median and largest time of each library at one shape, over all starts."""
+    out = {"shape": shape, "temporaries": starts[0]["temporaries"]}
+    for kind in KINDS:
+        all_times = {name: [time for start in starts for time in start[kind][name]] for name in starts[0][kind]}
+        out[kind] = {
+            name: {"min": min(times), "median": statistics.median(times), "max": max(times)}
+            for name, times in all_times.items()
+        }
+    return out
 
 
 def compare(peers: dict[str, Peer], shape: Shape) -> None:
-    """Check that all compute the same."""
+    """Check that all libraries compute the same results as the first one."""
     with tempfile.TemporaryDirectory() as folder:
         results: dict[str, dict[str, np.ndarray]] = {}
         for name, peer in peers.items():
@@ -150,9 +168,9 @@ def compare(peers: dict[str, Peer], shape: Shape) -> None:
 
 
 def own_costs(rounds: int, seconds: float) -> dict[str, Any]:
-    """Ask what jaxlstm costs beside the times: see `experiments.costs`."""
-    with Peer("1", "experiments.costs") as one, Peer("2", "experiments.costs") as two:
-        # No process of its own for each: the memory and compile times of one program do not hang on another's.
+    """Measure what jaxlstm costs besides time: see `benchmarks.costs`."""
+    with Peer("1", "benchmarks.costs") as one, Peer("2", "benchmarks.costs") as two:
+        # One process for all of them, since a program's memory and compile time do not depend on the programs before.
         costs: dict[str, Any] = {
             "temporaries": one.ask(measure="temporaries", **MEMORY_OF),
             "compiling": one.ask(measure="compiling", **COMPILED, repeats=rounds),
@@ -162,56 +180,68 @@ def own_costs(rounds: int, seconds: float) -> dict[str, Any]:
             "matmul": one.ask(measure="matmul", seconds=5 * seconds),
             "devices": {},
         }
-        over = ((one, "jaxlstm"), (two, "jaxlstm"), (two, "Flax linen"))
+        turns = ((one, "jaxlstm"), (two, "jaxlstm"), (two, "Flax linen"))
         for shape in SPREAD:
-            asked = {"measure": "sharded", "shape": shape, "seconds": seconds}
+            question = {"measure": "sharded", "shape": shape, "seconds": seconds}
             times = [
-                [process.ask(library=library, **asked)["seconds"] for process, library in over] for _ in range(rounds)
+                [process.ask(library=library, **question)["seconds"] for process, library in turns]
+                for _ in range(rounds)
             ]
             costs["devices"][", ".join(map(str, shape))] = list(map(statistics.median, zip(*times, strict=True)))
     return costs
 
 
+# The tables.
+
+
 def geometric_mean(ratios: list[float]) -> float:
+    """Return the geometric mean of some ratios."""
     return math.exp(statistics.fmean(map(math.log, ratios)))
 
 
 def ratios(row: dict[str, Any], kind: str) -> dict[str, float]:
-    """Return the times of others over jaxlstm's, medians: the fastest JAX library's, and torch's and ONNX Runtime's."""
+    """Return median times divided by jaxlstm's: of the fastest JAX library, the plain scans, torch and ONNX Runtime."""
     medians = {name: own["median"] for name, own in row[kind].items()}
     out = {}
     if of_jax := [medians[name] for name in OF_JAX if name in medians]:
         out["fastest JAX library"] = min(of_jax) / medians["jaxlstm"]
-    for name in ("torch", "ONNX Runtime", "jaxlstm, scan"):
+    for name in ("fifteen lines", "torch", "ONNX Runtime", "jaxlstm, scan"):
         if name in medians:
             out[name] = medians[name] / medians["jaxlstm"]
     return out
 
 
+COLUMNS = [
+    ("gradient", "fastest JAX library"),
+    ("gradient", "fifteen lines"),
+    ("gradient", "torch"),
+    ("forward", "fastest JAX library"),
+    ("forward", "fifteen lines"),
+    ("forward", "torch"),
+    ("forward", "ONNX Runtime"),
+]
+
+
 def table(result: dict[str, Any]) -> str:
-    """Return the README's table of a result: how many times as long the others take."""
-    columns = [("gradient", "fastest JAX library"), ("gradient", "torch"), ("forward", "fastest JAX library"),
-               ("forward", "torch"), ("forward", "ONNX Runtime")]  # fmt: skip
+    """Return the documentation's table of a result: times relative to jaxlstm's, with a column per measured peer."""
+    shapes = result["shapes"]
+    found = {(kind, name): [ratios(row, kind).get(name) for row in shapes] for kind, name in COLUMNS}
+    found = {column: values for column, values in found.items() if any(value is not None for value in values)}
     lines = [
-        "| T, B, I, H | " + " | ".join(f"{kind}: {name}" for kind, name in columns) + " | jaxlstm's gradient |",
-        "|---" * (len(columns) + 2) + "|",
+        "| T, B, I, H | " + " | ".join(f"{kind}: {name}" for kind, name in found) + " | jaxlstm's gradient |",
+        "|---" * (len(found) + 2) + "|",
     ]
-    found: dict[Any, list[float]] = {column: [] for column in columns}
-    for row in result["shapes"]:
-        cells = []
-        for kind, name in columns:
-            ratio = ratios(row, kind).get(name)
-            found[kind, name] += [] if ratio is None else [ratio]
-            cells.append("" if ratio is None else f"{ratio:.2f}")
+    for n, row in enumerate(shapes):
+        cells = ["" if values[n] is None else f"{values[n]:.2f}" for values in found.values()]
         time = f"{1e3 * row['gradient']['jaxlstm']['median']:.3g} ms"
         lines.append(f"| {', '.join(map(str, row['shape']))} | " + " | ".join([*cells, time]) + " |")
-    means = [f"**{geometric_mean(own):.2f}**" if own else "" for own in found.values()]
-    lines.append("| geometric mean | " + " | ".join([*means, ""]) + " |")
+    means = [geometric_mean([value for value in values if value is not None]) for values in found.values()]
+    lines.append("| geometric mean | " + " | ".join([*(f"**{mean:.2f}**" for mean in means), ""]) + " |")
     return "\n".join(lines)
 
 
 def floors(result: dict[str, Any], kind: str) -> list[float]:
-    """Return, shape by shape, the time over that of the layer's matmuls at the rate of a large one."""
+    """Return, for each shape, jaxlstm's time relative to its matmuls alone at the rate of one large matmul."""
     out = []
     for row in result["shapes"]:
         num_steps, batch, input_size, hidden = row["shape"]
@@ -221,56 +251,55 @@ def floors(result: dict[str, Any], kind: str) -> list[float]:
 
 
 def costs_table(result: dict[str, Any]) -> str:
-    """Return the README's table of costs."""
+    """Return the documentation's table of costs."""
     costs = result["costs"]
-    named = lambda values, form: ", ".join(f"{name} {form(value)}" for name, value in values.items())
-    few, many = MEMORY_OF["lengths"]
-    slope = lambda sizes: f"{(sizes[1] - sizes[0]) / (many - few) / 1024:.1f}"
-    sizes = {name: costs["temporaries"][name] for name in ("scan", "bulk", "chunked")}
-    of = "B={batch}, I={input_size}, H={hidden}"
+    rows = {}
     rate = f"{costs['matmul']['rate'] / 1e9:.0f} GFLOP/s"
-    lines = [
-        ("", ""),
-        ("---", "---"),
-        *(
-            (f"{kind}: time over that of its matmuls at {rate}, shape by shape", ", ".join(f"{v:.1f}" for v in found))
-            for kind, found in ((kind, floors(result, kind)) for kind in KINDS)
-        ),
-        (
-            f"temporaries of the gradient at T={many}, {of.format(**MEMORY_OF)}, MB",
-            named(sizes, lambda v: f"{v[1] / 1e6:.0f}"),
-        ),
-        ("and for every further step, KiB", named(sizes, slope)),
-        (
-            f"from Python to a compiled gradient, {of.format(**COMPILED)}, at T={COMPILED['lengths'][0]} "
-            f"and T={COMPILED['lengths'][1]}, s",
-            named(costs["compiling"], lambda v: f"{v[0]:.2f} and {v[1]:.2f}"),
-        ),
-        (
-            "time at 2T over time at T: T={}, B={}, I={}, H={}".format(*DOUBLED),
-            named(costs["doubling"], lambda v: f"{v:.2f}"),
-        ),
-        (
-            "an Adam step at T={}, B={}, I={}, H={}, ms".format(*TRAINED),
-            named(costs["training"], lambda v: f"{1e3 * v:.0f}"),
-        ),
-        *(
-            (
-                f"gradient at {shape}: batch over one device, over two, Flax linen's over two, ms",
-                ", ".join(f"{1e3 * seconds:.1f}" for seconds in times),
-            )
-            for shape, times in costs["devices"].items()
-        ),
-        *(
-            (
-                f"one step of {int(streams):,} stream{'s' * (streams != '1')}, I={STREAMED['input_size']}, "
-                f"H={STREAMED['hidden']}, a call each: median and p99, µs; steps a second",
-                f"{1e6 * times['median']:.0f}, {1e6 * times['p99']:.0f}; {int(streams) / times['median']:,.0f}",
-            )
-            for streams, times in costs["streaming"].items()
-        ),
-    ]
-    return "\n".join(f"| {what} | {value} |" if what != "---" else "|---|---|" for what, value in lines)
+    for kind in KINDS:
+        rows[f"{kind}: time relative to its matmuls alone at {rate}, for each shape"] = _list(
+            floors(result, kind), "{:.1f}"
+        )
+
+    few, many = MEMORY_OF["lengths"]
+    sizes = {name: costs["temporaries"][name] for name in ("scan", "bulk", "chunked")}
+    at = "B={batch}, I={input_size}, H={hidden}"
+    rows[f"temporaries of the gradient at T={many}, {at.format(**MEMORY_OF)}, MB"] = _named(
+        {name: size[1] / 1e6 for name, size in sizes.items()}, "{:.0f}"
+    )
+    rows["the same per additional time step, KiB"] = _named(
+        {name: (size[1] - size[0]) / (many - few) / 1024 for name, size in sizes.items()}, "{:.1f}"
+    )
+
+    short, long = COMPILED["lengths"]
+    rows[f"from Python to a compiled gradient, {at.format(**COMPILED)}, at T={short} and T={long}, s"] = _named(
+        costs["compiling"], "{0[0]:.2f} and {0[1]:.2f}"
+    )
+    rows["time at 2T divided by time at T: T={}, B={}, I={}, H={}".format(*DOUBLED)] = _named(
+        costs["doubling"], "{:.2f}"
+    )
+    rows["an Adam step at T={}, B={}, I={}, H={}, ms".format(*TRAINED)] = _named(
+        {name: 1e3 * time for name, time in costs["training"].items()}, "{:.0f}"
+    )
+    for shape, times in costs["devices"].items():
+        rows[f"gradient at {shape}: batch on one device, on two, Flax linen on two, ms"] = _list(
+            [1e3 * time for time in times], "{:.1f}"
+        )
+    for streams, times in costs["streaming"].items():
+        number = int(streams)
+        name = (
+            f"one time step of {number:,} stream{'s' * (number != 1)} per call, I={STREAMED['input_size']}, "
+            f"H={STREAMED['hidden']}: median and p99, µs; time steps per second"
+        )
+        rows[name] = f"{1e6 * times['median']:.0f}, {1e6 * times['p99']:.0f}; {number / times['median']:,.0f}"
+    return "\n".join(["|  |  |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _list(values: list[float], form: str) -> str:
+    return ", ".join(map(form.format, values))
+
+
+def _named(values: dict[str, Any], form: str) -> str:
+    return ", ".join(f"{name} {form.format(value)}" for name, value in values.items())
 
 
 def main(
@@ -283,19 +312,19 @@ def main(
     peers: tuple[str, ...] = tuple(PEERS),
     costs: bool = True,
 ) -> dict[str, Any]:
-    """Measure, draw, and print the table.
+    """Time all installed libraries, draw the result and print its tables.
 
     Args:
-      workdir: where the result goes; default a new folder in runs/.
-      starts: of every library's process; one has its luck with where its memory lies.
-      rounds: turns of every library at every shape after a start; for the medians to mean something, five in all.
-      seconds: of one turn.
-      shapes: T, B, I, H.
-      peers: the libraries, by name.
-      costs: also memory, compile times, growth with T, a call's share, more devices.
+      workdir: the folder for the result; default a new folder in runs/.
+      starts: how often every process is restarted; where its memory happens to lie changes a program's speed.
+      rounds: turns of every library at every shape per start; use five or more in all for stable medians.
+      seconds: length of a turn.
+      shapes: T, B, I, H of each shape.
+      peers: names of the libraries.
+      costs: also measure memory, compile times, growth with T, training steps, streaming and two devices.
     """
     if unknown := [name for name in peers if name not in PEERS]:
-        raise SystemExit(f"benchmark: peers must be of {', '.join(PEERS)}; got {', '.join(unknown)}.")
+        raise SystemExit(f"benchmark: --peers must be among {', '.join(PEERS)}; got {', '.join(unknown)}.")
     config = {"starts": starts, "rounds": rounds, "seconds": seconds, "shapes": shapes, "peers": peers, "costs": costs}
     folder = runs.open_folder("benchmark", workdir, config)
     result: dict[str, Any] = {
@@ -313,12 +342,12 @@ def main(
             for shape in shapes:
                 found[shape].append(side_by_side(started, shape, rounds, seconds, order))
                 result["shapes"] = [summary(shape, own) for shape, own in found.items() if own]
-                runs.write_json(folder / "result.json", result)  # what is measured stays, also if the rest is stopped
+                runs.write_json(folder / "result.json", result)  # an interrupted benchmark keeps what it has measured
     for row in result["shapes"]:
         log.info("%s: gradient %s", row["shape"], {k: round(v, 2) for k, v in ratios(row, "gradient").items()})
     tables = [table(result)]
     if costs:
-        log.info("what it costs beside: memory, compiling, growth; a minute or two")
+        log.info("measuring memory, compile times, growth and streaming: a minute or two")
         result["costs"] = own_costs(starts * rounds, seconds)
         runs.write_json(folder / "result.json", result)
         tables.append(costs_table(result))

@@ -1,7 +1,7 @@
-"""What a layer of jaxlstm costs beside its time: memory, compiling, growth with T, calls, and what more devices give.
+"""Costs of a jaxlstm layer besides its time: memory, compile time, growth with T, training steps, and two devices.
 
-`python -m experiments.costs N` is a process with N CPU devices that reads one question a line from standard input, as
-JSON, and answers each in a line. `experiments.benchmark` asks.
+`python -m benchmarks.costs N` is a process with N CPU devices. It reads one JSON question per line from standard input
+and answers each in one line. `benchmarks.benchmark` asks the questions.
 """
 
 import contextlib
@@ -19,50 +19,66 @@ import optax
 from flax import linen as nn
 from jax.sharding import AxisType
 
-from experiments import devices
-from experiments.peers import Shape, measure
-from jaxlstm import LSTM, fit, init_stack, init_train_state, make_train_step, step_stack, unroll, unroll_chunked
+from benchmarks.peers import Shape, measure
+from experiments.harness import devices
+from jaxlstm import (
+    LSTM,
+    Bulk,
+    Chunked,
+    Scan,
+    fit,
+    init_stack,
+    init_train_state,
+    make_train_step,
+    step_stack,
+    unroll,
+)
 
 Loss = Callable[..., jax.Array]
 SMALLEST: Shape = (1, 1, 1, 1)
-RUNS: dict[str, Callable[..., Any]] = {
-    "bulk": unroll,
-    "scan": functools.partial(unroll, gradient="scan"),
-    "chunked": unroll_chunked,
-}
+METHODS: dict[str, Bulk | Scan | Chunked] = {"bulk": Bulk(), "scan": Scan(), "chunked": Chunked()}
 
 
-def layer(shape: Shape, run: str = "bulk") -> tuple[Loss, Any, jax.Array]:
-    """Return the loss of (params, xs), both, and with it gradients as anybody would take them."""
+def layer(shape: Shape, method: str = "bulk") -> tuple[Loss, Any, jax.Array]:
+    """Return a loss of (params, xs), params, and xs."""
     num_steps, batch, input_size, hidden = shape
     params_key, xs_key = jax.random.split(jax.random.key(0))
-    loss = lambda params, xs: (RUNS[run](LSTM, params, xs)[1] ** 2).sum()
+
+    def loss(params: Any, xs: jax.Array) -> jax.Array:
+        return (unroll(LSTM, params, xs, gradient=METHODS[method])[1] ** 2).sum()
+
     return loss, LSTM.init(params_key, input_size, hidden), jax.random.normal(xs_key, (num_steps, batch, input_size))
 
 
 def linen_layer(shape: Shape) -> tuple[Loss, Any, jax.Array]:
-    """Return the same of a layer of Flax."""
+    """Return the same for a layer of Flax linen."""
     *_, xs = layer(shape)
     rnn = nn.RNN(nn.OptimizedLSTMCell(shape[-1]), time_major=True)
-    loss = lambda params, xs: (rnn.apply(params, xs) ** 2).sum()
+
+    def loss(params: Any, xs: jax.Array) -> Any:
+        return (rnn.apply(params, xs) ** 2).sum()
+
     return loss, rnn.init(jax.random.key(1), xs), xs
 
 
-def gradient(shape: Shape, run: str = "bulk") -> tuple[Any, Any]:
-    """Return the gradient of that loss, and what it is to be compiled for; no array is made."""
-    return jax.grad(layer(SMALLEST, run)[0], (0, 1)), jax.eval_shape(lambda: layer(shape, run)[1:])
+def gradient(shape: Shape, method: str = "bulk") -> tuple[Any, Any]:
+    """Return the gradient of `layer`'s loss, and its argument shapes, without allocating arrays of that size."""
+    return jax.grad(layer(SMALLEST, method)[0], (0, 1)), jax.eval_shape(lambda: layer(shape, method)[1:])
 
 
 def called(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-    """Compile a function and call it once; return what calls it and waits."""
+    """Compile a function and call it once; return a function that calls it again and waits for the result."""
     compiled = jax.jit(function).lower(*arguments).compile()
-    call = lambda: jax.block_until_ready(compiled(*arguments))
+
+    def call() -> Any:
+        return jax.block_until_ready(compiled(*arguments))
+
     call()
     return call
 
 
 def matmul(seconds: float) -> dict[str, float]:
-    """Measure the rate of a large float32 matmul, in operations a second: the best of five."""
+    """Measure the rate of a large float32 matmul in operations per second: the best of five."""
     size = 2048
     x, y = jax.random.normal(jax.random.key(0), (2, size, size))
     call = called(jnp.matmul, x, y)
@@ -70,34 +86,34 @@ def matmul(seconds: float) -> dict[str, float]:
 
 
 def temporaries(batch: int, input_size: int, hidden: int, lengths: list[int]) -> dict[str, list[int]]:
-    """Return the bytes of temporaries that the compiled gradient states, at some numbers of steps."""
+    """Return the size of the compiled gradient's temporaries in bytes for each method and sequence length."""
     shapes = [(num_steps, batch, input_size, hidden) for num_steps in lengths]
 
-    def size(shape: Shape, run: str) -> int:
-        function, arguments = gradient(shape, run)
+    def size(shape: Shape, method: str) -> int:
+        function, arguments = gradient(shape, method)
         compiled: Any = jax.jit(function).lower(*arguments).compile()
         return int(compiled.memory_analysis().temp_size_in_bytes)
 
-    return {run: [size(shape, run) for shape in shapes] for run in RUNS}
+    return {method: [size(shape, method) for shape in shapes] for method in METHODS}
 
 
 def compiling(batch: int, input_size: int, hidden: int, lengths: list[int], repeats: int) -> dict[str, list[float]]:
-    """Measure the seconds from Python to a compiled gradient, at some numbers of steps: medians."""
+    """Return the median seconds from Python to a compiled gradient for each method and sequence length."""
 
-    def once(shape: Shape, run: str) -> float:
-        function, arguments = gradient(shape, run)
+    def once(shape: Shape, method: str) -> float:
+        function, arguments = gradient(shape, method)
         jax.clear_caches()
         start = time.perf_counter()
         jax.jit(function).lower(*arguments).compile()
         return time.perf_counter() - start
 
     shapes = [(num_steps, batch, input_size, hidden) for num_steps in lengths]
-    times = {run: [[once(shape, run) for shape in shapes] for _ in range(repeats)] for run in RUNS}
-    return {run: [statistics.median(column) for column in zip(*rows, strict=True)] for run, rows in times.items()}
+    times = {method: [[once(shape, method) for shape in shapes] for _ in range(repeats)] for method in METHODS}
+    return {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in times.items()}
 
 
 def doubling(shape: Shape, rounds: int, seconds: float) -> dict[str, float]:
-    """Measure how many times as long twice the steps take."""
+    """Return the time for twice as many time steps divided by the time for T steps."""
     num_steps, *rest = shape
     ratios = {}
     for kind in ("forward", "gradient"):
@@ -111,9 +127,13 @@ def doubling(shape: Shape, rounds: int, seconds: float) -> dict[str, float]:
 
 
 def training(shape: Shape, rounds: int, seconds: float, steps: int = 10) -> dict[str, float]:
-    """Measure an optimiser step, in seconds: each in a call of its own, and as one of `steps` in a `fit`."""
+    """Return the seconds of an optimizer step: called alone, and as one of `steps` in a call of `fit`."""
     loss, params, xs = layer(shape)
-    train_step = make_train_step(lambda params, xs, carry, key: (loss(params, xs), (carry, {})), optax.adam(1e-3))
+
+    def loss_fn(params: Any, xs: jax.Array, carry: Any, key: jax.Array) -> Any:
+        return loss(params, xs), (carry, {})
+
+    train_step = make_train_step(loss_fn, optax.adam(1e-3))
     state = init_train_state(params, optax.adam(1e-3), jax.random.key(1))
     one = called(train_step, state, xs)
     many = called(functools.partial(fit, train_step), state, jnp.stack([xs] * steps))
@@ -122,9 +142,9 @@ def training(shape: Shape, rounds: int, seconds: float, steps: int = 10) -> dict
 
 
 def streaming(input_size: int, hidden: int, seconds: float, streams: list[int]) -> dict[str, dict[str, float]]:
-    """Measure one step of some numbers of streams, each reset on its own: what a call takes, in seconds.
+    """Return the median and p99 latency, in seconds, of one time step for each number of streams.
 
-    The latency of a step is that of its call; as many steps are taken in it as there are streams.
+    One call advances all streams by one time step and resets some of them, so a step's latency is the call's.
     """
 
     def latencies(number: int) -> list[float]:
@@ -135,7 +155,7 @@ def streaming(input_size: int, hidden: int, seconds: float, streams: list[int]) 
             start = time.perf_counter()
             carries, _ = jax.block_until_ready(step(layers, carries, x, reset=begun))
             times.append(time.perf_counter() - start)
-        return times[len(times) // 10 :]  # compiling, and what follows it
+        return times[len(times) // 10 :]  # the first calls compile and warm up
 
     measured = {number: latencies(number) for number in streams}
     return {
@@ -145,7 +165,7 @@ def streaming(input_size: int, hidden: int, seconds: float, streams: list[int]) 
 
 
 def stream(input_size: int, hidden: int, number: int) -> tuple[Callable[..., Any], Any, Any, jax.Array]:
-    """Return a jitted step that uses its carries up, the parameters, the carries, and the input of one step."""
+    """Return a jitted step that donates its carries, the layers' parameters, the carries, and one step's input."""
     layers = init_stack(jax.random.key(0), LSTM, input_size, [hidden])
     carries = [LSTM.initial_carry(layer, (number,)) for layer in layers]
     step = jax.jit(functools.partial(step_stack, LSTM), donate_argnums=1)
@@ -153,7 +173,7 @@ def stream(input_size: int, hidden: int, number: int) -> tuple[Callable[..., Any
 
 
 def sharded(shape: Shape, library: str, seconds: float) -> dict[str, float]:
-    """Measure the gradient with the batch over all devices of this process."""
+    """Return the seconds of a gradient with the batch sharded over all devices of this process."""
     loss, params, xs = {"jaxlstm": layer, "Flax linen": linen_layer}[library](shape)
     with contextlib.ExitStack() as stack:
         if jax.device_count() > 1:
@@ -169,7 +189,7 @@ QUESTIONS: dict[str, Callable[..., Any]] = {
 
 
 def main(num_devices: int) -> None:
-    """Answer questions: {"measure": one of the functions above, and its arguments}."""
+    """Answer questions: {"measure": the name of a function above, and its arguments}."""
     jax.config.update("jax_num_cpu_devices", num_devices)
     print(json.dumps({"version": jax.__version__}), flush=True)
     for line in sys.stdin:

@@ -1,11 +1,12 @@
-"""Checkpoints that notice damage. One is a folder, whole or not there:
+"""Checkpoints that detect damage. Each one is a folder:
 
     step-00000300/
-      arrays/        the leaves of the state, by Orbax, under their paths: `params.layers.0.w_hh`
-      about.json     step, score, and every leaf's dtype and shape
-      SHA256SUMS     of every other file, as `sha256sum -c` reads it
+      arrays/        the state's leaves, saved by Orbax under their paths, such as `params.layers.0.w_hh`
+      about.json     the step, the score, and the dtype and shape of every leaf
+      SHA256SUMS     the checksum of every other file, in the format of `sha256sum -c`
 
-It is written beside (`.part`), put on the disk, and renamed, so a process killed at any moment leaves the older ones.
+A checkpoint is written under a temporary name (`.part`), flushed to disk, and renamed. A process that is killed at any
+moment therefore leaves all older checkpoints intact, and never a partial one under its final name.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments import devices
+from experiments.harness import devices
 
 PyTree = Any
 SUMS = "SHA256SUMS"
@@ -37,40 +38,46 @@ log = logging.getLogger("checkpoints")
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint found whole."""
+    """A checkpoint whose files match their checksums."""
 
     path: Path
     step: int
-    score: float  # lower is better; infinite where the run was not evaluated
+    score: float  # lower is better; infinite if the run was not evaluated at this step
     leaves: dict[str, str]  # path -> dtype and shape: `float32[128, 512]`
 
 
 class Damaged(Exception):
-    """What is on the disk is not what was saved."""
+    """The files on disk differ from what was saved."""
 
 
 class Mismatch(ValueError):
-    """A checkpoint holds another tree than the one asked for."""
+    """A checkpoint's tree differs from the requested one."""
 
 
 def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | None = None) -> Path:
-    """Save a state; then delete all but the last `keep` checkpoints up to this one and the one of the lowest score.
+    """Save a state, then delete all checkpoints up to this step except the newest `keep` and the best one.
 
     Args:
-      folder: where the checkpoints are; it is there.
+      folder: an existing folder for the run's checkpoints.
       state: any pytree of arrays. A typed key is saved as its data, with the name of its implementation.
+      step: the step of the state.
+      keep: how many of the newest checkpoints to keep.
+      score: ranks checkpoints, lower being better; None if the run was not evaluated at this step.
+
+    Returns:
+      The checkpoint's folder.
 
     Raises:
-      OSError: it could not be saved. Whatever was there before is untouched.
+      OSError: the state could not be saved. Older checkpoints are untouched.
     """
     path = folder / f"step-{step:08d}"
     beside = path.with_suffix(".part")
     for leftover in folder.glob("step-*.part"):
         _delete(leftover)
-    beside.mkdir()  # and not its parents: a run whose folder has vanished must hear of it
+    beside.mkdir()  # without parents, so that a run whose folder was deleted fails
     try:
         leaves = _leaves(state)
-        # Orbax refuses arrays without elements; their shape says all.
+        # Orbax refuses arrays without elements. `restore` makes them from their shape.
         arrays = {name: np.asarray(_data(leaf)) for name, leaf in leaves.items() if leaf.size}
         _try_room(beside, sum(array.nbytes + 4096 for array in arrays.values()) + 32 * 4096)
         with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
@@ -80,11 +87,11 @@ def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | No
         (beside / SUMS).write_bytes(_sums(beside))
         for item in (beside, *beside.rglob("*")):
             _sync(item)
-        if path.exists():  # damaged, since the run came by here again
+        if path.exists():  # it is damaged, or the run would not have returned to an earlier step
             path.rename(path.with_suffix(".old.part"))
         beside.rename(path)
         _sync(folder)
-    except Exception as error:  # whatever Orbax raises
+    except Exception as error:  # Orbax raises many types
         with contextlib.suppress(OSError):
             _delete(beside)
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
@@ -102,19 +109,22 @@ def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | No
 
 
 def intact(folder: Path) -> Iterator[Checkpoint]:
-    """Yield the checkpoints of a folder that are what was saved, newest first; warn of every other one, by name."""
+    """Yield the intact checkpoints of a folder, newest first; log a warning for each damaged one."""
     for path in reversed(_paths(folder)):
         try:
             yield verify(path)
         except Damaged as damage:
-            log.warning("checkpoint %s is damaged and passed over: %s.", path, damage)
+            log.warning("checkpoint %s is damaged and was skipped: %s.", path, damage)
 
 
 def verify(path: Path) -> Checkpoint:
-    """Compare every file of a checkpoint with its SHA-256.
+    """Compare every file of a checkpoint with its checksum.
+
+    Returns:
+      The checkpoint.
 
     Raises:
-      Damaged: naming what is missing, changed, or does not belong there.
+      Damaged: a file is missing, changed, or was added. The message names it.
     """
     try:
         if (noted := (path / SUMS).read_bytes()) != (found := _sums(path)):
@@ -123,19 +133,23 @@ def verify(path: Path) -> Checkpoint:
     except OSError as error:
         raise Damaged(f"{Path(error.filename or path).name}: {error.strerror}") from error
     if about["step"] != _step(path):
-        raise Damaged(f"it is the one of step {about['step']} under another name")
+        raise Damaged(f"it is the checkpoint of step {about['step']}, renamed")
     return Checkpoint(path, about["step"], _finite(about["score"]), about["leaves"])
 
 
 def restore(checkpoint: Checkpoint, like: PyTree, *, partial: bool = False) -> PyTree:
-    """Restore a verified checkpoint.
+    """Restore the state in a verified checkpoint.
 
     Args:
-      like: a pytree of arrays or of `jax.ShapeDtypeStruct`: the shapes, dtypes and shardings to restore to.
-      partial: `like` may ask for some of the leaves only.
+      checkpoint: a checkpoint from `intact` or `verify`.
+      like: a pytree of arrays or of `jax.ShapeDtypeStruct` with the shapes, dtypes and shardings to restore to.
+      partial: allow `like` to have only some of the saved leaves.
+
+    Returns:
+      A pytree with the structure of `like`.
 
     Raises:
-      Mismatch: the trees differ; path by path, a line each.
+      Mismatch: the trees differ. The message lists every difference in a line of its own.
     """
     wanted = _leaves(like)
     described = {name: _describe(leaf) for name, leaf in wanted.items()}
@@ -145,7 +159,7 @@ def restore(checkpoint: Checkpoint, like: PyTree, *, partial: bool = False) -> P
         for name in sorted(saved.keys() | described.keys())
         if saved.get(name) != described.get(name)
     ]:
-        raise Mismatch("\n".join([f"{checkpoint.path} does not hold the state that is asked for:", *lines]))
+        raise Mismatch("\n".join([f"{checkpoint.path} does not contain the requested state:", *lines]))
 
     targets = {name: _data(leaf) for name, leaf in wanted.items() if leaf.size}
     restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in targets}
@@ -161,21 +175,21 @@ def restore(checkpoint: Checkpoint, like: PyTree, *, partial: bool = False) -> P
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    """Tell Orbax not to wait for other processes."""
+    """Tell Orbax not to wait for other processes, since only the first one saves."""
     own = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=own, active_processes={own}, barrier_sync_key_prefix=str(own)
     )
 
 
-# Leaves, under their paths; a typed key is its data and the name of its implementation.
+# Leaves by path. A typed key is saved as its data and the name of its implementation.
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:
     leaves = {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
     if len(leaves) < len(jax.tree.leaves(tree)):
         raise ValueError(
-            "checkpoints: two leaves of this tree have one path; do not write dots into the keys of a dict."
+            "checkpoints: two leaves of this tree have the same path; do not use dots in the keys of a dict."
         )
     return leaves
 
@@ -196,7 +210,7 @@ def _data(leaf: Any) -> Any:
 
 
 def _placed(data: np.ndarray, like: Any) -> Any:
-    """Put what was read where the leaf is that it is for."""
+    """Put restored data on the devices of the leaf it replaces."""
     sharding = getattr(_data(like), "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = devices.put(data, sharding)
     return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(like)) if _is_key(like) else placed
@@ -243,19 +257,24 @@ def _sha256(path: Path) -> str:
 
 
 def _difference(noted: bytes, found: bytes) -> str:
-    """Say which files two SHA256SUMS disagree about."""
-    lines = lambda sums: [line.partition("  ") for line in sums.decode(errors="replace").split("\n")]
-    before, now = ({name: digest for digest, _, name in lines(sums)} for sums in (noted, found))
-    said = [
-        f"{name!r} {'is missing' if name not in now else 'has changed' if name in before else 'was not saved with it'}"
+    """Name the files on which two SHA256SUMS disagree."""
+    before, now = _digests(noted), _digests(found)
+    changes = [
+        f"{name!r} {'is missing' if name not in now else 'has changed' if name in before else 'was added'}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
-    return ", ".join(said[:3]) + (f" and {len(said) - 3} more" if len(said) > 3 else "") or f"{SUMS} has changed"
+    more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+    return ", ".join(changes[:3]) + more or f"{SUMS} has changed"
+
+
+def _digests(sums: bytes) -> dict[str, str]:
+    lines = [line.partition("  ") for line in sums.decode(errors="replace").split("\n")]
+    return {name: digest for digest, _, name in lines}
 
 
 def _try_room(folder: Path, size: int) -> None:
-    """Raise an OSError if the disk will not take so many bytes: Orbax's threads print tracebacks when they find out."""
+    """Raise an OSError if the disk has no room for `size` bytes; Orbax's threads would print tracebacks instead."""
     if not hasattr(os, "posix_fallocate"):  # macOS
         return
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -263,11 +282,11 @@ def _try_room(folder: Path, size: int) -> None:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise  # anything else: this file system cannot say
+                raise  # any other error means that this file system cannot tell
 
 
 def _sync(path: Path) -> None:
-    """Ask the system to put a file, or the names in a folder, on the disk."""
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -276,7 +295,7 @@ def _sync(path: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a file or a folder; a folder is renamed first, so that half of one is never taken for one."""
+    """Delete a file or a folder. A folder is renamed first: a kill halfway must not leave a partial checkpoint."""
     if path.is_dir() and not path.is_symlink():
         if path.suffix != ".part":
             path = path.rename(path.with_suffix(".old.part"))

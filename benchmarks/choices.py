@@ -1,0 +1,174 @@
+"""Does each choice in `jaxlstm/tuning.py` earn its place?
+
+Every choice is taken away by itself, and the plain scan, the fifteen lines everyone writes, and a rule without any of
+them run beside. All take turns in one process, in a new order every round; several processes are started, because the
+same program can be a tenth slower in one process than in another. The result holds, per shape, the time without a
+choice over the time with it: medians and minima over all rounds.
+
+    python -m benchmarks.choices
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from benchmarks.benchmark import SHAPES
+from benchmarks.peers import Shape
+from experiments.harness import devices, runs
+from jaxlstm import LSTM, Bulk, LSTMParams, LSTMState
+from jaxlstm.bulk import How, run, run_in_bulk
+from jaxlstm.masks import Steps
+from jaxlstm.tuning import Plan, make_plan
+
+OPEN = dataclasses.replace(LSTM, gates_jvp=None, name="LSTM without a closed form")
+# What each plan lacks. None for the block size: the whole sequence.
+WITHOUT: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "blocks": {"block_size": None},
+    "merged axes": {"merged_axes": 0},
+    "kept gates": {"keep_gates": False},
+    "pieces of z": {"pieces": 0},
+    "closed-form gates": {"pieces": 0, "keep_gates": False},  # both need the closed form
+}
+KINDS = ("forward", "gradient")
+
+log = logging.getLogger("choices")
+
+Run = Callable[[LSTMParams, Array], Array]
+
+
+def fifteen_lines(params: LSTMParams, xs: Array) -> Array:
+    """Run an LSTM as everyone writes it."""
+    w_ih, w_hh, b = params
+
+    def step(carry: Any, x: Array) -> tuple[Any, Array]:
+        h, c = carry
+        i, f, g, o = jnp.split(x @ w_ih + h @ w_hh + b, 4, axis=-1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (h, c), h
+
+    return lax.scan(step, tuple(LSTM.initial_carry(params, xs.shape[1:2])), xs)[1]
+
+
+def by_plan(params: LSTMParams, xs: Array, *, without: str, rule: bool = True) -> Array:
+    """Run the library's LSTM by its own plan without one choice."""
+    cell = OPEN if without == "closed-form gates" else LSTM
+    carry: LSTMState = LSTM.initial_carry(params, xs.shape[1:2])
+    plan: Plan = make_plan(LSTM, params, Steps(xs), carry, Bulk())._replace(**WITHOUT[without])
+    plan = plan._replace(block_size=plan.block_size or len(xs))
+    return (run_in_bulk if rule else run)(How(cell, plan), params, Steps(xs), carry, None)[1]
+
+
+RUNS: dict[str, Run] = {name: functools.partial(by_plan, without=name) for name in WITHOUT}
+RUNS |= {"the rule": functools.partial(by_plan, without="nothing", rule=False), "the library": fifteen_lines}
+
+
+def timed(shape: Shape, rounds: int, seconds: float) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds per call of every program at one shape, by kind and name."""
+    num_steps, batch, input_size, hidden = shape
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = LSTM.init(keys[0], input_size, hidden)
+    xs = jax.random.normal(keys[1], (num_steps, batch, input_size))
+    weight = jax.random.normal(keys[2], (num_steps, batch, hidden))
+
+    def loss(run: Run, params: LSTMParams, xs: Array) -> Array:
+        return (run(params, xs) * weight).sum()
+
+    calls = {}
+    for name, run_ in RUNS.items():
+        calls["forward", name] = jax.jit(run_)
+        calls["gradient", name] = jax.jit(jax.grad(functools.partial(loss, run_), (0, 1)))
+    for call in calls.values():
+        jax.block_until_ready(call(params, xs))
+    times: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in RUNS} for kind in KINDS}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for kind, name in order.sample(list(calls), len(calls)):
+            number, start = 0, time.perf_counter()
+            while number == 0 or time.perf_counter() - start < seconds:
+                jax.block_until_ready(calls[kind, name](params, xs))
+                number += 1
+            times[kind][name].append((time.perf_counter() - start) / number)
+    return times
+
+
+def ratios(starts: list[dict[str, dict[str, list[float]]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return time without a choice over time with all of them: by kind and name, medians and minima."""
+    out: dict[str, dict[str, dict[str, float]]] = {}
+    for kind in KINDS:
+        every = {name: [t for start in starts for t in start[kind][name]] for name in RUNS}
+        out[kind] = {
+            name: {
+                "median": statistics.median(times) / statistics.median(every["nothing"]),
+                "min": min(times) / min(every["nothing"]),
+            }
+            for name, times in every.items()
+        }
+    return out
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the geometric means over all shapes as text."""
+    lines = [f"{'time without over time with':28}  gradient     forward      (medians, minima)"]
+    for name in RUNS:
+        if name == "nothing":
+            continue
+        cells = []
+        for kind in ("gradient", "forward"):
+            means = [
+                math.exp(statistics.fmean(math.log(shape[kind][name][of]) for shape in result["shapes"].values()))
+                for of in ("median", "min")
+            ]
+            cells.append(f"{means[0]:.2f}, {means[1]:.2f}")
+        lines.append(f"{name:28}  {'   '.join(cells)}")
+    return "\n".join(lines)
+
+
+def main(*, workdir: str | None = None, starts: int = 2, rounds: int = 5, seconds: float = 0.12) -> dict[str, Any]:
+    """Measure all choices and print the table.
+
+    Args:
+      workdir: where the result goes; default a new folder in runs/.
+      starts: processes, one after another.
+      rounds: turns of every program in a process.
+      seconds: of one turn.
+    """
+    folder = runs.open_folder("choices", workdir, {"starts": starts, "rounds": rounds, "seconds": seconds})
+    found: dict[str, list[Any]] = {}
+    for _ in range(starts):
+        for shape in SHAPES:
+            command = [sys.executable, "-m", "benchmarks.choices", json.dumps([shape, rounds, seconds])]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found.setdefault(", ".join(map(str, shape)), []).append(json.loads(done.stdout))
+            log.info("%s done", shape)
+    result = {
+        "config": {"starts": starts, "rounds": rounds, "seconds": seconds},
+        "device": devices.found(),
+        "versions": runs.versions(),
+        "shapes": {shape: ratios(of_shape) for shape, of_shape in found.items()},
+    }
+    runs.write_json(Path(folder) / "result.json", result)
+    log.info("%s\n%s", table(result), Path(folder) / "result.json")
+    return result
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2 and sys.argv[1].startswith("["):
+        print(json.dumps(timed(*json.loads(sys.argv[1]))))
+    else:
+        runs.cli("choices", main)
