@@ -1,7 +1,8 @@
-# make, make train, make bench, make tour, make test, make lint: each sets up $(VENV) on first use, and again when pyproject.toml changes.
+# make, make train, make bench, make tour, make test, make lint: each one sets up $(VENV) on first use, and again when
+# pyproject.toml changes.
 #   PYTHON=python3.12                 chooses the interpreter
 #   ACCEL=cuda12 | cuda13 | tpu       adds JAX's accelerator packages
-#   ARGS="--hidden-size 256"          goes to the job
+#   ARGS="--hidden-size 256"          passes flags to the command
 
 VENV ?= .venv
 ACCEL ?=
@@ -13,7 +14,7 @@ ifneq ($(filter-out cuda12 cuda13 tpu,$(ACCEL)),)
 $(error ACCEL must be cuda12, cuda13 or tpu, got $(ACCEL))
 endif
 
-# What is set up stays, with its accelerator, until PYTHON= or ACCEL= asks for something else.
+# An environment is kept, with its accelerator, until PYTHON= or ACCEL= asks for another one.
 INSTALLED := $(firstword $(wildcard $(VENV)/.installed*))
 ifeq ($(ACCEL),)
 STAMP := $(or $(INSTALLED),$(VENV)/.installed)
@@ -36,29 +37,29 @@ endif
 define GPU_HINT
 @if nvidia-smi -L 2>/dev/null | grep -q GPU && \
   ! $(BIN)/python -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")' 2>/dev/null; then \
-  echo "An NVIDIA GPU is visible and JAX is not using it; ACCEL=cuda12 or ACCEL=cuda13 installs what it takes."; fi
+  echo "An NVIDIA GPU is visible but JAX does not use it; ACCEL=cuda12 or ACCEL=cuda13 installs what it needs."; fi
 endef
 
-check: $(STAMP)  ## half a minute: is the gradient right on this machine?
+check: $(STAMP)  ## half a minute: check the gradient on this machine
 	$(GPU_HINT)
 	@$(BIN)/python -m jaxlstm
 
-train: $(STAMP)  ## five minutes: a character language model on real text
+train: $(STAMP)  ## five minutes: train a character language model on real text
 	$(GPU_HINT)
 	@$(BIN)/python -m experiments.char_lm $(ARGS)
 
-bench: $(STAMP)  ## a quarter of an hour: side by side with other libraries, as far as they are installed
+bench: $(STAMP)  ## a quarter of an hour: compare speed with other libraries
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
-	@$(BIN)/python -m experiments.benchmark $(ARGS)
+	@$(BIN)/python -m benchmarks.benchmark $(ARGS)
 
 tour: $(STAMP)  ## two minutes: run docs/tour.py and write docs/tour.ipynb
 	@cd docs && ../$(BIN)/jupytext --quiet --to ipynb tour.py && ../$(BIN)/jupyter execute --inplace tour.ipynb
 
-# What these tests compile is run once or twice, so it is not optimised; in CI and in test-full it is.
+# Tests run most programs once or twice, so optimizing them costs more time than it saves. CI and test-full do.
 test: $(STAMP)  ## five minutes
 	@XLA_FLAGS="$${XLA_FLAGS---xla_backend_optimization_level=0}" $(BIN)/python -m pytest -n 2 -m "not slow and not ci" $(ARGS)
 
-test-full: $(STAMP)  ## every seed of every sweep; leaves tests/results/
+test-full: $(STAMP)  ## every seed of every sweep; writes tests/results/
 	@JAX_CHECK_TRACER_LEAKS=1 $(BIN)/python -m pytest -n 2 --results tests/results $(ARGS)
 
 lint: $(STAMP)
@@ -71,8 +72,8 @@ clean:
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-	  { echo "jaxlstm needs Python 3.11 or newer, and $(PYTHON) is $(or $(VERSION),not there); name one: make PYTHON=python3.12" >&2; exit 1; }
-	@echo "Setting up $(VENV) with Python $(VERSION): a minute or two ..."
+	  { echo "jaxlstm needs Python 3.11 or newer, and $(PYTHON) is $(or $(VERSION),not installed); choose one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up $(VENV) with Python $(VERSION); this takes a minute or two ..."
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev$(addprefix $(comma),$(EXTRA))]'
 	@touch $@

@@ -1,13 +1,14 @@
-"""Tests run in float64 unless they say otherwise, on two (pretended) CPU devices, and JAX watches over them.
+"""Settings for all tests.
 
-Strict promotion, NaN where none was asked for, and keys used twice are errors, as is any warning. A test that makes a
-NaN on purpose says so: `@jax.debug_nans(False)`. On CI's second generation and in `make test-full` leaked tracers are
-errors as well: to look for them is to trace everything anew. What one process has compiled, the others load. `make
-test` has XLA compile without optimisation; `make test-full`, and CI on the first generation, let it optimise.
+Tests run in float64 on two simulated CPU devices, with JAX's debugging checks on: implicit dtype promotion, NaNs,
+reused keys and all warnings are errors. A test that makes a NaN on purpose is marked `@jax.debug_nans(False)`. CI on
+its second version of JAX, and `make test-full`, also check for leaked tracers, which makes JAX trace every function
+anew. `make test` compiles without XLA's optimizations; `make test-full`, and CI on its first version of JAX, use them.
+All test processes share one compilation cache.
 
-Hypothesis tries 5 examples of a property in `make test`, 20 in CI and 200 in `make test-full`, always the same ones.
+Hypothesis tries 5 examples of each property in `make test`, 20 in CI and 200 in `make test-full`, always the same ones.
 
-`make test-full` leaves its evidence in tests/results/: what was run, of which commit, with which seed, and what failed.
+`make test-full` writes a report to tests/results/: the commit, the command, the seed, and what passed and failed.
 """
 
 import atexit
@@ -21,13 +22,13 @@ from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
 
-if "JAXLSTM_TESTS_COMPILED" not in os.environ:  # the first process of the tests; all others inherit it
+if "JAXLSTM_TESTS_COMPILED" not in os.environ:  # the first test process; all others inherit its folder
     os.environ["JAXLSTM_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="jaxlstm-tests-")
     atexit.register(shutil.rmtree, os.environ["JAXLSTM_TESTS_COMPILED"], ignore_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["JAXLSTM_TESTS_COMPILED"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-# What a process was killed while writing, JAX cannot read: it says so, and compiles.
+# A test may kill a process while it writes a cache entry. JAX warns that it cannot read the entry, then compiles.
 os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry"
 
 import hypothesis
@@ -42,8 +43,8 @@ jax.config.update("jax_debug_key_reuse", True)
 
 
 @pytest.fixture(autouse=True)
-def documented_code_runs_as_users_run_it(request):
-    """Doctests and code blocks run with JAX's own defaults."""
+def documented_code_runs_with_default_settings(request):
+    """Run doctests and code blocks from the docs with JAX's default dtypes, as users do."""
     if isinstance(request.node, pytest.DoctestItem) or request.node.get_closest_marker("documented"):
         with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
             yield
@@ -52,8 +53,8 @@ def documented_code_runs_as_users_run_it(request):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seed", type=int, default=0, help="of the sweeps")
-    parser.addoption("--results", type=Path, metavar="FOLDER", help="where to leave a file of what was run")
+    parser.addoption("--seed", type=int, default=0, help="the seed of the sweeps")
+    parser.addoption("--results", type=Path, metavar="FOLDER", help="write a report to this folder")
 
 
 def pytest_configure(config):
@@ -76,6 +77,13 @@ def sweeps_are_counted(request, record_property):
         record_property("sweep", marker.args[0])
 
 
+UNCOMMITTED = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!tests/results")
+
+
+def _git(config, *args):
+    return subprocess.run(["git", *args], cwd=config.rootpath, capture_output=True, text=True).stdout
+
+
 def pytest_terminal_summary(terminalreporter, config):
     folder = config.getoption("results")
     if folder is None or hasattr(config, "workerinput"):
@@ -84,10 +92,9 @@ def pytest_terminal_summary(terminalreporter, config):
     properties = [(report, *pair) for report in reports for pair in report.user_properties]
     tried = Counter(value for _, name, value in properties if name == "sweep")
     passed = Counter(value for report, name, value in properties if name == "sweep" and report.passed)
-    git = lambda *words: subprocess.run(["git", *words], cwd=config.rootpath, capture_output=True, text=True).stdout
     result = {
-        "commit": git("rev-parse", "HEAD").strip(),
-        "uncommitted": git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!tests/results").splitlines(),
+        "commit": _git(config, "rev-parse", "HEAD").strip(),
+        "uncommitted": _git(config, *UNCOMMITTED).splitlines(),
         "command": " ".join(["pytest", *config.invocation_params.args]),
         "seed": config.getoption("seed"),
         "versions": {
@@ -104,4 +111,4 @@ def pytest_terminal_summary(terminalreporter, config):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"jax-{jax.__version__}.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    terminalreporter.write_line(f"results: {path}")
+    terminalreporter.write_line(f"report: {path}")

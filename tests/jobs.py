@@ -1,4 +1,4 @@
-"""Jobs as their users run them: the main job made small, a corpus for it, and a process of its own."""
+"""Run experiments as their users do: the main experiment made small, a corpus for it, and separate processes."""
 
 import json
 import os
@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import checkpoints, runs
+from experiments.harness import checkpoints, runs
 
 ROOT = Path(__file__).parents[1]
-# The environment of a job that is not watched for leaked tracers, which would have it trace everything anew.
+# Turns off the check for leaked tracers, which would make every process trace all functions anew.
 UNCHECKED = {"JAX_CHECK_TRACER_LEAKS": "0"}
 SMALL = [
     f"--{name}={value}"
@@ -26,19 +26,20 @@ SMALL = [
 
 
 def write_corpus(path):
-    # U+2028 is a line break to Python, and none to JSON.
+    # Python treats U+2028 as a line break, JSON does not.
     words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "naïve.", "\u2028"], 4000)
     path.write_text(" ".join(words), encoding="utf-8")
     return path
 
 
 def arguments(module, *args):
-    return [sys.executable, "-m", f"experiments.{module}", *map(str, args)]
+    """Return the command line for a module: `benchmarks.peers`, or `char_lm` for `experiments.char_lm`."""
+    return [sys.executable, "-m", module if "." in module else f"experiments.{module}", *map(str, args)]
 
 
 def start(module, *args, **options):
-    """Start a job that hears Ctrl-C, as in a terminal: one in the background of a script was told to ignore it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # inherited
+    """Start a process that reacts to Ctrl-C, as in a terminal, even if the tests run in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the new process inherits this
     try:
         return subprocess.Popen(arguments(module, *args), cwd=ROOT, text=True, **options)
     finally:
@@ -46,6 +47,7 @@ def start(module, *args, **options):
 
 
 def command(module, *args, prefix=(), environment=(), **options):
+    """Run a module to its end and capture its output."""
     return subprocess.run(
         [*prefix, *arguments(module, *args)], capture_output=True, text=True, cwd=ROOT,
         env={**os.environ, **dict(environment)}, check=False, **options,
@@ -53,14 +55,14 @@ def command(module, *args, prefix=(), environment=(), **options):
 
 
 def said(done):
-    """Return the one line with which a command refused."""
+    """Return the one line in which a command reported an error."""
     assert done.returncode == 1 and "Traceback" not in done.stdout, done.stderr[-3000:]
     (line,) = done.stderr.splitlines()
     return line
 
 
 def outcome(folder):
-    """Return all that a run of char_lm has to say, but for where it was and how fast: the state to the last bit."""
+    """Return everything a run of char_lm wrote, except its folder and speed; the state as bits."""
     rows = runs.read_metrics(folder)
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     for row in [*rows, *result["evaluations"]]:
@@ -76,7 +78,7 @@ def bits_of(checkpoint):
 
 
 def state_of(checkpoint):
-    """Return what a checkpoint holds, whatever state that is."""
+    """Return the state in a checkpoint, whatever its structure."""
     like = {}
     for name, described in checkpoint.leaves.items():
         dtype, _, shape = described.partition("[")
@@ -86,8 +88,10 @@ def state_of(checkpoint):
 
 
 def bits(tree):
-    """Return every leaf's dtype, shape and bytes, by its path; a typed key's are those of its data."""
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
-    data = lambda leaf: jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-    leaves = jax.tree.leaves_with_path(tree)
-    return {name(path): (str(leaf.dtype), leaf.shape, np.asarray(data(leaf)).tobytes()) for path, leaf in leaves}
+    """Return the dtype, shape and bytes of every leaf by its path; a typed key's bytes are those of its data."""
+    found = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        data = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+        found[jax.tree_util.keystr(path, simple=True, separator=".")] = (str(leaf.dtype), leaf.shape, data.tobytes())
+    return found

@@ -13,9 +13,10 @@ import pytest
 from flax import linen as nn
 from flax import nnx, serialization
 
-from jaxlstm import GRU, LSTM, Bidirectional, LSTMState, Noisy, length_mask, unroll, unroll_stack, zoneout
+from jaxlstm import GRU, LSTM, Bidirectional, Chunked, LSTMState, length_mask, unroll, unroll_stack
 from jaxlstm.adapters import linen as ours_linen
 from jaxlstm.adapters import nnx as ours_nnx
+from jaxlstm.regularize import Noisy, zoneout
 
 from cells import CELLS, B, H, I, T, normal, worst_error
 from jobs import UNCHECKED
@@ -256,7 +257,7 @@ def test_parameters_of_another_number_of_layers_are_refused():
     two = ours_linen.Recurrent(H, num_layers=2, param_dtype=jnp.float64)
     variables = two.init(jax.random.key(0), XS)
     for number in (1, 3):
-        with pytest.raises(ValueError, match=f"Recurrent: num_layers is {number}, the parameters are of 2 layers"):
+        with pytest.raises(ValueError, match=f"Recurrent: num_layers is {number}, the parameters have 2 layers"):
             ours_linen.Recurrent(H, num_layers=number, param_dtype=jnp.float64).apply(variables, XS)
     with pytest.raises(ValueError, match="Recurrent: num_layers must be a positive int, got 0"):
         ours_nnx.Recurrent(I, H, num_layers=0, rngs=nnx.Rngs(0))
@@ -296,7 +297,7 @@ def test_layouts_carries_and_dtypes():
     variables = linen.init(jax.random.key(0), xs)
     carries, ys = linen.apply(variables, xs)
     again, more = linen.apply(variables, xs, initial_carry=carries)
-    options = ours_linen.conventions.Options(LSTM, H, 1, False, jnp.float32)
+    options = ours_linen.conventions.Options(LSTM, H, 1, False, jnp.float32, None, "bulk")
     (layer,) = ours_linen.conventions.layers_of(variables["params"]["layers"], I, options)
     want = unroll(LSTM, layer, jnp.concatenate([xs, xs], axis=1).swapaxes(0, 1))
     assert worst_error((again[0], more), (want[0], want[1].swapaxes(0, 1)[:, T:])) < 1e-6
@@ -309,6 +310,24 @@ def test_layouts_carries_and_dtypes():
     low = ours_linen.Recurrent(H, dtype=jnp.bfloat16)
     out = low.apply(variables, xs)
     assert out.dtype == jnp.bfloat16 and worst_error(out.astype("float32"), ys) < 2e-2
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_layers_chunk_and_truncate(kind):
+    def layer(**options):
+        if kind == "linen":
+            return ours_linen.Recurrent(H, param_dtype=jnp.float64, **options)
+        return ours_nnx.Recurrent(I, H, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **options)
+
+    def gradient(**options):
+        if kind == "linen":
+            variables = layer().init(jax.random.key(0), XS)
+            return jax.grad(lambda v: (layer(**options).apply(v, XS) ** 2).sum())(variables)
+        return nnx.to_pure_dict(nnx.grad(lambda m: (m(XS) ** 2).sum())(layer(**options)))
+
+    plain = gradient(gradient="scan")
+    assert worst_error(gradient(gradient=Chunked(3)), plain) < 1e-13
+    assert worst_error(gradient(gradient=Chunked(3, truncate=True)), plain) > 1e-3
 
 
 def test_a_module_trains_with_nnx_and_compiles_once():

@@ -10,13 +10,12 @@ from jax.test_util import check_grads
 from jaxlstm import (
     LSTM,
     LSTMState,
-    gradient_error,
-    lstm_backward,
     lstm_bptt,
-    lstm_forward,
     split_gates,
     unroll,
 )
+from jaxlstm.bptt import lstm_backward, lstm_forward
+from jaxlstm.diagnostics import gradient_error
 
 import oracles
 from cells import HOLES, B, H, I, T, draw, normal, worst_error

@@ -1,4 +1,4 @@
-"""The classical reasons why two gradients of one LSTM differ, each shown; docs/trust-your-gradients.md lists them."""
+"""Why two gradients of one LSTM differ: one test per classical cause, listed in docs/trust-your-gradients.md."""
 
 import dataclasses
 
@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxlstm import (
-    LSTM,
-    LSTMParams,
-    LSTMState,
-    check_gradients,
-    compare_gradients,
-    lstm_bptt,
-    unroll,
-    unroll_chunked,
-)
+from jaxlstm import LSTM, Chunked, LSTMParams, LSTMState, lstm_bptt, unroll
+from jaxlstm.diagnostics import check_gradients, compare_gradients
 
 from cells import B, H, I, T, draw, normal, worst_error
 
@@ -31,7 +23,7 @@ def weighted(ys):
 
 
 def gradient(run, params, *rest):
-    """Return the gradient by the parameters of a run that returns ys."""
+    """Return the gradient by the parameters of a function that returns ys."""
     return jax.jit(jax.grad(lambda params: weighted(run(params, *rest))))(params)
 
 
@@ -42,11 +34,9 @@ def exact(params, xs, carry):
 def test_truncation_leaves_out_what_lies_before_the_cut():
     params, xs, carry = draw(LSTM)
     whole = gradient(exact, params, xs, carry)
-    chunked = lambda **options: gradient(
-        lambda p: unroll_chunked(LSTM, p, xs, carry, chunk_size=3, **options)[1], params
-    )
-    assert worst_error(chunked(), whole) < 1e-13
-    assert worst_error(chunked(truncate=True), whole) > 1e-2
+    chunked = lambda how: gradient(lambda p: unroll(LSTM, p, xs, carry, gradient=how)[1], params)
+    assert worst_error(chunked(Chunked(3)), whole) < 1e-13
+    assert worst_error(chunked(Chunked(3, truncate=True)), whole) > 1e-2
 
 
 def test_a_gradient_without_the_initial_carry_departs_in_h_0_or_c_0():
@@ -57,10 +47,10 @@ def test_a_gradient_without_the_initial_carry_departs_in_h_0_or_c_0():
         d_params, d_xs, d_carry = pull(d_ys)
         return d_params, d_xs, jax.tree.map(jnp.zeros_like, d_carry)
 
-    roads = {"by mine": forgetful}
-    found = compare_gradients(LSTM, params, xs, lambda y, t: (y * WEIGHT[t]).sum(), carry=carry, roads=roads)
-    assert found.departures["by mine"].block in ("h_0", "c_0") and found.departures["by mine"].error == 1
-    assert all(departure is None for road, departure in found.departures.items() if road != "by mine")
+    methods = {"mine": forgetful}
+    found = compare_gradients(LSTM, params, xs, lambda y, t: (y * WEIGHT[t]).sum(), carry=carry, methods=methods)
+    assert found.departures["mine"].block in ("h_0", "c_0") and found.departures["mine"].error == 1
+    assert all(departure is None for method, departure in found.departures.items() if method != "mine")
 
 
 def test_the_last_output_of_a_padded_sequence_has_no_gradient_and_the_final_carry_has():
@@ -147,7 +137,7 @@ def test_a_long_sum_in_float32_has_fewer_digits_than_one_in_float64():
 
 
 def test_ten_bits_of_a_factor_as_tf32_has_show_at_once():
-    """On a CPU TF32 is rounding by hand; `python -m jaxlstm` says what a GPU does of its own accord."""
+    """A CPU has no TF32, so the test rounds by hand; `python -m jaxlstm` measures the default of a GPU."""
     tf32 = lambda v: lax.reduce_precision(v, exponent_bits=8, mantissa_bits=10)
     cell = dataclasses.replace(
         LSTM,
@@ -170,7 +160,7 @@ def test_an_open_gate_is_exactly_flat_in_float32_and_a_shut_one_is_not():
     of_f = lambda shift: jax.grad(
         lambda b: unroll(LSTM, params._replace(b=b), 0 * xs, LSTMState(0 * carry.h, carry.c))[1].sum()
     )(jnp.zeros(4 * H, np.float32).at[H : 2 * H].set(shift))[H : 2 * H]
-    assert not of_f(40).any() and of_f(-40).any()  # what is open to the last digit cannot learn to shut
+    assert not of_f(40).any() and of_f(-40).any()  # a gate that rounds to 1 cannot learn to close
 
 
 def test_jit_and_eager_differ_by_rounding_alone():

@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, bit for bit, or it is not used and one is told why."""
+"""A checkpoint is restored bit for bit, or it is skipped with a warning that says what is damaged."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import checkpoints, runs
+from experiments.harness import checkpoints, runs
 from jaxlstm import LSTM, init_train_state
 
 from jobs import bits
@@ -28,7 +28,7 @@ class Extra(NamedTuple):
 
 @jax.debug_nans(False)
 def make_state(seed):
-    """A state with every kind of leaf a run may hold."""
+    """Return a state with every kind of leaf that a run may have."""
     rng = np.random.default_rng(seed)
     params = LSTM.init(jax.random.key(seed), 5, 3)
     extra = Extra(
@@ -45,7 +45,7 @@ LIKE = make_state(99)
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    """A run's folder with the checkpoints of steps 10, 20 and 30."""
+    """A run's folder with checkpoints of steps 10, 20 and 30."""
     folder = tmp_path_factory.mktemp("pristine")
     (folder / "checkpoints").mkdir()
     for step in (10, 20, 30):
@@ -58,7 +58,7 @@ def run(pristine, tmp_path):
     return Path(shutil.copytree(pristine, tmp_path / "run"))
 
 
-def test_a_state_comes_back_bit_for_bit_with_its_keys(run):
+def test_a_state_with_keys_is_restored_bit_for_bit(run):
     restored = runs.restore(run, LIKE)
     assert bits(restored) == bits(make_state(30)) != bits(LIKE)
     assert jax.tree.structure(restored) == jax.tree.structure(LIKE)
@@ -67,7 +67,7 @@ def test_a_state_comes_back_bit_for_bit_with_its_keys(run):
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored))
 
 
-def test_a_state_comes_back_where_it_is_wanted(tmp_path):
+def test_a_state_is_restored_to_the_requested_sharding(tmp_path):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P("data"))
     state = {"x": jax.device_put(jnp.arange(6.0), sharding)}
@@ -80,7 +80,7 @@ def test_a_state_comes_back_where_it_is_wanted(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum here")
-def test_anyone_can_check_a_checkpoint(run):
+def test_sha256sum_can_verify_a_checkpoint(run):
     done = subprocess.run(
         ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"],
         cwd=run / "checkpoints" / "step-00000030", capture_output=True, text=True, check=False,
@@ -88,7 +88,7 @@ def test_anyone_can_check_a_checkpoint(run):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_the_last_ones_and_the_best_are_kept(tmp_path):
+def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path):
     scores = {10: 3.0, 20: 1.5, 30: None, 40: 2.0, 50: None, 60: None}
     for step, score in scores.items():
         checkpoints.save(tmp_path, {"x": jnp.float32(step)}, step=step, keep=2, score=score)
@@ -97,7 +97,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {f"step-{step:08d}" for step in (20, 50, 60)}
 
 
-def test_the_best_is_one_that_is_intact_and_has_a_score(tmp_path):
+def test_the_best_checkpoint_is_intact_and_has_a_score(tmp_path):
     scores = {10: 1.0, 20: 2.0, 30: np.nan, 40: 3.0, 50: None}
     for step, score in scores.items():
         checkpoints.save(tmp_path, {"x": jnp.float32(step)}, step=step, keep=1 if step > 10 else 9, score=score)
@@ -106,7 +106,7 @@ def test_the_best_is_one_that_is_intact_and_has_a_score(tmp_path):
     assert [c.step for c in checkpoints.intact(tmp_path)] == [50, 20]
 
 
-def test_steps_of_more_digits_come_after_those_of_fewer(tmp_path):
+def test_checkpoints_are_ordered_by_number_not_by_name(tmp_path):
     for step in (99_999_999, 100_000_000):
         checkpoints.save(tmp_path, {"x": jnp.float32(0)}, step=step, keep=1)
     assert [c.step for c in checkpoints.intact(tmp_path)] == [100_000_000]
@@ -123,7 +123,7 @@ def test_a_checkpoint_is_renamed_before_it_is_deleted(run, monkeypatch):
     assert not (run / "checkpoints" / "step-00000010").exists()
 
 
-def test_later_ones_left_by_an_older_life_of_the_run_are_neither_counted_nor_deleted_before_they_are_replaced(run):
+def test_damaged_later_checkpoints_are_neither_counted_nor_deleted_until_they_are_replaced(run):
     folder = run / "checkpoints"
     (folder / "step-00000030" / "SHA256SUMS").unlink()
     checkpoints.save(folder, make_state(25), step=25, keep=2)
@@ -132,7 +132,7 @@ def test_later_ones_left_by_an_older_life_of_the_run_are_neither_counted_nor_del
     assert [c.step for c in checkpoints.intact(folder)] == [30, 25]
 
 
-def test_what_a_killed_save_left_is_swept(run):
+def test_the_next_save_removes_what_a_killed_save_left(run):
     folder = run / "checkpoints"
     shutil.copytree(folder / "step-00000030", folder / "step-00000040.part")
     for leftover in ("step-00000017.old.part", "step-00000040.old.part"):
@@ -146,7 +146,7 @@ def test_what_a_killed_save_left_is_swept(run):
     ]  # fmt: skip
 
 
-def test_a_plain_file_in_the_place_of_a_checkpoint_is_passed_over_and_replaced(run, caplog):
+def test_a_file_in_place_of_a_checkpoint_is_skipped_and_replaced(run, caplog):
     (run / "checkpoints" / "step-00000040").write_text("not a folder")
     assert bits(runs.restore(run, LIKE)) == bits(make_state(30))
     assert "step-00000040 is damaged" in caplog.text
@@ -154,7 +154,7 @@ def test_a_plain_file_in_the_place_of_a_checkpoint_is_passed_over_and_replaced(r
     assert bits(runs.restore(run, LIKE)) == bits(make_state(40))
 
 
-def test_every_mismatch_is_listed_under_its_path(run):
+def test_every_mismatch_is_listed_by_path(run):
     like = LIKE._replace(
         params=LIKE.params._replace(w_ih=jnp.zeros((5, 16)), b=LIKE.params.b.astype("float64")),
         carry={**LIKE.carry, "new": jnp.zeros(2)},
@@ -164,7 +164,7 @@ def test_every_mismatch_is_listed_under_its_path(run):
     with pytest.raises(SystemExit) as stopped:
         runs.restore(run, like)
     first, *lines = str(stopped.value).splitlines()
-    assert "step-00000030 does not hold the state that is asked for" in first
+    assert "step-00000030 does not contain the requested state" in first
     assert lines == [
         "  carry.flag: saved bool[], expected nothing",
         "  carry.new: saved nothing, expected float64[2]",
@@ -174,7 +174,7 @@ def test_every_mismatch_is_listed_under_its_path(run):
     ]
 
 
-def test_some_of_the_leaves_can_be_asked_for(run):
+def test_some_of_the_leaves_can_be_restored(run):
     newest = next(checkpoints.intact(run / "checkpoints"))
     like = {"params": jax.eval_shape(lambda: LSTM.init(jax.random.key(0), 5, 3))}
     restored = checkpoints.restore(newest, like, partial=True)
@@ -188,8 +188,8 @@ def test_some_of_the_leaves_can_be_asked_for(run):
         )
 
 
-def test_two_leaves_under_one_path_are_refused(tmp_path):
-    with pytest.raises(OSError, match="two leaves of this tree have one path"):
+def test_two_leaves_with_the_same_path_are_refused(tmp_path):
+    with pytest.raises(OSError, match="two leaves of this tree have the same path"):
         checkpoints.save(tmp_path, {"a.b": jnp.zeros(2), "a": {"b": jnp.ones(2)}}, step=1, keep=1)
     assert not list(tmp_path.iterdir())
 
@@ -225,7 +225,7 @@ def fill_with_zeros(rng, folder):
 
 
 def swap_two_files(rng, folder):
-    """Swap two files of this checkpoint, or one of this with one of the checkpoint before."""
+    """Swap two files of this checkpoint, or one of them with a file of the previous checkpoint."""
     here = list(files_of(folder).values())
     others = here if rng.random() < 0.5 else list(files_of(folder.with_name("step-00000020")).values())
     a = b = here[0]
@@ -268,10 +268,10 @@ def contents(folder):
 
 
 @sweep("damaged checkpoints noticed", 500)
-def test_damage_is_noticed_named_and_passed_over_for_the_newest_intact_one(trial, seed, run, pristine, caplog):
+def test_damaged_checkpoints_are_named_and_skipped_for_the_newest_intact_one(trial, seed, run, pristine, caplog):
     rng = np.random.default_rng([seed, trial])
     DAMAGES[trial % len(DAMAGES)](rng, run / "checkpoints" / "step-00000030")
-    # Which ones are damaged is known by comparison with the originals.
+    # A comparison with the originals tells which checkpoints are damaged.
     whole = {
         step: contents(run / "checkpoints" / f"step-{step:08d}")
         == contents(pristine / "checkpoints" / f"step-{step:08d}")
@@ -284,7 +284,7 @@ def test_damage_is_noticed_named_and_passed_over_for_the_newest_intact_one(trial
     assert bits(restored) == bits(make_state(expected))
     warned = [record.getMessage() for record in caplog.records]
     for message, step in zip(warned, range(30, expected, -10), strict=True):
-        assert f"step-{step:08d} is damaged and passed over: " in message and "\n" not in message
+        assert f"step-{step:08d} is damaged and was skipped: " in message and "\n" not in message
 
 
 def test_a_warning_says_which_file_is_damaged_and_how(run, caplog):
@@ -294,26 +294,25 @@ def test_a_warning_says_which_file_is_damaged_and_how(run, caplog):
     (folder / "arrays" / "notes.txt").write_text("mine")
     runs.restore(run, LIKE)
     assert caplog.messages[0].endswith(
-        "passed over: 'about.json' has changed, 'arrays/manifest.ocdbt' is missing, "
-        "'arrays/notes.txt' was not saved with it."
+        "was skipped: 'about.json' has changed, 'arrays/manifest.ocdbt' is missing, 'arrays/notes.txt' was added."
     )
 
 
-def test_without_an_intact_checkpoint_nothing_is_begun_anew(run, caplog):
+def test_a_run_without_an_intact_checkpoint_does_not_start_again(run, caplog):
     for step in (10, 20, 30):
         lose_the_manifest(None, run / "checkpoints" / f"step-{step:08d}")
-    with pytest.raises(SystemExit, match=r"no checkpoint in .* is intact; move them away to begin again at step 0"):
+    with pytest.raises(SystemExit, match=r"no checkpoint in .* is intact; move them away to start again from step 0"):
         runs.restore(run, LIKE)
     assert len(caplog.records) == 3
 
 
-def test_before_the_first_checkpoint_the_state_is_the_one_given(tmp_path):
+def test_restore_returns_the_given_state_before_the_first_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     assert runs.restore(tmp_path, LIKE) is LIKE
 
 
 @pytest.mark.parametrize("fails", ["arrays", "sums", "sync"])
-def test_a_save_that_fails_is_one_oserror_and_leaves_what_was_there(fails, run, monkeypatch):
+def test_a_failed_save_raises_one_oserror_and_leaves_older_checkpoints_untouched(fails, run, monkeypatch):
     def full(*args, **kwargs):
         raise (
             ValueError("RESOURCE_EXHAUSTED: No space left on device\nand more")

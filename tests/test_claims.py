@@ -1,4 +1,4 @@
-"""What is said of LSTMs and what is true: the tests that docs/claims.md cites."""
+"""Common claims about LSTMs, tested; docs/claims.md cites these tests."""
 
 import itertools
 import json
@@ -18,15 +18,12 @@ from jaxlstm import (
     RNN,
     LSTMParams,
     LSTMState,
-    carry_jacobians,
-    cell_state_terms,
-    gradient_flow,
     init_bidirectional,
-    lyapunov_exponents,
     num_params,
     unroll,
     unroll_bidirectional,
 )
+from jaxlstm.diagnostics import carry_jacobians, cell_state_terms, gradient_flow, lyapunov_exponents
 
 from cells import B, H, I, T, draw, normal, worst_error
 
@@ -35,7 +32,7 @@ CLAIMS = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
 
 
 def with_biases(i=0.0, f=0.0, g=0.0, o=0.0):
-    """Return one unit whose gates are what their biases make them."""
+    """Return one unit whose gates depend on their biases alone."""
     return LSTMParams(jnp.zeros((1, 4)), jnp.zeros((1, 4)), jnp.array([i, f, g, o]))
 
 
@@ -43,7 +40,7 @@ def with_biases(i=0.0, f=0.0, g=0.0, o=0.0):
     "bias, f, half_life, left",
     [(0, 0.5, 1.0, 7.9e-31), (1, 0.731, 2.2, 2.5e-14), (2, 0.881, 5.5, 3.1e-6), (5, 0.993, 103, 0.51)],
 )
-def test_what_is_left_of_a_gradient_along_the_cell_state_is_a_product_of_forget_gates(bias, f, half_life, left):
+def test_the_gradient_along_the_cell_state_decays_by_the_product_of_forget_gates(bias, f, half_life, left):
     xs = jnp.zeros((101, 1))
     of_c = gradient_flow(LSTM, with_biases(f=bias), xs, lambda ys: ys[-1].sum()).c[:, 0]
     lag = lambda n: float(of_c[-1 - n] / of_c[-1])
@@ -175,7 +172,7 @@ def test_the_last_carry_does_not_depend_on_the_first_by_the_cell_states_alone():
     assert worst_error(np.linalg.multi_dot(list(terms[::-1])), from_c) > 0.01
 
 
-# What the experiments found.
+# Results of the experiments.
 
 
 def result(experiment):
@@ -203,7 +200,7 @@ def test_training_brings_the_reaches_together():
     assert min(left) > 2e-5 and max(left) < 9e-4
 
 
-def test_what_the_page_says_of_reaches_is_in_the_result():
+def test_the_figures_about_gradient_flow_are_in_the_result():
     found = result("gradient_flow")
     at_50 = {
         f: [np.median(np.array(r["flow"])[:, 50]) for r in found["measured"]["0"] if r["forget"] == f] for f in (0, 1)
@@ -256,7 +253,7 @@ def ends(values):
     return f"{min(values):.2f} to {max(values):.2f}"
 
 
-def test_a_simple_rnn_carries_number_across_sixty_words_and_gender_hardly():
+def test_a_simple_rnn_carries_number_across_sixty_words_but_hardly_gender():
     found = result("agreement")
     far = found["number"]["60"]
     assert means(found, "number", "60") == {"RNN": "0.90", "GRU": "0.91", "LSTM": "0.98"}
@@ -296,36 +293,23 @@ def test_the_unit_that_carries_number_is_found_and_held_still():
     assert all(said in page for said in (*inside.values(), *one.values()))
 
 
-def test_what_is_said_of_roads_is_in_the_result():
+def test_the_figures_about_methods_are_in_the_result():
     found = result("autodiff_vs_analytic")
     assert autodiff_vs_analytic.table(found) in (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
-    rows = found["rows"]
-    widest = {
-        road: max(r["hidden"] for r in rows if r["road"] == road)
-        for road in ("autodiff", "rule", "by hand", "rtrl", "differences")
-    }
-    assert widest == {"autodiff": 128, "rule": 128, "by hand": 128, "rtrl": 64, "differences": 32}
-    sizes = [r["temporaries"] for r in rows if (r["road"], r["num_steps"], r["dtype"]) == ("rtrl", 100, "float32")]
-    assert all(5 < b / a < 7 for a, b in itertools.pairwise(sorted(sizes)))
-    assert {r["num_steps"] for r in rows} == {10, 30, 100, 300, 1000} and {r["hidden"] for r in rows} == {
-        8,
-        16,
-        32,
-        64,
-        128,
-    }
-    worst = lambda dtype, *roads: max(r["error"] for r in rows if r["dtype"] == dtype and r["road"] in roads)
+    rows = [row | {"method": row["road"]} for row in found["rows"]]  # the committed results use an earlier word
     exact = ("autodiff", "rule", "by hand", "rtrl")
-    said = [
-        worst("float64", *exact),
-        worst("float32", *exact),
-        worst("float64", "differences"),
-        worst("float32", "differences"),
-    ]
+    widest = {method: max(r["hidden"] for r in rows if r["method"] == method) for method in (*exact, "differences")}
+    assert widest == {"autodiff": 128, "rule": 128, "by hand": 128, "rtrl": 64, "differences": 32}
+    sizes = [r["temporaries"] for r in rows if (r["method"], r["num_steps"], r["dtype"]) == ("rtrl", 100, "float32")]
+    assert all(5 < b / a < 7 for a, b in itertools.pairwise(sorted(sizes)))
+    assert {r["num_steps"] for r in rows} == {10, 30, 100, 300, 1000}
+    assert {r["hidden"] for r in rows} == {8, 16, 32, 64, 128}
+    worst = lambda dtype, *methods: max(r["error"] for r in rows if r["dtype"] == dtype and r["method"] in methods)
+    said = [worst(dtype, *methods) for methods in (exact, ("differences",)) for dtype in ("float64", "float32")]
     assert [f"{error:.0e}" for error in said] == ["1e-15", "6e-07", "1e-11", "2e-04"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "to 1e-15 in float64 and 6e-07 in float32" in readme and "differences to 1e-11 and 2e-04" in readme
-    at = {(r["road"], r["num_steps"]): r for r in rows if r["hidden"] == 16 and r["dtype"] == "float32"}
+    at = {(r["method"], r["num_steps"]): r for r in rows if r["hidden"] == 16 and r["dtype"] == "float32"}
     assert round(at["rtrl", 100]["seconds"] / at["rule", 100]["seconds"]) == 62
     assert at["differences", 100]["seconds"] / at["rule", 100]["seconds"] > 1000
     assert at["rtrl", 1000]["temporaries"] < 1.01 * at["rtrl", 10]["temporaries"]
@@ -337,7 +321,7 @@ def test_a_bidirectional_net_is_two_nets_that_meet_at_the_same_step():
     xs = jnp.asarray(normal(0, T, I))
     ys = unroll_bidirectional(LSTM, params, xs)[1]
     assert (ys[:, :H] == unroll(LSTM, params.forward, xs)[1]).all()
-    # The same net, fed the sequence the other way round: neither its values nor their places.
+    # One net that reads the reversed sequence gives other values, in either order.
     other_way = unroll(LSTM, params.forward, xs[::-1])[1]
     assert not np.allclose(ys[:, H:], other_way) and not np.allclose(ys[:, H:], other_way[::-1])
 

@@ -1,4 +1,4 @@
-"""`compare_gradients`: that all roads agree, and that it convicts a wrong one and names the gate and the step."""
+"""`compare_gradients`: all methods agree, and for a faulty method it names the gate and the step of the fault."""
 
 import inspect
 import types
@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlstm import LSTM, LSTMState, bptt, compare_gradients, comparison, comparison_table, lstm_forward
+from jaxlstm import LSTM, LSTMState, bptt
+from jaxlstm.bptt import lstm_forward
+from jaxlstm.diagnostics import compare_gradients
 
 from cells import CELLS, HOLES, RESET, B, H, I, T, draw, normal, worst_error
 from sweeps import sweep
@@ -23,7 +25,7 @@ def step_loss(y, t):
 
 
 def faulty(old, new):
-    """Return the backward pass by hand as a road, with one change in its source."""
+    """Make a method of the hand-derived backward pass, with one change in its source."""
     source = inspect.getsource(bptt)
     assert source.count(old) == 1, old
     module = types.ModuleType("faulty")
@@ -31,7 +33,11 @@ def faulty(old, new):
 
     backward = jax.jit(module.lstm_backward)
     nothing = LSTMState(jnp.zeros((B, H)), jnp.zeros((B, H)))
-    return lambda params, xs, carry, d_ys: backward(params, forward(params, xs, carry), (nothing, d_ys))
+
+    def method(params, xs, carry, d_ys):
+        return backward(params, forward(params, xs, carry), (nothing, d_ys))
+
+    return method
 
 
 @jax.jit
@@ -42,7 +48,7 @@ def forward(params, xs, carry):
 LAST = T - 1
 IFG = ("gate i", "gate f", "gate g")
 ANY = (*IFG, "gate o")
-# What is wrong: old, new; the blocks that may be named, and the step: the latest at which d_z is wrong.
+# By fault: the right source, the wrong one, the blocks that may be named, and the step, the latest with a wrong d_z.
 FAULTS = {
     "sign in the input gate": ("d_i * i * (1 - i)", "d_i * i * (1 + i)", ("gate i",), LAST),
     "sign in the forget gate": ("d_f * f * (1 - f)", "d_f * f * (1 + f)", ("gate f",), LAST),
@@ -54,12 +60,12 @@ FAULTS = {
     "two gates swapped": ("[d_z_i, d_z_f, d_z_g, d_z_o], -1", "[d_z_f, d_z_i, d_z_g, d_z_o], -1", IFG[:2], LAST),
     "candidate and output gate swapped": ("d_z_g, d_z_o], -1", "d_z_o, d_z_g], -1", ("gate g", "gate o"), LAST),
     "the derivative of tanh": ("d_s * (1 - s**2)", "d_s * (1 - s)", IFG, LAST),
-    "no way from h to c": (" + d_s * (1 - s**2)", "", IFG, LAST),
-    "no way back through c": ("d_c_prev = d_c * f + ", "d_c_prev = 0 * d_c + ", IFG, LAST - 1),
-    "no way back through h": ("d_h_prev = d_z @ w_hh.T + ", "d_h_prev = 0 * d_c + ", ANY, LAST - 1),
+    "no path from h to c": (" + d_s * (1 - s**2)", "", IFG, LAST),
+    "no path back through c": ("d_c_prev = d_c * f + ", "d_c_prev = 0 * d_c + ", IFG, LAST - 1),
+    "no path back through h": ("d_h_prev = d_z @ w_hh.T + ", "d_h_prev = 0 * d_c + ", ANY, LAST - 1),
     "c flows back unweighted": ("d_c_prev = d_c * f + ", "d_c_prev = d_c + ", IFG, LAST - 1),
     "w_hh not transposed by gates": ("d_z @ w_hh.T", "jnp.roll(d_z, 1, -1) @ w_hh.T", ANY, LAST - 1),
-    # What is wrong at masked steps shows at the real one before: d_xs, all that a road says of a step, is 0 there.
+    # A fault at a masked step shows at the last real step before it, since d_xs is 0 where masked.
     "the mask is dropped for h": ("jnp.where(m, d_y + d_h_t, 0)", "d_y + d_h_t", ANY, T - 3),
     "a masked step stops h": (" + jnp.where(m, 0, d_h_t)", "", ANY, 2),
     "a masked step stops c": (" + jnp.where(m, 0, d_c_t)", "", IFG, 2),
@@ -67,23 +73,27 @@ FAULTS = {
                           tuple(f"w_hh {gate}" for gate in "ifgo"), None),
     "w_ih one step off": ("tensordot(xs, d_zs", "tensordot(jnp.roll(xs, 1, 0), d_zs",
                           tuple(f"w_ih {gate}" for gate in "ifgo"), None),
-    "a bias without the first step": ("d_zs.sum(steps)", "d_zs[1:].sum(steps)",
+    "the bias misses the first step": ("d_zs.sum(steps)", "d_zs[1:].sum(steps)",
                                       tuple(f"b {gate}" for gate in "ifgo"), None),
-    "the inputs' gradient": ("d_zs @ w_ih.T", "1.5 * d_zs @ w_ih.T", ("xs",), None),
+    "d_xs scaled": ("d_zs @ w_ih.T", "1.5 * d_zs @ w_ih.T", ("xs",), None),
     "h_0 and c_0 swapped": ("return d_params, d_xs, d_carry\n", "return d_params, d_xs, LSTMState(*d_carry[::-1])\n",
                             ("h_0", "c_0"), None),
 }  # fmt: skip
 
 
+def all_nan(params, xs, carry, d_ys):
+    return jax.tree.map(lambda v: np.full(v.shape, np.nan), (params, xs, carry))
+
+
 def compare(faults):
     params, xs, carry = draw(LSTM)
-    roads = {
+    methods = {
         "mine": faulty("d_s = d_h * o ", "d_s = o * d_h "),
-        "nan": lambda params, xs, carry, d_ys: jax.tree.map(lambda v: np.full(v.shape, np.nan), (params, xs, carry)),
+        "nan": all_nan,
         **{name: faulty(*FAULTS[name][:2]) for name in faults},
     }
     with jax.debug_nans(False):
-        return compare_gradients(LSTM, params, xs, step_loss, carry=carry, mask=MASK, roads=roads)
+        return compare_gradients(LSTM, params, xs, step_loss, carry=carry, mask=MASK, methods=methods)
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +101,11 @@ def compared():
     return compare(list(FAULTS)[1::6])
 
 
-def test_all_exact_roads_agree_and_differences_as_far_as_they_see(compared):
-    for road in ("scan", "bulk", "by hand", "rtrl", "mine"):
-        assert max(compared.errors[road].values()) <= 1e-12
+def test_exact_methods_agree_to_rounding_and_differences_to_1e_6(compared):
+    for method in ("scan", "bulk", "by hand", "rtrl", "mine"):
+        assert max(compared.errors[method].values()) <= 1e-12
     assert 0 < max(compared.errors["differences"].values()) <= 1e-6
-    assert all(compared.departures[road] is None for road in ("bulk", "by hand", "rtrl", "mine", "differences"))
+    assert all(compared.departures[method] is None for method in ("bulk", "by hand", "rtrl", "mine", "differences"))
     assert {"w_ih f", "w_hh o", "b i", "xs", "h_0", "c_0"} < compared.errors["bulk"].keys()
     assert compared.errors["rtrl"].keys() == {f"{leaf} {gate}" for leaf in ("w_ih", "w_hh", "b") for gate in "ifgo"}
     assert compared.by_step["by hand"]["o"].shape == (T,)
@@ -109,7 +119,7 @@ def assert_named(compared, faults):
         assert departure.block in blocks and departure.step == step and departure.error > 1e-6, (fault, departure)
 
 
-def test_a_fault_is_found_and_its_gate_and_step_are_named(compared):
+def test_some_faults_are_found_and_their_gates_and_steps_are_named(compared):
     assert_named(compared, list(FAULTS)[1::6])
 
 
@@ -119,8 +129,8 @@ def test_all_faults_are_found_and_their_gates_and_steps_are_named():
     assert_named(compare(FAULTS), FAULTS)
 
 
-def test_the_table_says_what_departs_and_where(compared):
-    table = comparison_table(compared)
+def test_the_table_names_each_departure(compared):
+    table = str(compared)
     assert table.endswith("DISAGREE in float64")
     assert "sign in the forget gate departs in gate f at step 6: " in table
     assert "w_ih one step off departs in w_ih " in table
@@ -129,20 +139,20 @@ def test_the_table_says_what_departs_and_where(compared):
 
 
 @pytest.mark.parametrize("name", ["leaky", *(pytest.param(name, marks=pytest.mark.slow) for name in ("GRU", "RNN"))])
-def test_other_cells_have_all_roads_but_the_one_by_hand(name):
+def test_other_cells_have_every_method_except_by_hand(name):
     cell = CELLS[name][0]
     params, xs, carry = draw(cell, dtype=np.float32)
     found = compare_gradients(cell, params, xs, step_loss, carry=carry, mask=HOLES, reset=RESET)
     assert found.agree and found.dtype == "float64" and found.gradients["scan"][1].dtype == np.float64
     assert found.departures.keys() == {"bulk", "rtrl", "differences"}
-    assert max(max(found.errors[road].values()) for road in ("bulk", "rtrl")) <= 1e-12
-    assert comparison_table(found).endswith("\nAGREE in float64")
-    assert jnp.ones(()).dtype == np.float64  # as the tests have it, before and after
+    assert max(max(found.errors[method].values()) for method in ("bulk", "rtrl")) <= 1e-12
+    assert str(found).endswith("\nAGREE in float64")
+    assert jnp.ones(()).dtype == np.float64  # the tests' own setting is restored
 
 
-@sweep("gradients by all roads equal", 100)
-def test_all_roads_agree_in_random_configurations(trial, request):
-    """Cell, mask, resets, initial carry, batch axes, and a loss of the last step or of all, drawn."""
+@sweep("gradients by all methods equal", 100)
+def test_all_methods_agree_in_random_configurations(trial, request):
+    """Draw the cell, mask, resets, initial carry, batch axes, and a loss of the last step or of all steps."""
     rng = np.random.default_rng([trial, request.config.getoption("--seed")])
     choose = lambda options: options[rng.integers(len(options))]
     cell = CELLS[choose(["LSTM", "LSTM", "LSTM", "GRU", "RNN", "RNN(sigmoid)", "leaky"])][0]
@@ -165,37 +175,35 @@ def test_all_roads_agree_in_random_configurations(trial, request):
         reset=reset,
     )
     assert found.agree
-    for road, errors in found.errors.items():
-        assert max(errors.values()) <= (1e-6 if road == "differences" else 1e-12), (cell, road)
+    for method, errors in found.errors.items():
+        assert max(errors.values()) <= (1e-6 if method == "differences" else 1e-12), (cell, method)
     assert found.errors.keys() > {"bulk", "rtrl", "differences"} and ("by hand" in found.errors) == (
         cell is LSTM and reset is None
     )
 
 
 @pytest.mark.slow
-def test_float32_is_held_to_what_it_can():
+def test_float32_has_its_own_tolerance():
     params, xs, _ = draw(LSTM)
     found = compare_gradients(LSTM, params, xs, lambda y, t: (jnp.cos(t.astype(y.dtype)) * y).sum(), dtype="float32")
     assert found.agree and found.gradients["bulk"][0].w_hh.dtype == np.float32
     assert 1e-8 < max(found.errors["bulk"].values()) < 1e-5
 
 
-def test_what_does_not_fit_is_left_out(monkeypatch):
+def test_methods_beyond_their_limits_are_left_out():
     params, xs, _ = draw(LSTM)
-    monkeypatch.setattr(comparison, "MAX_BYTES", 0)
-    monkeypatch.setattr(comparison, "MAX_DIFFERENCES", 0)
-    found = compare_gradients(LSTM, params, xs, step_loss, by_step=False)
+    found = compare_gradients(LSTM, params, xs, step_loss, by_step=False, max_bytes=0, max_differences=0)
     assert found.agree and found.departures.keys() == {"bulk", "by hand"} and found.by_step == {}
 
 
-@jax.debug_nans(False)  # 0 / 0 on the way to ‖g‖ where r = 0
-def test_no_step_is_no_difference():
+@jax.debug_nans(False)  # where r = 0, ‖g − r‖ / ‖r‖ is computed and not used
+def test_sequences_without_steps_agree():
     params, xs, _ = draw(LSTM)
     found = compare_gradients(LSTM, params, xs[:0], step_loss)
     assert found.agree and max(found.errors["bulk"].values()) == 0
 
 
-def test_a_nan_is_a_departure(compared):
+def test_a_nan_counts_as_a_departure(compared):
     assert compared.departures["nan"].step == LAST and np.isnan(compared.departures["nan"].error)
 
 
@@ -204,22 +212,25 @@ def test_a_nan_is_a_departure(compared):
     [
         ({"step_loss": lambda ys: ys.sum()}, r"step_loss must take \(y_t, t\)"),
         ({"step_loss": lambda y, t: y.sum(-1)}, rf"step_loss must return one number.* got \[{B}\]"),
-        ({"roads": ["by hand"]}, r"roads must map a name to a function .* got \['by hand'\]"),
-        ({"roads": {"mine": "by hand"}}, "roads must map a name to a function"),
-        ({"roads": {"bulk": len}}, "roads has bulk, which is a road already"),
-        ({"roads": {"mine": lambda *v: [*v[:3]]}}, "road 'mine' must return"),
-        ({"roads": {"mine": lambda p, x, c, d: (p._replace(b=p.b[1:]), x, c)}}, "d_params of road 'mine' must have"),
+        ({"methods": ["by hand"]}, r"methods must map a name to a function .* got \['by hand'\]"),
+        ({"methods": {"mine": "by hand"}}, "methods must map a name to a function"),
+        ({"methods": {"bulk": len}}, "methods has bulk, a library method; choose another name"),
+        ({"methods": {"mine": lambda *v: [*v[:3]]}}, "method 'mine' must return"),
+        (
+            {"methods": {"mine": lambda p, x, c, d: (p._replace(b=p.b[1:]), x, c)}},
+            r"d_params of method 'mine' and params must be alike, .* b float64\[15\]; and .* b float64\[16\]",
+        ),
         ({"dtype": "bfloat16"}, 'dtype must be "float64" or "float32", got \'bfloat16\''),
         ({"xs": np.ones((T, B, I + 1))}, "xs has 6 features, params.w_ih expects 5"),
         ({"xs": np.ones((T, B, I), int)}, "xs must be floating, got int"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(change, message):
+def test_wrong_arguments_are_refused(change, message):
     params, xs, _ = draw(LSTM)
     arguments = {"xs": xs, "step_loss": step_loss} | change
     with pytest.raises((ValueError, TypeError), match=f"compare_gradients: {message}"):
         compare_gradients(LSTM, params, **arguments)
 
 
-def test_the_gradients_are_kept_for_a_closer_look(compared):
+def test_a_comparison_holds_the_gradients(compared):
     assert worst_error(compared.gradients["by hand"], compared.gradients["scan"]) < 1e-13

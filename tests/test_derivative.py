@@ -1,6 +1,6 @@
-"""The derivative rule against plain autodiff of the scan: every cell, every transformation, and what it costs.
+"""The derivative rule against plain autodiff of the scan: every cell, every transformation, and its costs.
 
-That the scan itself is right is shown elsewhere, by NumPy loops, complex steps and torch.
+Other tests check the scan itself, by NumPy loops, complex steps and torch.
 """
 
 import dataclasses
@@ -15,7 +15,10 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlstm import LSTM, Cell, derivative, unroll, unroll_chunked
+from jaxlstm import LSTM, Bulk, Cell, Chunked, unroll
+from jaxlstm.bulk import How, run_in_bulk
+from jaxlstm.masks import Steps, zeros_where_masked
+from jaxlstm.tuning import Plan, make_plan, size_without_remainder
 
 from cells import CELLS, HOLES, RESET, B, H, I, T, draw, normal, worst_error
 from sweeps import sweep
@@ -24,17 +27,28 @@ OPEN = dataclasses.replace(LSTM, gates_jvp=None, name="open LSTM")  # the genera
 ALL = {name: cell for name, (cell, _) in CELLS.items()} | {"open LSTM": OPEN}
 
 
-@pytest.fixture(params=[0, 1 << 30], ids=["gates again", "gates kept"])
-def kept(request, monkeypatch):
-    monkeypatch.setattr(derivative, "SHORT_BYTES", request.param)
+@pytest.fixture(params=[False, True], ids=["gates again", "gates kept"])
+def kept(request):
+    return Bulk(keep_gates=request.param)
+
+
+def unroll_by(plan, cell, params, xs, carry, *, mask=None, reset=None, reset_carry=None, reverse=False):
+    """Do what `unroll` does after its checks, by a plan that it would not make for arrays this small."""
+    initial = cell.initial_carry(params, xs.shape[1:-1])
+    per_step = reset_carry is not None and jax.tree.leaves(reset_carry)[0].ndim > jax.tree.leaves(initial)[0].ndim
+    steps = Steps(zeros_where_masked(mask, xs), mask, reset, reset_carry if per_step else None)
+    reset_carry = None if per_step else initial if reset_carry is None else reset_carry
+    return run_in_bulk(How(cell, plan, reverse), params, steps, carry, reset_carry)[:2]
 
 
 def make_loss(cell, gradient, weight=None, **options):
-    """Return a loss of (params, xs, carry), its gradients by all of them."""
+    """Return a loss of (params, xs, carry), differentiated by a way to differentiate or by a plan."""
     weight = normal(50, T, B, H) if weight is None else weight
+    by_plan = isinstance(gradient, Plan)
+    run = functools.partial(unroll_by, gradient) if by_plan else functools.partial(unroll, gradient=gradient)
 
     def loss(params, xs, carry):
-        last, ys = unroll(cell, params, xs, carry, gradient=gradient, **options)
+        last, ys = run(cell, params, xs, carry, **options)
         return (ys * weight).sum() + sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(last))
 
     return loss
@@ -84,73 +98,54 @@ TRANSFORMS = {
 }
 
 
-KEPT_TOO = ("grad", "jvp", "forward over reverse", "reverse over reverse", "vmap over both")  # the sweep draws the rest
+# z in the loop, gates computed again; z in pieces before the loop, gates kept. The sweep draws the rest.
+LONG_PLAN = Plan(T, merged_axes=2)
+SHORT_PLAN = Plan(T, merged_axes=2, pieces=4, keep_gates=True)
+WITH_GATES_KEPT = ("grad", "jvp", "forward over reverse", "reverse over reverse", "vmap over both")
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_every_transformation_gives_what_it_gives_of_the_scan(transform, monkeypatch):
-    def result(cell, how, short_bytes):
-        monkeypatch.setattr(derivative, "SHORT_BYTES", short_bytes)
+def test_every_transformation_gives_the_result_of_the_scan(transform):
+    def result(cell, how):
         of = functools.partial(TRANSFORMS[transform], make_loss(cell, how, mask=HOLES, reset=RESET))
         return (of if transform == "eager grad" else jax.jit(of))(*draw(cell))
 
     for cell in (LSTM, ALL["leaky"]):  # with a closed form, and without
-        scan = result(cell, "scan", 0)
-        for short_bytes in (0, 1 << 30) if transform in KEPT_TOO and cell is LSTM else (0,):
-            assert worst_error(result(cell, "bulk", short_bytes), scan) < 1e-12, (cell, short_bytes)
+        scan = result(cell, "scan")
+        for plan in (LONG_PLAN, SHORT_PLAN) if transform in WITH_GATES_KEPT and cell is LSTM else (LONG_PLAN,):
+            assert worst_error(result(cell, plan), scan) < 1e-12, (cell, plan)
 
 
 @pytest.mark.parametrize("by", [jax.hessian, jax.jacfwd, jax.jacrev], ids=["hessian", "jacfwd", "jacrev"])
-def test_jacobians_and_hessians_are_those_of_the_scan(by, kept):
+def test_jacobians_and_hessians_equal_those_of_the_scan(by, kept):
     params, xs, carry = draw(LSTM)
     loss = lambda how: lambda b: make_loss(LSTM, how, reset=RESET)(params._replace(b=b), xs, carry)
     outputs = lambda how: lambda b: unroll(LSTM, params._replace(b=b), xs, carry, gradient=how)[1]
     of = loss if by is jax.hessian else outputs
-    assert worst_error(jax.jit(by(of("bulk")))(params.b), jax.jit(by(of("scan")))(params.b)) < 1e-12
+    assert worst_error(jax.jit(by(of(kept)))(params.b), jax.jit(by(of("scan")))(params.b)) < 1e-12
 
 
 def test_per_example_gradients_add_up_to_the_gradient(kept):
     params, xs, carry = draw(LSTM)
     weight = normal(50, T, B, H)
-    one = lambda x, c, w: jax.grad(make_loss(LSTM, "bulk", w))(params, x, c)
+    one = lambda x, c, w: jax.grad(make_loss(LSTM, kept, w))(params, x, c)
     each = jax.jit(jax.vmap(one, (1, 0, 1)))(xs, carry, weight)
     whole = jax.jit(jax.grad(make_loss(LSTM, "scan", weight)))(params, xs, carry)
     assert worst_error(jax.tree.map(lambda g: g.sum(0), each), whole) < 1e-13
 
 
-@pytest.mark.parametrize("name", ["LSTM", "leaky"])
-def test_how_matrices_are_stored_changes_nothing(name, monkeypatch):
-    values = draw(ALL[name])
-    steps = derivative.Steps(values[1])
-    plan = lambda: derivative.make_plan(ALL[name], values[0], steps, values[2], block_size=None, reverse=False)
-    results = {}
-    for short_bytes, large in ((0, 1 << 30), (0, 1), (1 << 30, 1)):
-        monkeypatch.setattr(derivative, "SHORT_BYTES", short_bytes)
-        monkeypatch.setattr(derivative, "LARGE_ROWS", large)
-        monkeypatch.setattr(derivative, "LARGE_HIDDEN", large)
-        results[plan().transposed] = jax.jit(gradient(make_loss(ALL[name], "bulk", mask=HOLES)))(*values)
-    want = gradient(make_loss(ALL[name], "scan", mask=HOLES))(*values)
-    assert list(results) == ["backward", "forward", None]
-    assert all(worst_error(got, want) < 1e-12 for got in results.values())
-
-
 @sweep("bulk gradients equal to those of the scan", 200)
-def test_random_configurations_are_equal(trial, monkeypatch, request):
-    """Cell, mask, resets, direction, block, batch rank and transformation, drawn; the shapes are a fixed few."""
+def test_random_configurations_are_equal(trial, request):
+    """Draw cell, mask, resets, direction, plan, batch rank and transformation; the shapes are a fixed few."""
     rng = np.random.default_rng([trial, request.config.getoption("--seed")])
     choose = lambda options: options[rng.integers(len(options))]
     name, transform = choose(list(ALL)), choose(list(TRANSFORMS))
-    monkeypatch.setattr(derivative, "SHORT_BYTES", choose([0, 1 << 30]))
-    monkeypatch.setattr(derivative, "BLOCK_BYTES", choose([1, 1 << 30]))
-    monkeypatch.setattr(derivative, "LARGE_ROWS", choose([1, 1 << 30]))
-    monkeypatch.setattr(derivative, "LARGE_HIDDEN", choose([1, 1 << 30]))
     cell = ALL[name]
     params, xs, carry = draw(cell, seed=trial)
     options = {
         "mask": choose([None, HOLES]),
         "reset": choose([None, RESET]),
         "reverse": choose([False, True]),
-        "block_size": choose([None, None, 2, 3, T]),
     }
     if options["reset"] is not None:
         options["reset_carry"] = choose([None, jax.tree.map(lambda c: c - 1, carry), stacked_in_time(carry)])
@@ -165,11 +160,19 @@ def test_random_configurations_are_equal(trial, monkeypatch, request):
             per_step = jax.tree.leaves(options["reset_carry"])[0].ndim > jax.tree.leaves(draw(cell)[2])[0].ndim
             back = lambda c: jnp.asarray(reshape(np.asarray(c), 1 if per_step else 0))
             options["reset_carry"] = jax.tree.map(back, options["reset_carry"])
+    closed = cell.gates_jvp is not None
+    plan = Plan(
+        block_size=choose([2, 3, T]),
+        merged_axes=choose([0, xs.ndim - 1]),
+        pieces=choose([0, 1, params.b.shape[0] // H] if closed else [0, 1]),
+        keep_gates=choose([False, closed]),
+    )
+    how = choose(["bulk", Bulk(block_size=3), plan, plan, plan])
     bulk, scan = (
         jax.jit(functools.partial(TRANSFORMS[transform], make_loss(cell, how, weight, **options)))(params, xs, carry)
-        for how in ("bulk", "scan")
+        for how in (how, "scan")
     )
-    assert worst_error(bulk, scan) < 1e-12, (name, transform, rank, options)
+    assert worst_error(bulk, scan) < 1e-12, (name, transform, rank, how, options)
 
 
 def stacked_in_time(carry):
@@ -189,7 +192,7 @@ def test_the_comparison_notices_a_wrong_closed_form():
 
 
 def test_z_need_not_consist_of_gates():
-    """Of a cell whose z is [time, 0] or has [time] beside it, whose recurrence is a number's."""
+    """One cell's z is [time, 0]; the other's has a leaf [time], and its recurrent weight is a number."""
     w, xs = jnp.asarray(0.7), jnp.asarray(normal(1, 12, 5))
     for project, of_z in (
         (lambda w, xs: xs[..., :0], lambda z: 0.0),
@@ -199,7 +202,7 @@ def test_z_need_not_consist_of_gates():
             init=lambda key, input_size, hidden_size: w,
             initial_carry=lambda w, batch_shape=(): jnp.zeros((*batch_shape, 3)),
             project=project,
-            recur=None,
+            recur=lambda params, carry: None,
             gates=lambda w, s, z, a, of_z=of_z: (jnp.tanh(w * s + 0.1 + of_z(z)),) * 2,
         )
 
@@ -215,19 +218,25 @@ def test_z_need_not_consist_of_gates():
 
 
 def test_a_closed_form_needs_the_activations_it_reads():
-    params, xs, carry = draw(LSTM)
-    cell = dataclasses.replace(LSTM, activations=None, name="half a cell")
-    with pytest.raises(ValueError, match="half a cell has gates_jvp, which needs activations"):
-        jax.grad(make_loss(cell, "bulk"))(params, xs, carry)
+    with pytest.raises(ValueError, match="Cell: half a cell has gates_jvp, which needs activations"):
+        dataclasses.replace(LSTM, activations=None, name="half a cell")
 
 
 # What is kept, and what is in the loops.
 
 
+def test_keep_gates_keeps_the_gates(kept):
+    params, xs, carry = draw(LSTM)
+    _, pullback = jax.vjp(lambda p, x: unroll(LSTM, p, x, carry, gradient=kept)[1], params, xs)
+    in_time = [leaf.shape for leaf in jax.tree.leaves(pullback) if leaf.shape == (T, B, H)]
+    assert len(in_time) >= (6 if kept.keep_gates else 2)  # h, c and i, f, g, o; or h, c
+    assert kept.keep_gates or len(in_time) < 6
+
+
 @pytest.mark.parametrize("cell", ALL.values(), ids=ALL)
 def test_no_residual_has_a_time_axis_and_a_weights_shape(cell, kept):
     params, xs, carry = draw(cell)
-    _, pullback = jax.vjp(lambda p, x: unroll(cell, p, x, carry, mask=HOLES)[1], params, xs)
+    _, pullback = jax.vjp(lambda p, x: unroll(cell, p, x, carry, mask=HOLES, gradient=kept)[1], params, xs)
     shapes = [leaf.shape for leaf in jax.tree.leaves(pullback)]
     weights = {leaf.shape for leaf in jax.tree.leaves(params)}
     assert any(shape[:2] == (T, B) for shape in shapes)
@@ -237,23 +246,21 @@ def test_no_residual_has_a_time_axis_and_a_weights_shape(cell, kept):
     assert not [s for s in shapes if s[:1] == (T,) and s[1:] in weights]
 
 
-def test_blocks_keep_the_input_and_the_carry_alone(monkeypatch):
-    monkeypatch.setattr(derivative, "SHORT_BYTES", 0)
+def test_blocks_keep_only_the_input_and_the_carry():
     params, xs, carry = draw(LSTM)
-    _, pullback = jax.vjp(lambda p, x: unroll(LSTM, p, x, carry)[1], params, xs)
+    _, pullback = jax.vjp(lambda p, x: unroll_by(LONG_PLAN, LSTM, p, x, carry)[1], params, xs)
     in_time = [leaf.shape for leaf in jax.tree.leaves(pullback) if leaf.ndim and T in leaf.shape[:1]]
     assert sorted(in_time) == [(T, B, H), (T, B, H), (T, B, I)]  # h, c, x
 
 
-@pytest.mark.parametrize("keep, names", [(0, "hc"), (1 << 30, "hcifgo")], ids=["gates again", "gates kept"])
-def test_a_users_own_policy_may_save_what_is_kept_by_name(keep, names, monkeypatch):
+@pytest.mark.parametrize("plan, names", [(LONG_PLAN, "hc"), (SHORT_PLAN, "hcifgo")], ids=["gates again", "gates kept"])
+def test_a_custom_policy_can_save_kept_values_by_name(plan, names):
     """Under `jax.checkpoint` the forward loop is run again, unless the policy saves what the backward pass reads."""
-    monkeypatch.setattr(derivative, "SHORT_BYTES", keep)
     params, xs, carry = draw(LSTM)
 
     def loops(of_ys, *names):
         policy = jax.checkpoint_policies.save_only_these_names(*names)
-        loss = jax.checkpoint(lambda p: of_ys(unroll(LSTM, p, xs, carry)[1]).sum(), policy=policy)
+        loss = jax.checkpoint(lambda p: of_ys(unroll_by(plan, LSTM, p, xs, carry)[1]).sum(), policy=policy)
         return jax.jit(jax.value_and_grad(loss)).lower(params).compile().as_text().count(" while(")
 
     for of_ys, read in ((lambda ys: 2 * ys, ""), (jnp.sin, "y")):
@@ -267,7 +274,7 @@ def sharded_program():
     params, _, _ = draw(LSTM, dtype=np.float32)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     shardings = (NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data")))
-    loss = lambda p, x: (unroll(LSTM, p, x, block_size=11)[1] ** 2).sum()
+    loss = lambda p, x: (unroll(LSTM, p, x, gradient=Bulk(block_size=11))[1] ** 2).sum()
     program = jax.jit(jax.grad(loss, (0, 1)), in_shardings=shardings)
     return program.lower(params, jnp.zeros((11, 4, I), np.float32)).compile().as_text()
 
@@ -282,8 +289,8 @@ def test_no_collective_is_inside_a_loop_when_the_batch_is_sharded(sharded_progra
 
 def test_a_mesh_in_use_makes_the_sequence_one_block():
     params, _, carry = draw(LSTM)
-    steps = derivative.Steps(jnp.zeros((1000, 64, I)))
-    plan = lambda: derivative.make_plan(LSTM, params, steps, carry, block_size=None, reverse=False)
+    steps = Steps(jnp.zeros((1000, 64, I)))
+    plan = lambda: make_plan(LSTM, params, steps, carry, Bulk())
     assert plan().block_size < 1000 and plan().merged_axes == 2
     with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
         assert plan().block_size == 1000 and plan().merged_axes == 0
@@ -291,8 +298,8 @@ def test_a_mesh_in_use_makes_the_sequence_one_block():
 
 @pytest.mark.parametrize("most, size", [(4, 4), (7, 5), (16, 10), (3, 2)])
 def test_blocks_divide_the_sequence_where_they_can(most, size):
-    assert derivative.size_without_remainder(20, most) == size
-    assert derivative.size_without_remainder(997, most) == most
+    assert size_without_remainder(20, most) == size
+    assert size_without_remainder(997, most) == most
 
 
 # Memory and compile time, as compiled programs state them.
@@ -320,7 +327,7 @@ def bulk(params, xs):
 
 
 def chunked(params, xs):
-    return unroll_chunked(LSTM, params, xs)[1]
+    return unroll(LSTM, params, xs, gradient=Chunked())[1]
 
 
 def test_temporaries_are_a_fraction_of_the_plain_scans():

@@ -1,4 +1,4 @@
-"""The batch over two devices: of one process, and of two processes that meet over gloo."""
+"""A batch sharded over two devices, in one process and in two processes."""
 
 import functools
 import itertools
@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments import char_lm, checkpoints, devices, runs
+from experiments import char_lm
+from experiments.harness import checkpoints, devices, runs
 from jaxlstm import fit, init_train_state, make_train_step
 
 from jobs import SMALL, UNCHECKED, bits, command, outcome, start, state_of, write_corpus
@@ -27,7 +28,7 @@ def mesh():
 
 
 def train(mesh):
-    """Train in float32 for a hundred steps; return the state, the losses and the number of traces."""
+    """Train for a hundred steps; return the state, the losses and the number of traces."""
     traces = []
 
     def loss_fn(*args):
@@ -51,7 +52,7 @@ def distance(tree, other):
 
 @pytest.mark.documented  # in float32 throughout
 @pytest.mark.ci
-def test_a_hundred_steps_on_two_devices_are_those_on_one(mesh):
+def test_a_hundred_steps_on_two_devices_agree_with_one_device(mesh):
     with jax.set_mesh(mesh):
         state, losses, traces = train(mesh)
     assert all(len(leaf.sharding.device_set) == 2 for leaf in jax.tree.leaves(state))
@@ -63,7 +64,7 @@ def test_a_hundred_steps_on_two_devices_are_those_on_one(mesh):
     np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
 
 
-def test_what_is_placed_is_gathered_to_the_bit(mesh):
+def test_gather_returns_the_bits_that_were_placed(mesh):
     tree = {"x": np.arange(12, dtype=np.float32).reshape(4, 3), "key": jax.random.key(3), "step": np.int32(7)}
     cut = {"x": np.arange(24).reshape(2, 4, 3)}
     assert bits(devices.gather(devices.place(tree, mesh), mesh)) == bits(tree)
@@ -73,30 +74,30 @@ def test_what_is_placed_is_gathered_to_the_bit(mesh):
 
 
 @pytest.mark.parametrize(
-    "mesh, cluster, said",
+    "mesh, cluster, message",
     [
-        ("two", "", "--mesh must be data=N, N the number of devices, got two"),
-        ("model=2", "", "--mesh must be data=N, N the number of devices, got model=2"),
+        ("two", "", "--mesh must be data=N, with N the number of devices, got two"),
+        ("model=2", "", "--mesh must be data=N, with N the number of devices, got model=2"),
         ("data=3", "", "--batch-size must be a multiple of the 3 devices of --mesh, got 8"),
         ("data=4", "", "--mesh data=4 needs 4 devices; JAX finds 2."),
         ("", "auto", "--cluster auto needs --mesh data=N"),
         ("data=2", "here", "--cluster must be auto or HOST:PORT,K/N"),
-        ("data=2", "localhost:1,2/2", "--cluster must be auto or HOST:PORT,K/N, process K = 0 ... N-1 of N"),
-        ("data=2", "localhost:1,0/3", "2 devices cannot be spread evenly over 3 processes"),
+        ("data=2", "localhost:1,2/2", "--cluster must be auto or HOST:PORT,K/N, with process K from 0 to N-1"),
+        ("data=2", "localhost:1,0/3", "2 devices cannot be divided evenly among 3 processes"),
     ],
 )
-def test_what_does_not_fit_is_said_in_one_line(mesh, cluster, said):
+def test_flags_that_do_not_fit_together_are_reported_in_one_line(mesh, cluster, message):
     with pytest.raises(SystemExit) as refused:
         devices.start("char_lm", mesh, cluster, batch_size=8)
     (line,) = str(refused.value).splitlines()
-    assert line.startswith("char_lm: ") and said in line
+    assert line.startswith("char_lm: ") and message in line
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The job, small, on two devices, as a function of its run folder and further flags."""
+    """Return a function that runs the small job on two devices, given a folder's name and more flags."""
     folder = tmp_path_factory.mktemp("devices")
-    flags = ["--corpus", write_corpus(folder / "corpus.txt"), "--mesh", "data=2", *SMALL, "--steps=100", "--block=2"]
+    flags = ["--corpus", write_corpus(folder / "corpus.txt"), "--mesh", "data=2", *SMALL, "--steps=60", "--block=6"]
 
     def run(name, *more, begin=command, **options):
         new = [] if "--resume" in more else flags
@@ -109,7 +110,7 @@ def run(tmp_path_factory):
 
 
 def two_processes(run, *flags, second=()):
-    """Start the job as two processes of one device each, the second with flags of its own."""
+    """Start the job as two processes with one device each; `second` adds flags to the second one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -120,51 +121,51 @@ def two_processes(run, *flags, second=()):
 
 
 def ends(both):
-    """Return the exit codes of two processes and what they said; leave none of them behind."""
+    """Wait for two processes to end; return their exit codes and their output."""
     try:
-        said = [process.communicate(timeout=120)[0] for process in both]
+        outputs = [process.communicate(timeout=120)[0] for process in both]
     finally:
         for process in both:
             process.kill()
-    return [process.returncode for process in both], said
+    return [process.returncode for process in both], outputs
 
 
 @pytest.fixture(scope="module")
 def stopped(run):
-    """The folder of a run of two processes, of which the second was told to stop."""
+    """The folder of a run in two processes, stopped by a signal to the second one."""
     both = two_processes(run, "cut")
     metrics, deadline = run.folder / "cut" / "metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 4):
         time.sleep(0.05)
     both[1].send_signal(signal.SIGTERM)
-    codes, said = ends(both)
-    assert codes == [128 + signal.SIGTERM] * 2, said
-    assert "stopped after step" in said[0] and "stopped after step" not in said[1]  # the first alone speaks
+    codes, outputs = ends(both)
+    assert codes == [128 + signal.SIGTERM] * 2, outputs
+    assert "stopped after step" in outputs[0] and "stopped after step" not in outputs[1]  # only the first process logs
     return run.folder / "cut"
 
 
 @pytest.mark.ci
-def test_two_processes_stopped_and_resumed_are_bit_for_bit_one_with_two_devices(run, stopped):
-    codes, said = ends(two_processes(run, "cut", "--resume"))
-    assert codes == [0, 0], said
+def test_two_processes_stopped_and_resumed_are_bitwise_identical_to_one_process(run, stopped):
+    codes, outputs = ends(two_processes(run, "cut", "--resume"))
+    assert codes == [0, 0], outputs
     assert outcome(stopped) == outcome(run.folder / "whole")
 
 
 @pytest.mark.slow
-def test_processes_that_are_not_the_same_run_are_refused(run):
-    codes, said = ends(two_processes(run, "other", second=["--seed=1"]))
-    assert 0 not in codes and "seed was 0, is 1" in said[1], said
+def test_processes_with_different_settings_are_refused(run):
+    codes, outputs = ends(two_processes(run, "other", second=["--seed=1"]))
+    assert 0 not in codes and "seed was 0, is 1" in outputs[1], outputs
 
 
 @pytest.mark.slow
-def test_what_two_devices_began_one_can_end(run, stopped):
+def test_a_run_from_two_devices_can_be_finished_on_one(run, stopped):
     shutil.copytree(stopped, run.folder / "on one")
     done = run.command("on one", "--resume", "--mesh", "data=1")
-    assert done.returncode == 0 and "devices were 2 x cpu (cpu), are 1 x cpu (cpu)" in done.stdout
+    assert done.returncode == 0 and "devices changed from 2 x cpu (cpu) to 1 x cpu (cpu)" in done.stdout
     whole, on_one = (
         {path: leaf for path, leaf in state_of(checkpoint).items() if path.startswith("params")}
         for name in ("whole", "on one")
         for checkpoint in itertools.islice(checkpoints.intact(run.folder / name / "checkpoints"), 1)
     )
     assert distance(on_one, whole) <= 1e-5
-    assert runs.read_metrics(run.folder / "on one")[-1]["step"] == 100
+    assert runs.read_metrics(run.folder / "on one")[-1]["step"] == 60

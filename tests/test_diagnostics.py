@@ -1,4 +1,4 @@
-"""What `diagnostics` says of a net, against NumPy loops, complex steps and closed forms."""
+"""The gates, gradient flow, Jacobians and truncated gradient of a net, against NumPy, complex steps, closed forms."""
 
 import dataclasses
 import functools
@@ -9,20 +9,16 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxlstm import (
-    GRU,
-    LSTM,
-    LSTMState,
+from jaxlstm import GRU, LSTM, LSTMState, make_rnn, unroll
+from jaxlstm.diagnostics import (
     carry_jacobians,
     cell_state_terms,
     gradient_flow,
     jacobian_products,
     lyapunov_exponents,
-    make_rnn,
     term_shares,
     trace,
     truncated_gradient,
-    unroll,
 )
 
 import oracles
@@ -71,7 +67,7 @@ def test_a_trace_holds_the_gates_of_a_numpy_loop(way):
     assert not any(leaf[~mask].any() for leaf in numpy(got))
 
 
-def test_a_trace_of_a_cell_that_names_no_gates_is_refused():
+def test_tracing_a_cell_that_does_not_name_its_gates_is_refused():
     leaky = CELLS["leaky"][0]
     params, xs, _ = draw(leaky)
     with pytest.raises(ValueError, match="trace: leaky does not name its gates; give the Cell `activations`"):
@@ -82,7 +78,7 @@ def test_a_trace_of_a_cell_that_names_no_gates_is_refused():
 
 
 def probed_steps(name):
-    """Return the NumPy step of a cell with a probe on every leaf of its carry; x and probes come side by side."""
+    """Return the NumPy step of a cell with a probe on every leaf of its carry; its input is x, then the probes."""
     step = CELLS[name][1]
 
     def of_lstm(params, state, x):
@@ -120,7 +116,7 @@ def test_gradient_flow_is_the_derivative_by_a_probe_at_every_step(name, way):
     assert worst_error(np.concatenate(numpy(got), axis=-1), want) < 1e-13
 
 
-def test_gradient_flow_is_d_h_and_d_c_of_the_derivation_by_hand():
+def test_gradient_flow_is_d_h_and_d_c_of_the_hand_derived_gradient():
     params, xs, carry = draw(LSTM)
     recorded = trace(LSTM, params, xs, carry)
     i, f, g, o = map(np.asarray, recorded.gates)
@@ -137,8 +133,8 @@ def test_gradient_flow_is_d_h_and_d_c_of_the_derivation_by_hand():
     assert worst_error(list(got), [np.stack([want[t][k] for t in range(T)]) for k in (0, 1)]) < 1e-13
 
 
-def test_gradient_flow_of_a_leaf_that_is_handed_on_as_it_is():
-    """A clock beside the carry, which every step reads and none changes."""
+def test_gradient_flow_of_a_leaf_that_is_passed_on_unchanged():
+    """The leaf is a clock beside the carry: every step reads it and none changes it."""
     cell = dataclasses.replace(
         LSTM,
         initial_carry=lambda params, batch_shape=(): (LSTM.initial_carry(params, batch_shape), jnp.ones(batch_shape)),
@@ -156,7 +152,7 @@ def test_gradient_flow_of_a_leaf_that_is_handed_on_as_it_is():
     assert worst_error(clock, each[::-1].cumsum(axis=0)[::-1] - each) < 1e-13
 
 
-def test_probes_reach_into_a_jitted_step_and_are_refused_where_they_cannot():
+def test_probes_work_in_a_jitted_step_and_are_refused_in_a_checkpoint():
     params, xs, carry = draw(LSTM)
     want = gradient_flow(LSTM, params, xs, weighted, carry)
     jitted = dataclasses.replace(LSTM, gates=jax.jit(LSTM.gates), gates_jvp=None)
@@ -198,7 +194,7 @@ def test_jacobians_are_the_derivatives_of_a_numpy_step(name):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_the_product_of_jacobians_is_how_the_last_carry_depends_on_the_first(reverse):
+def test_the_product_of_jacobians_is_the_derivative_of_the_last_carry_by_the_first(reverse):
     params, xs, carry = draw(LSTM)
     jacobians = carry_jacobians(LSTM, params, xs[:, 0], LSTMState(*(leaf[0] for leaf in carry)), reverse=reverse)
     product = np.linalg.multi_dot(list(jacobians if reverse else jacobians[::-1]))
@@ -209,7 +205,7 @@ def test_the_product_of_jacobians_is_how_the_last_carry_depends_on_the_first(rev
     assert worst_error(product, want) < 1e-13
 
 
-def test_products_of_jacobians_reach_from_the_last_carry_to_every_one_before():
+def test_jacobian_products_run_from_the_last_carry_to_every_earlier_one():
     params, xs, carry = draw(GRU)
     jacobians = np.asarray(carry_jacobians(GRU, params, xs, carry))
     got = jacobian_products(jacobians)
@@ -218,7 +214,7 @@ def test_products_of_jacobians_reach_from_the_last_carry_to_every_one_before():
         assert worst_error(got[t], want) < 1e-14
 
 
-def test_the_shares_of_the_four_terms_are_those_of_their_norms():
+def test_the_shares_of_the_four_terms_follow_their_norms():
     params, xs, carry = draw(LSTM)
     terms = cell_state_terms(params, xs, carry)
     shares = term_shares(terms)
@@ -228,7 +224,7 @@ def test_the_shares_of_the_four_terms_are_those_of_their_norms():
 
 
 def of_eigenvalues(values):
-    """Return a matrix far from normal with these eigenvalues: its rows lean on each other."""
+    """Return a matrix with these eigenvalues that is far from normal."""
     base = normal(3, len(values), len(values)) + np.eye(len(values))
     return base @ np.diag(values) @ np.linalg.inv(base)
 
@@ -251,7 +247,7 @@ def test_lyapunov_exponents_of_a_linear_net_are_the_logarithms_of_its_eigenvalue
     got = lyapunov_exponents(IDENTITY, params, xs, num_exponents=3, num_warmup=200)
     assert np.abs(np.asarray(got) - np.log(np.abs(values))[:3]).max() < 1e-6
     singular = np.log(np.linalg.svd(w_hh, compute_uv=False))[:3]
-    assert np.abs(singular - np.log(np.abs(values))[:3]).min() > 0.1  # which one step's growth would have given
+    assert np.abs(singular - np.log(np.abs(values))[:3]).min() > 0.1  # the growth in a single step would be this
 
 
 def test_all_lyapunov_exponents_add_up_to_the_mean_log_determinant():
@@ -269,7 +265,7 @@ def test_all_lyapunov_exponents_add_up_to_the_mean_log_determinant():
         ({"num_warmup": T}, f"num_warmup must be 0 to {T - 1}, got {T}"),
     ],
 )
-def test_exponents_that_do_not_exist_are_refused(settings, message):
+def test_too_many_exponents_and_warmup_steps_are_refused(settings, message):
     params, xs, _ = draw(LSTM)
     with pytest.raises(ValueError, match=f"lyapunov_exponents: {message}"):
         lyapunov_exponents(LSTM, params, xs, **settings)
@@ -304,7 +300,7 @@ def test_with_h_cut_the_last_c_depends_on_the_first_by_the_product_of_f():
 # The gradient of 1997.
 
 
-def test_the_truncated_gradient_is_what_eligibility_traces_give():
+def test_the_truncated_gradient_equals_eligibility_traces():
     """E-prop with true learning signals, forward in time, in NumPy (Bellec et al. 2020)."""
     params, xs, carry = draw(LSTM)
     recorded = trace(LSTM, params, xs, carry)
@@ -329,7 +325,13 @@ def test_the_truncated_gradient_is_what_eligibility_traces_give():
 
 
 def test_without_a_recurrent_matmul_the_truncated_gradient_is_the_gradient():
-    cell = dataclasses.replace(LSTM, recur=None, gates=lambda p, c, z, a: LSTM.gates(p, c, z, 0 * z), gates_jvp=None)
+    cell = dataclasses.replace(
+        LSTM,
+        recur=lambda params, carry: None,
+        gates=lambda params, carry, z, a: LSTM.gates(params, carry, z, 0 * z),
+        activations=None,
+        gates_jvp=None,
+    )
     params, xs, carry = draw(LSTM)
     exact = jax.grad(lambda params: weighted(unroll(cell, params, xs, carry)[1]))(params)
     assert worst_error(truncated_gradient(cell, params, xs, weighted, carry), exact) < 1e-14
@@ -346,7 +348,7 @@ def test_without_a_recurrent_matmul_the_truncated_gradient_is_the_gradient():
     ],
     ids=["trace", "gradient_flow", "carry_jacobians", "lyapunov_exponents", "truncated_gradient"],
 )
-def test_an_input_of_the_wrong_width_is_refused_by_name(call, request):
+def test_errors_name_the_function_that_was_called(call, request):
     params, xs, _ = draw(LSTM)
     name = request.node.callspec.id
     with pytest.raises(ValueError, match=f"{name}: xs has {I - 1} features, params.w_ih expects {I}"):
@@ -355,7 +357,7 @@ def test_an_input_of_the_wrong_width_is_refused_by_name(call, request):
 
 @pytest.mark.parametrize("call", [gradient_flow, truncated_gradient])
 @pytest.mark.parametrize("loss_fn, got", [(lambda ys: ys[-1], rf"\[{B}, {H}\]"), (lambda ys: None, "NoneType")])
-def test_a_loss_that_is_no_number_is_refused(call, loss_fn, got):
+def test_a_loss_that_does_not_return_a_number_is_refused(call, loss_fn, got):
     params, xs, _ = draw(LSTM)
     with pytest.raises(ValueError, match=f"{call.__name__}: loss_fn must return one number, got {got}"):
         call(LSTM, params, xs, loss_fn)

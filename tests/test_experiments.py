@@ -1,4 +1,4 @@
-"""The experiments on gradients: their data, what they measure with, and that each runs and draws."""
+"""The experiments on gradients: their data, their measurements, and small runs of each one."""
 
 import functools
 import re
@@ -9,26 +9,29 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import agreement, autodiff_vs_analytic, gradient_flow, grammar, trainer
-from jaxlstm import GRU, LSTM, RNN, trace, unroll
+from experiments import agreement, autodiff_vs_analytic, gradient_flow, grammar
+from experiments.harness import trainer
+from jaxlstm import GRU, LSTM, RNN, unroll
+from jaxlstm.diagnostics import trace
 
 from cells import draw, normal, worst_error
 
 
 @pytest.fixture
-def as_users_have_it():
+def default_settings():
+    """JAX as a user has it, without the checks of the tests."""
     with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False), jax.debug_nans(False):
         yield
 
 
-# The small English.
+# The grammar.
 
 
 NOUNS = {*grammar.NOUNS, *map(grammar.plural, grammar.NOUNS)}
 
 
 @pytest.mark.parametrize("distance", [0, 2, 3, 7, 12, 60])
-def test_a_clause_has_the_distance_asked_for_and_agrees(distance):
+def test_a_clause_has_the_given_distance_and_agrees_with_its_subject(distance):
     rng, counts = np.random.default_rng(distance), set()
     for number in (0, 1) * 40:
         words, verb, pronoun = grammar.clause(rng, distance, number=number)
@@ -38,20 +41,20 @@ def test_a_clause_has_the_distance_asked_for_and_agrees(distance):
         assert words[pronoun] == ("they" if number else grammar.PRONOUN[subject])
         assert not any(word in ("was", "were") for word in words[:verb])
         counts.add(len([word for word in words[2:verb] if word in NOUNS]))
-    assert counts == set(range(min(4, max(distance - 1, 0) // 2) + 1))  # all of them, up to four
+    assert counts == set(range(min(4, max(distance - 1, 0) // 2) + 1))  # every possible count, up to four
 
 
-def test_the_nouns_between_are_those_asked_for():
+def test_a_clause_contains_the_given_nouns():
     rng = np.random.default_rng(0)
     for between in ([], [0], [1, 1], [0, 1, 1, 0]):
         words, verb, _ = grammar.clause(rng, 12, between, number=0)
         found = [word for word in words[2:verb] if word in NOUNS]
         assert sorted(word not in grammar.NOUNS for word in found) == sorted(map(bool, between)) and verb == 14
-    with pytest.raises(ValueError, match="4 nouns take a distance of 9, got 8"):
+    with pytest.raises(ValueError, match="4 nouns need a distance of at least 9, got 8"):
         grammar.clause(rng, 8, [0] * 4)
 
 
-def test_of_four_nouns_between_so_many_have_the_other_number():
+def test_questions_have_the_given_number_of_attractors():
     words = np.array(grammar.WORDS)
     for count in range(5):
         asked = agreement.questions("number", agreement.ATTRACTORS_AT, 0, count)
@@ -61,7 +64,7 @@ def test_of_four_nouns_between_so_many_have_the_other_number():
             assert sum(word in NOUNS for word in own[2:]) == 4
 
 
-def test_the_language_is_as_rich_as_it_should_be():
+def test_the_grammar_has_many_words_and_texts():
     assert len(grammar.NOUNS) >= 40 and len(grammar.VERBS) >= 40
     assert len({*grammar.NOUNS, *map(grammar.plural, grammar.NOUNS)}) == 2 * len(grammar.NOUNS)
     tokens, real = grammar.corpus(0, 50, 12)
@@ -71,12 +74,12 @@ def test_the_language_is_as_rich_as_it_should_be():
     assert len({len(text.split()) for text in texts}) > 10
 
 
-def test_questions_ask_for_the_word_that_agrees():
+def test_the_right_answer_is_the_word_that_agrees():
     for question, answers in (("number", {"was", "were"}), ("gender", {"he", "she"})):
         asked = agreement.questions(question, 8, 0)
         words = np.array(grammar.WORDS)
         assert {*words[asked.right]} == {*words[asked.wrong]} == answers and (asked.right != asked.wrong).all()
-        assert np.mean(words[asked.right] == min(answers)) == 0.5  # so that chance is a half
+        assert np.mean(words[asked.right] == min(answers)) == 0.5  # so chance is one half
         after = asked.tokens[asked.last + 1, np.arange(len(asked.last))]
         assert (after == asked.right).all()
     asked = agreement.second_subject(5, 0)
@@ -86,20 +89,26 @@ def test_questions_ask_for_the_word_that_agrees():
     assert all(own == [words[wrong]] for own, wrong in zip(first, asked.wrong, strict=True))
 
 
-# What they measure with.
+# The measurements.
 
 
-def a_net(cell, hidden=6):
-    return jax.vmap(lambda key: agreement.init_net(key, cell, hidden))(jax.random.split(jax.random.key(0), 2))
+def net_of(cell, draw):
+    """Return a net for an experiment on agreement, each leaf `draw(shape)`; compiling its `init_net` takes seconds."""
+    like = jax.eval_shape(functools.partial(agreement.init_net, cell=cell, hidden_size=6), jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(draw(leaf.shape), leaf.dtype), like)
 
 
-@pytest.mark.usefixtures("as_users_have_it")
-def test_accuracy_counts_the_questions_answered_rightly():
-    nets, asked = a_net(GRU), agreement.questions("number", 4, 0)
+@pytest.mark.usefixtures("default_settings")
+def test_accuracy_counts_the_questions_answered_correctly():
+    nets, asked = net_of(GRU, lambda shape: normal(len(shape), 2, *shape)), agreement.questions("number", 4, 0)
     part = agreement.Questions(asked.tokens[:, :50], *(v[:50] for v in asked[1:]))
     got = agreement.accuracy(GRU, nets, part)
-    (last,) = set(part.last)  # of one distance: all answers stand at the same place
-    read = jax.jit(lambda net, words: unroll(GRU, net.cell, net.embedding[words])[1][-1] @ net.w + net.b)
+    (last,) = set(part.last)  # at one distance, all answers have the same index
+
+    @jax.jit
+    def read(net, words):
+        return unroll(GRU, net.cell, net.embedding[words])[1][-1] @ net.w + net.b
+
     for n in range(2):
         net = jax.tree.map(lambda leaf, n=n: leaf[n], nets)
         each = [read(net, column[: last + 1]) for column in part.tokens.T]
@@ -108,7 +117,7 @@ def test_accuracy_counts_the_questions_answered_rightly():
 
 
 @pytest.mark.parametrize("cell", [LSTM, GRU], ids=["LSTM", "GRU"])
-def test_a_clamped_unit_is_still_and_the_others_are_as_they_were(cell):
+def test_clamping_fixes_one_unit_and_changes_no_other(cell):
     params, xs, carry = draw(cell)
     held = jnp.arange(4) == 2
     to = jax.tree.map(lambda leaf: 0.3 + leaf[0], carry)
@@ -123,20 +132,22 @@ FILLER, LENGTH = 5, agreement.MAX_DISTANCE + 2
 
 
 def a_latch(copies):
-    """Make an RNN whose units 3 (and 4, if there are two) remember which of two words came first, and decide alone."""
+    """Make an RNN in which unit 3 (or units 3 and 4) alone remembers which word came first and decides the answer."""
     was, were = grammar.NUMBER["was"], grammar.NUMBER["were"]
     units = [3, 4][:copies]
-    net = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), a_net(RNN))
+    net = net_of(RNN, np.zeros)
     net = net._replace(embedding=net.embedding.at[was, 0].set(1.0).at[were, 0].set(-1.0).at[:, 1].set(1.0))
     cell = net.cell._replace(w_hh=net.cell.w_hh.at[jnp.array(units), jnp.array(units)].set(3.0))
-    cell = cell._replace(w_ih=cell.w_ih.at[0, jnp.array(units)].set(5.0).at[1, 0].set(1.0))  # unit 0 hums along
+    cell = cell._replace(
+        w_ih=cell.w_ih.at[0, jnp.array(units)].set(5.0).at[1, 0].set(1.0)
+    )  # unit 0 is active but has no effect
     return net._replace(cell=cell, w=net.w.at[jnp.array(units), was].set(5.0), b=net.b.at[was].set(0.1))
 
 
-@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.usefixtures("default_settings")
 @pytest.mark.parametrize("copies, without_one", [(1, 0.5), (2, 1.0)])
-def test_the_units_that_decide_are_found_and_tried_on_other_questions(copies, without_one, monkeypatch):
-    """The first word of a toy question is its own answer."""
+def test_the_deciding_units_are_found_and_tested_on_other_questions(copies, without_one, monkeypatch):
+    """In a toy question, the answer is the first word."""
     seen = []
 
     def toy(question, distance, seed):
@@ -155,7 +166,7 @@ def test_the_units_that_decide_are_found_and_tried_on_other_questions(copies, wi
     assert min(row["random"]) == 1.0
 
 
-def test_each_net_of_a_stack_is_trained_as_if_alone():
+def test_each_net_of_a_stack_trains_as_if_alone():
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
     nets = {
         name: {"w": jnp.asarray(normal(k, 3, 4)), "b": jnp.asarray(normal(9 + k, 3))} for k, name in enumerate("ab")
@@ -163,15 +174,16 @@ def test_each_net_of_a_stack_is_trained_as_if_alone():
     gradients = jax.tree.map(lambda v: 3 * v**2 + 1, nets)
     together = trainer.each_alone(optimizer)
     with jax.numpy_dtype_promotion("standard"):
-        got, _ = together.update(gradients, together.init(nets), nets)
+        got, _ = jax.jit(together.update)(gradients, together.init(nets), nets)
+        update = jax.jit(optimizer.update)
         for name, own in nets.items():
             for n in range(3):
                 net, gradient = (jax.tree.map(lambda v, n=n: v[n], tree) for tree in (own, gradients[name]))
-                want, _ = optimizer.update(gradient, optimizer.init(net), net)
+                want, _ = update(gradient, optimizer.init(net), net)
                 assert worst_error(jax.tree.map(lambda v, n=n: v[n], got[name]), want) < 1e-13
 
 
-def test_the_backward_pass_with_more_digits_is_the_gradient():
+def test_the_80_bit_backward_pass_equals_autodiff():
     params, xs, _ = draw(LSTM)
     weights = normal(3, 7, 3, 4)
     want = jax.grad(lambda p: (unroll(LSTM, p, xs)[1] * weights).sum())(params)
@@ -179,22 +191,21 @@ def test_the_backward_pass_with_more_digits_is_the_gradient():
     assert worst_error([g.astype(float) for g in got], list(want)) < 1e-14
 
 
-def test_a_verdict_takes_all_seeds():
-    row = lambda cell, at_lag: {
-        "cell": cell,
-        "recurrent": "r",
-        "scale": 1.0,
-        "forget": None,
-        "flow": [[1, v] for v in at_lag],
-    }
-    said = lambda own: gradient_flow.verdicts([row("RNN", [2, 4]), row("LSTM", own)], 1)[0]["than the RNN's"]
-    assert [said(own) for own in ([5, 9], [0.1, 1.9], [3.9, 9], [0.1, 5])] == [
+def test_a_verdict_must_hold_for_all_seeds():
+    def row(cell, at_lag):
+        setting = {"cell": cell, "recurrent": "r", "scale": 1.0, "forget": None}
+        return {**setting, "flow": [[1, v] for v in at_lag]}
+
+    def verdict(at_lag):
+        return gradient_flow.verdicts([row("RNN", [2, 4]), row("LSTM", at_lag)], 1)[0]["than the RNN's"]
+
+    assert [verdict(at_lag) for at_lag in ([5, 9], [0.1, 1.9], [3.9, 9], [0.1, 5])] == [
         "larger", "smaller", "not told apart", "not told apart"
     ]  # fmt: skip
 
 
 @pytest.mark.ci
-def test_gradient_by_lag_is_that_of_differences():
+def test_gradient_by_lag_equals_autodiff_from_each_state():
     key = jax.random.key(0)
     net = gradient_flow.init_net(key, gradient_flow.Setting("RNN", "uniform", 1.0, None), 11, 5)
     net = jax.tree.map(lambda v: v.astype("float64"), net)
@@ -203,28 +214,20 @@ def test_gradient_by_lag_is_that_of_differences():
     states = trace(RNN, net.cell, net.embedding[tokens[:-1]]).carry.h
 
     def loss(h, after):
-        ys = jnp.concatenate(
-            [
-                h[None],
-                unroll(
-                    RNN,
-                    net.cell,
-                    net.embedding[tokens[after + 1 : -1]],
-                    RNN.initial_carry(net.cell, (1,))._replace(h=h),
-                )[1],
-            ]
-        )
+        rest = net.embedding[tokens[after + 1 : -1]]
+        carry = RNN.initial_carry(net.cell, (1,))._replace(h=h)
+        ys = jnp.concatenate([h[None], unroll(RNN, net.cell, rest, carry)[1]])
         return -jax.nn.log_softmax(ys[-1] @ net.w + net.b)[0, tokens[-1, 0]]
 
     by_lag = [jnp.linalg.norm(jax.grad(loss)(states[-1 - lag], len(states) - 1 - lag)) for lag in (0, 4)]
     assert worst_error(flow[jnp.array([0, 4])], jnp.stack(by_lag) / by_lag[0]) < 1e-12
 
 
-# Each runs, and draws.
+# Small runs.
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.usefixtures("default_settings")
 def test_autodiff_vs_analytic_runs(tmp_path):
     result = autodiff_vs_analytic.main(
         lengths=(5,), widths=(3,), rounds=1, workdir=str(tmp_path / "new"), dtypes=("float64", "float32", "bfloat16")
@@ -239,8 +242,8 @@ def test_autodiff_vs_analytic_runs(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("as_users_have_it")
-def test_gradient_flow_runs_and_goes_on(tmp_path):
+@pytest.mark.usefixtures("default_settings")
+def test_gradient_flow_runs_and_resumes(tmp_path):
     run = functools.partial(
         gradient_flow.main, hidden_size=4, batch_size=2, seq_len=8, seeds=2, workdir=str(tmp_path / "new")
     )
@@ -252,8 +255,8 @@ def test_gradient_flow_runs_and_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("as_users_have_it")
-def test_agreement_runs_and_goes_on(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("default_settings")
+def test_agreement_runs_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(agreement, "NUM_TEXTS", 100)
     monkeypatch.setattr(agreement, "NUM_QUESTIONS", 20)
     run = functools.partial(

@@ -1,6 +1,6 @@
-"""The main job, killed without warning at random moments, some of them inside a save, ends in the same bits as ever.
+"""A job that is killed at a random moment, sometimes during a save, resumes and ends with the same bits.
 
-SIGKILL cannot be caught: what is on the disk at that moment is all there is.
+A process cannot catch SIGKILL, so the next one has only the files on disk.
 """
 
 import functools
@@ -20,7 +20,7 @@ FLAGS = [*SMALL, "--steps=300", "--block=10", "--save-every=20"]
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Start the job in a folder; the environment and the flags are the same for all."""
+    """Return a function that starts the job in a folder, always with the same flags and environment."""
     corpus = write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
 
     return functools.partial(
@@ -31,9 +31,9 @@ def job(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(job, tmp_path_factory):
-    """What the job ends with if left alone, and how many seconds it trains."""
+    """The outcome of an uninterrupted job, and how many seconds it trains."""
     folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    for time_is_taken in (False, True):  # the second time compiles nothing, as those that are killed
+    for time_is_taken in (False, True):  # the first run compiles; the second one, like the killed runs, does not
         folder = folder.with_name(f"uninterrupted-{time_is_taken}")
         running = job(folder)
         wait(running, (folder / "metrics.jsonl").exists)
@@ -45,15 +45,15 @@ def uninterrupted(job, tmp_path_factory):
 
 
 def wait(running, until):
-    """Wait until something has happened, or the process has ended."""
+    """Wait until `until()` is true or the process has ended."""
     while running.poll() is None and not until():
         time.sleep(0.0005)
 
 
 def killed(job, folder, rng, trial, seconds):
-    """Start a run and kill it; say where, or return None if it was not where it should have been."""
+    """Start a run and kill it; return where, or None if the signal came at the wrong moment."""
     running = job(folder)
-    inside_a_save, at_any_time = trial % 8 in (1, 4, 7), trial % 8 == 0  # 15 and 5 of 40; the rest while it trains
+    inside_a_save, at_any_time = trial % 8 in (1, 4, 7), trial % 8 == 0  # 15 and 5 of 40; the others train
     part = folder / "checkpoints" / f"step-{rng.integers(1, 15) * 20:08d}.part"
     since = part if inside_a_save else folder / ("config.json" if at_any_time else "metrics.jsonl")
     wait(running, since.exists)
@@ -69,10 +69,10 @@ def killed(job, folder, rng, trial, seconds):
 
 @sweep("runs killed at a random moment that ended in the same bits", 40)
 @pytest.mark.ci
-def test_a_killed_run_goes_on_and_ends_in_the_same_bits(trial, seed, job, uninterrupted, tmp_path, record_property):
+def test_a_killed_run_resumes_and_ends_with_the_same_bits(trial, seed, job, uninterrupted, tmp_path, record_property):
     expected, seconds = uninterrupted
     rng = np.random.default_rng([seed, trial])
-    for n in range(50):  # until one is killed where it should be
+    for n in range(50):  # until the signal comes at the right moment
         folder = tmp_path / str(n)
         if where := killed(job, folder, rng, trial, seconds):
             break
@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bits(trial, seed, job, uninte
 
 
 @pytest.mark.ci
-def test_what_the_outcome_compares_would_show_a_difference(uninterrupted):
+def test_the_compared_outcome_contains_metrics_results_and_state(uninterrupted):
     (rows, result, step, bits), _ = uninterrupted
     assert len(rows) > 300 and step == 300 and {"loss", "step", "grad_norm"} <= rows[0].keys()
     assert {"params.w", "opt_state.1.count", "carry.0.h", "key", "step"} <= bits.keys()

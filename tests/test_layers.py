@@ -13,20 +13,22 @@ from jaxlstm import (
     GRU,
     LSTM,
     Bidirectional,
+    Bulk,
+    Chunked,
     LSTMParams,
     LSTMState,
-    Noisy,
-    dropout_mask,
     generate,
     init_bidirectional,
     init_stack,
     length_mask,
+    low_precision,
     segment_resets,
     step_stack,
     unroll,
     unroll_bidirectional,
     unroll_stack,
 )
+from jaxlstm.regularize import Noisy, dropout_mask
 
 import oracles
 from cells import CELLS, HOLES, RESET, B, H, I, T, draw, normal, worst_error
@@ -265,9 +267,9 @@ def test_a_step_in_few_digits_equals_the_sequence_in_few_digits():
     params = init_stack(jax.random.key(0), LSTM, I, [H, 3])
     xs = jnp.asarray(normal(9, T, B, I), "float32")
     now = [LSTM.initial_carry(layer, (B,)) for layer in params]
-    _, ys = unroll_stack(LSTM, params, xs, compute_dtype="bfloat16")
+    _, ys = unroll_stack(low_precision(LSTM, "bfloat16"), params, xs)
     for t in range(T):
-        now, y = step_stack(LSTM, params, now, xs[t], compute_dtype="bfloat16")
+        now, y = step_stack(low_precision(LSTM, "bfloat16"), params, now, xs[t])
         np.testing.assert_allclose(y, ys[t], atol=1e-6)
     assert abs(unroll_stack(LSTM, params, xs)[1] - ys).max() > 1e-5
 
@@ -324,7 +326,7 @@ def dropped(key, rate=0.3, num_steps=50, sizes=(20, 20, 20)):
         init=lambda key, input_size, hidden_size, **_: {"w": jnp.ones(hidden_size)},
         initial_carry=lambda params, batch_shape=(): jnp.zeros((*batch_shape, 1)),
         project=lambda params, xs: xs,
-        recur=None,
+        recur=lambda params, carry: None,
         gates=lambda params, carry, z, a: (carry, z),
         name="through",
     )
@@ -387,7 +389,7 @@ def test_a_stack_compiles_once_and_every_layer_runs_one_scan():
     assert jaxpr.count("scan[") == 4
 
 
-def test_how_a_stack_is_differentiated_is_handed_on():
+def test_a_stack_passes_on_how_to_differentiate():
     params = init_stack(jax.random.key(0), LSTM, I, [4, 3], bidirectional=True, dtype=jnp.float64)
     jaxpr = lambda **options: str(
         jax.make_jaxpr(lambda p: unroll_stack(LSTM, p, jnp.ones((T, B, I)), **options))(params)
@@ -396,12 +398,43 @@ def test_how_a_stack_is_differentiated_is_handed_on():
     gradient = lambda **options: jax.make_jaxpr(
         jax.grad(lambda p: unroll_stack(LSTM, p, jnp.ones((T, B, I)), **options)[1].sum())
     )(params)
-    assert str(gradient(block_size=3)) != str(gradient())
-    low = unroll_stack(LSTM, params, jnp.asarray(normal(0, T, B, I)), compute_dtype="bfloat16")[1]
+    assert str(gradient(gradient=Bulk(block_size=3))) != str(gradient())
+    low = unroll_stack(low_precision(LSTM, "bfloat16"), params, jnp.asarray(normal(0, T, B, I)))[1]
     assert 1e-4 < worst_error(low, unroll_stack(LSTM, params, jnp.asarray(normal(0, T, B, I)))[1]) < 0.1
 
 
-def test_init_stack_knows_what_each_cell_puts_out_and_hands_options_on():
+def test_stacks_and_both_directions_chunk_and_truncate():
+    """Chunks change no gradient; truncated ones equal pieces whose carries are stopped between."""
+    params = init_stack(jax.random.key(0), LSTM, I, [4, 3], dtype=jnp.float64)
+    pair = init_bidirectional(jax.random.key(1), LSTM, I, 4, dtype=jnp.float64)
+    xs = jnp.asarray(normal(0, T, B, I))
+
+    def of_stack(params, gradient):
+        return (unroll_stack(LSTM, params, xs, mask=HOLES, gradient=gradient)[1] ** 2).sum()
+
+    def of_pair(pair, gradient):
+        return (unroll_bidirectional(LSTM, pair, xs, mask=HOLES, gradient=gradient)[1] ** 2).sum()
+
+    def in_pieces(params):
+        total, carries = 0.0, None
+        for cut in (slice(0, 3), slice(3, 6), slice(6, 7)):
+            carries, ys = unroll_stack(LSTM, params, xs[cut], carries, mask=HOLES[cut], gradient="scan")
+            carries = jax.tree.map(jax.lax.stop_gradient, carries)
+            total += (ys**2).sum()
+        return total
+
+    gradient = jax.jit(jax.grad(of_stack), static_argnums=1)
+    pair_gradient = jax.jit(jax.grad(of_pair), static_argnums=1)
+    whole, of_pieces = gradient(params, "scan"), jax.jit(jax.grad(in_pieces))(params)
+    assert worst_error(gradient(params, Chunked(3)), whole) < 1e-13
+    # Within the first layer of a stack, a chunk also stops what upper layers send back: as pieces of all layers do.
+    assert worst_error(gradient(params, Chunked(3, truncate=True)), of_pieces) < 1e-13
+    assert worst_error(of_pieces, whole) > 1e-3
+    assert worst_error(pair_gradient(pair, Chunked(3)), pair_gradient(pair, "scan")) < 1e-13
+    assert worst_error(pair_gradient(pair, Chunked(3, truncate=True)), pair_gradient(pair, "scan")) > 1e-3
+
+
+def test_init_stack_knows_the_outputs_of_each_cell_and_passes_options_on():
     params = init_stack(jax.random.key(0), LSTM, I, [4, 3], bidirectional=True, forget_bias=2.0)
     assert params[0].forward.w_ih.shape == (I, 16) and params[1].backward.w_ih.shape == (8, 12)
     assert (params[1].forward.b[3:6] == 2).all()
@@ -433,7 +466,7 @@ BAD = {
         lambda: unroll_stack(LSTM, PARAMS, XS, [None]), ValueError, r"unroll_stack: params have 2 layers, carries 1"),
     "one carry": (
         lambda: unroll_stack(LSTM, PARAMS, XS, LSTM.initial_carry(PARAMS[0], (B,))), TypeError,
-        r"unroll_stack: carries must be a list with one entry a layer, got LSTMState"),
+        r"unroll_stack: carries must be a list with one entry per layer, got LSTMState"),
     "carry of one direction": (
         lambda: unroll_stack(LSTM, BOTH, XS, [LSTM.initial_carry(PARAMS[0], (B,))]), TypeError,
         r"unroll_stack, layer 0: carry must be Bidirectional\(forward, backward\), got LSTMState"),
@@ -458,7 +491,7 @@ BAD = {
     "a step of both directions": (lambda: step_stack(LSTM, BOTH, [None], XS[0]), TypeError,
         r"step_stack, layer 0: a bidirectional layer has no step"),
     "a step without carries": (lambda: step_stack(LSTM, PARAMS, None, XS[0]), TypeError,
-        r"step_stack: carries must be a list with one entry a layer"),
+        r"step_stack: carries must be a list with one entry per layer"),
     "a step's mask": (lambda: step_stack(LSTM, PARAMS, CARRIES, XS[0], mask=HOLES), ValueError,
         r"^step_stack, layer 0: mask must be \[\*batch\] = \[3\], got \[7, 3\].$"),
     "a step's width": (lambda: step_stack(LSTM, PARAMS, CARRIES, XS[0, :, 1:]), ValueError,
@@ -470,13 +503,11 @@ BAD = {
     "a step's reset carries of another shape": (
         lambda: step_stack(LSTM, PARAMS, CARRIES, XS[0], reset=RESET[0], reset_carries=CARRIES[::-1]), ValueError,
         r"step_stack, layer 0: reset_carry is h float64\[3,3\].* expects h float64\[3,4\]"),
-    "a step in integers": (lambda: step_stack(LSTM, PARAMS, CARRIES, XS[0], compute_dtype="int8"), TypeError,
-        r"step_stack, layer 0: compute_dtype must be a floating type"),
-    "noise of the first layer alone": (lambda: unroll_stack(LSTM, PARAMS, Noisy(XS, None)), ValueError,
+    "noise of the first layer only": (lambda: unroll_stack(LSTM, PARAMS, Noisy(XS, None)), ValueError,
         r"unroll_stack: xs is Noisy, .* pass noise="),
     "a cell that is none": (lambda: init_stack(jax.random.key(0), "LSTM", I, [4]), TypeError, r"init_stack: cell must be a Cell"),
     "sizes that are one number": (lambda: init_stack(jax.random.key(0), LSTM, I, 7), TypeError,
-        r"init_stack: hidden_sizes must be a sequence, one size a layer, got 7"),
+        r"init_stack: hidden_sizes must be a sequence, one size per layer, got 7"),
     "a size of 0": (lambda: init_stack(jax.random.key(0), LSTM, I, [7, 0]), ValueError, r"init_stack: hidden_size must be a positive int, got 0"),
     "lengths beyond T": (lambda: length_mask([3, T + 1], T), ValueError,
         r"length_mask: lengths must lie between 0 and num_steps = 7, got lengths from 3 to 8"),

@@ -1,4 +1,4 @@
-"""`python -m jaxlstm`: it agrees here, says so in its exit code, and convicts a wrong gradient by name."""
+"""`python -m jaxlstm`: gradients agree here, the exit code says so, and a wrong gradient is named."""
 
 import re
 import subprocess
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlstm import LSTM, RNN, central_differences, comparison, lstm_bptt, unroll
+from jaxlstm import LSTM, RNN, lstm_bptt, unroll
 from jaxlstm import __main__ as check
+from jaxlstm.diagnostics import central_differences, comparison
 
 BLOCKS = [f"{name} {gate}" for name in ("w_ih", "w_hh", "b") for gate in "ifgo"] + ["xs", "h_0", "c_0"]
 
@@ -30,7 +31,7 @@ def test_the_gradients_agree_on_this_machine():
     assert [row[:2] for row in worst] == [
         ("LSTM", "float64"), ("GRU", "float64"), ("RNN(tanh)", "float64"), ("LSTM", "float32")
     ]  # fmt: skip
-    assert re.search(r"from float64 with matmuls pinned to float32, .*\n\n\d+ s\nAGREE\n$", done.stdout, re.S)
+    assert re.search(r"from float64 by \S+ with matmuls pinned to float32, .*\n\n\d+ s\nAGREE\n$", done.stdout, re.S)
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def full_precision():
         yield
 
 
-def test_a_wrong_road_is_convicted_by_name(monkeypatch, full_precision):
+def test_a_wrong_method_is_named(monkeypatch, full_precision):
     stopped = lambda params: params._replace(w_hh=jax.lax.stop_gradient(params.w_hh))
     monkeypatch.setattr(
         comparison, "lstm_bptt", lambda params, xs, carry, mask: lstm_bptt(stopped(params), xs, carry, mask=mask)
@@ -50,7 +51,7 @@ def test_a_wrong_road_is_convicted_by_name(monkeypatch, full_precision):
 
 
 @pytest.mark.parametrize("how", ["jit", pytest.param("eager", marks=pytest.mark.slow)])
-def test_a_wrong_mode_is_convicted_by_name(how, monkeypatch, full_precision):
+def test_a_wrong_mode_is_named(how, monkeypatch, full_precision):
     def wrong(cell, params, *args, gradient, mask):
         scale = 1 + 1e-3 * (gradient == "bulk")
         return unroll(cell, params._replace(w_ih=scale * params.w_ih), *args, gradient=gradient, mask=mask)
@@ -64,7 +65,7 @@ def test_a_wrong_mode_is_convicted_by_name(how, monkeypatch, full_precision):
 
 
 @pytest.mark.ci
-def test_a_disagreement_is_in_the_exit_code_and_a_nan_is_one(monkeypatch, capsys, full_precision):
+def test_a_disagreement_sets_the_exit_code_and_a_nan_is_a_disagreement(monkeypatch, capsys, full_precision):
     agreeing = check.compare(RNN, "float64")
     monkeypatch.setattr(check, "compare", lambda *args: agreeing)
     monkeypatch.setattr(check, "worst_errors", lambda *args: {"bulk sum": np.nan})
@@ -72,7 +73,7 @@ def test_a_disagreement_is_in_the_exit_code_and_a_nan_is_one(monkeypatch, capsys
     assert check.main() == 1
     out = capsys.readouterr().out
     assert "LSTM per example, eager, bulk sum: nan, allowed 1e-05\n" in out
-    assert 'jax.default_matmul_precision("highest") brings the digits back' in out
+    assert 'jax.default_matmul_precision("highest") restores the digits' in out
     assert out.endswith("DISAGREE: do not trust gradients on this machine.\n")
 
 

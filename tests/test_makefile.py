@@ -1,4 +1,4 @@
-"""make: set-up when it is due and only then, one clear line when it cannot go on, and the job's failure is make's."""
+"""make sets up an environment when needed and only then, reports errors in one line, and fails if its command fails."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 VENV = Path(sys.prefix)
 
-# A stand-in for Python that writes down what it is asked: its version, `-m venv`, `-m pip`, or a job.
+# A stand-in for Python that logs how it is called: for its version, `-m venv`, `-m pip`, or a job.
 STUB = """#!/bin/bash
 version=$(basename "$(readlink -f "$0")" | grep -o '3\\.[0-9]*')
 case "$*" in
@@ -31,7 +31,7 @@ set_up_by_make = pytest.mark.skipif(not list(VENV.glob(".installed*")), reason="
 
 
 def make(*args, cwd=ROOT, **environment):
-    # The make that runs these tests hands its own variables down.
+    # `make test` passes its own variables on to the tests.
     own = {"VENV", "PYTHON", "ACCEL", "ARGS"}
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name not in own}
     env |= environment
@@ -40,7 +40,7 @@ def make(*args, cwd=ROOT, **environment):
 
 @pytest.fixture
 def fresh(tmp_path):
-    """A fresh clone of what make reads, with Pythons 3.9, 3.11 and 3.12; returns what a make there did."""
+    """Copy the files make reads next to fake Pythons 3.9, 3.11 and 3.12; return a function that runs make there."""
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     for version in ("3.9", "3.11", "3.12"):
@@ -59,7 +59,7 @@ def fresh(tmp_path):
     return did
 
 
-def test_it_sets_up_once_and_again_when_pyproject_changes(fresh):
+def test_make_sets_up_once_and_again_when_pyproject_changes(fresh):
     set_up = ["venv 3.11", "pip .[dev]", "job"]
     assert fresh("train")[0] == set_up
     assert fresh("train")[0] == fresh("test")[0] == ["job"]
@@ -68,13 +68,13 @@ def test_it_sets_up_once_and_again_when_pyproject_changes(fresh):
     assert fresh("test")[0] == set_up
 
 
-def test_python_chooses_the_interpreter_and_it_stays(fresh):
+def test_python_chooses_the_interpreter_and_the_choice_persists(fresh):
     assert fresh("test", "PYTHON=./stub3.12")[0] == ["venv 3.12", "pip .[dev]", "job"]
     assert fresh("test")[0] == fresh("test", "PYTHON=./stub3.12")[0] == ["job"]
     assert fresh("test", "PYTHON=./stub3.11")[0] == ["venv 3.11", "pip .[dev]", "job"]
 
 
-def test_accel_adds_its_extra_and_it_stays_until_another_is_asked_for(fresh):
+def test_accel_adds_its_extra_and_the_choice_persists_until_another_is_made(fresh):
     assert fresh("train", "ACCEL=cuda12")[0] == ["venv 3.11", "pip .[dev,cuda12]", "job"]
     assert fresh("test")[0] == fresh("train", "ACCEL=cuda12")[0] == ["job"]
     assert fresh("train", "ACCEL=cuda13")[0] == ["venv 3.11", "pip .[dev,cuda13]", "job"]
@@ -88,21 +88,25 @@ def test_a_failing_job_fails_make(fresh):
     assert fresh("test", JOB="1")[1].returncode != 0
 
 
-@pytest.mark.parametrize("python, said", [("./nowhere", "not there"), ("./stub3.9", "3.9")])
-def test_a_python_that_is_missing_or_too_old_is_named_in_one_line(fresh, python, said):
+@pytest.mark.parametrize("python, message", [("./nowhere", "not installed"), ("./stub3.9", "3.9")])
+def test_a_missing_or_outdated_python_is_reported_in_one_line(fresh, python, message):
     log, done = fresh("test", f"PYTHON={python}")
     assert done.returncode != 0 and not log
     lines = [line for line in done.stderr.splitlines() if not line.startswith("make")]
-    assert lines == [f"jaxlstm needs Python 3.11 or newer, and {python} is {said}; name one: make PYTHON=python3.12"]
+    assert lines == [
+        f"jaxlstm needs Python 3.11 or newer, and {python} is {message}; choose one: make PYTHON=python3.12"
+    ]
 
 
 @set_up_by_make
 @pytest.mark.parametrize("devices, hint", [("GPU 0: a fake", True), ("No devices found", False)])
-def test_a_visible_gpu_that_jax_does_not_use_is_said_in_one_line(devices, hint, tmp_path):
+def test_a_visible_gpu_that_jax_does_not_use_is_reported_in_one_line(devices, hint, tmp_path):
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho {devices}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    done = make("train", f"VENV={VENV}", "ARGS=--corpus /nowhere.txt", PATH=path, JAX_PLATFORMS="cpu")
-    line = "An NVIDIA GPU is visible and JAX is not using it; ACCEL=cuda12 or ACCEL=cuda13 installs what it takes."
+    # --old-file: a newer pyproject.toml must not make this test rebuild the environment that it runs in.
+    stamps = [f"--old-file={stamp}" for stamp in VENV.glob(".installed*")]
+    done = make("train", *stamps, f"VENV={VENV}", "ARGS=--corpus /nowhere.txt", PATH=path, JAX_PLATFORMS="cpu")
+    line = "An NVIDIA GPU is visible but JAX does not use it; ACCEL=cuda12 or ACCEL=cuda13 installs what it needs."
     assert done.stdout.splitlines() == ([line] if hint else [])
     assert done.returncode != 0 and "--corpus /nowhere.txt cannot be read" in done.stderr

@@ -1,4 +1,4 @@
-"""An LSTM inside larger models: the reader of dates in three forms, an agent with memory, a learned first carry."""
+"""LSTMs inside larger models: the date reader in three forms, an agent with memory, learned initial carries."""
 
 import functools
 import json
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from experiments import dates, dates_functions
-from jaxlstm import LSTM, LSTMParams, LSTMState, check_gradients, split_gates, unroll
+from jaxlstm import LSTM, LSTMParams, LSTMState, split_gates, unroll
+from jaxlstm.diagnostics import check_gradients
 
 from cells import HOLES, RESET, B, H, I, T, draw, normal, worst_error
 
@@ -20,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def as_users_have_it():
+def default_settings():
+    """JAX as a user has it, without the checks of the tests."""
     with (
         jax.numpy_dtype_promotion("standard"),
         jax.enable_x64(False),
@@ -33,7 +35,7 @@ def as_users_have_it():
 # Dates.
 
 
-def test_held_out_strings_are_of_days_that_training_never_sees():
+def test_no_held_out_day_occurs_in_training():
     training, held_out = dates.days(False), dates.days(True)
     assert not set(training) & set(held_out) and len(training) + len(held_out) == 21_915
     assert 0.08 < len(held_out) / len(training) < 0.14
@@ -46,13 +48,20 @@ def test_held_out_strings_are_of_days_that_training_never_sees():
     assert len(said) > 2 * len(dates.FORMATS)
 
 
-def test_every_model_of_the_reader_is_at_most_120_lines():
+def test_every_form_of_the_reader_has_at_most_120_lines():
     for form in dates.FORMS.values():
         assert len(Path(form.__file__).read_text(encoding="utf-8").splitlines()) <= 120
 
 
 SIZES = (9, 6, 5)  # symbols, outputs, hidden
 LENGTHS = np.array([7, 1, 4])
+
+
+def draw_reader(dtype):
+    """Draw a reader whose weights are exact in float32; compiling `dates_functions.init` takes seconds."""
+    init = functools.partial(dates_functions.init, num_symbols=SIZES[0], num_outputs=SIZES[1], hidden_size=SIZES[2])
+    like = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(lambda v: jnp.asarray(normal(v.size, *v.shape).astype("float32"), dtype), like)
 
 
 def in_linen(reader, decoder):
@@ -66,7 +75,7 @@ def in_linen(reader, decoder):
 
 
 def forms_of(reader):
-    """Return the same weights as each form has them."""
+    """Return the same weights in the layout of each form."""
     gates = split_gates(reader.decoder)._asdict()
     as_linen = {f"i{name}": {"kernel": gate.w_ih} for name, gate in gates.items()}
     as_linen |= {f"h{name}": {"kernel": gate.w_hh, "bias": gate.b} for name, gate in gates.items()}
@@ -78,9 +87,7 @@ def forms_of(reader):
 @pytest.mark.ci
 def test_the_reader_is_the_same_in_every_form():
     with jax.numpy_dtype_promotion("standard"), jax.debug_key_reuse(False):
-        reader = dates_functions.init(jax.random.key(0), *SIZES)
-        # Embeddings that float32 holds, to which nnx.Embed rounds them, and their gradients.
-        reader = jax.tree.map(lambda v: jnp.asarray(normal(v.size, *v.shape).astype("float32"), float), reader)
+        reader = draw_reader("float64")  # float32 values, since nnx.Embed rounds embeddings and their gradients
         chars = np.random.default_rng(0).integers(SIZES[0], size=(3, 7))
         previous = np.random.default_rng(1).integers(SIZES[1] + 1, size=(3, 4))
         weight = normal(2, 3, 4, SIZES[1])
@@ -90,17 +97,13 @@ def test_the_reader_is_the_same_in_every_form():
             like = jax.eval_shape(
                 functools.partial(module.init, num_symbols=9, num_outputs=6, hidden_size=5), jax.random.key(0)
             )
-            shapes = lambda tree: jax.tree.map(jnp.shape, tree)
-            assert shapes(like) == shapes(params)
+            assert jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, params)
 
             @jax.jit
             def run(params, module=module):
-                logits, looked = module.predict(params, chars, LENGTHS, previous)
-                return (weight * logits).sum() + (looked**2).sum(), (
-                    logits,
-                    looked,
-                    module.write(params, chars, LENGTHS, 4),
-                )
+                logits, attention = module.predict(params, chars, LENGTHS, previous)
+                written = module.write(params, chars, LENGTHS, 4)
+                return (weight * logits).sum() + (attention**2).sum(), (logits, attention, written)
 
             (_, outputs), gradient = jax.value_and_grad(run, has_aux=True)(params)
             outs[form] = (*outputs, gradient)
@@ -111,16 +114,17 @@ def test_the_reader_is_the_same_in_every_form():
             for name, gradient in outs[form][3].items():
                 rounded = form == "nnx" and name in ("read", "written")
                 assert worst_error(gradient, want[form][name]) < (1e-6 if rounded else 1e-11)
-        looked = np.asarray(outs["functions"][1])
-        assert (looked[:, :, 4:][[1, 2]] == 0).all(), "nobody looks at padding"
-        np.testing.assert_allclose(looked.sum(axis=-1), 1, rtol=1e-12)
+        attention = np.asarray(outs["functions"][1])
+        assert (attention[:, :, 4:][[1, 2]] == 0).all(), "padding gets attention"
+        np.testing.assert_allclose(attention.sum(axis=-1), 1, rtol=1e-12)
 
 
-def test_what_stands_in_padding_changes_nothing(as_users_have_it):
-    reader = dates_functions.init(jax.random.key(0), *SIZES)
+def test_the_content_of_padding_has_no_effect(default_settings):
+    reader = draw_reader("float32")
+    write = jax.jit(dates_functions.write, static_argnums=3)
     chars = np.random.default_rng(0).integers(SIZES[0], size=(3, 7))
     other = np.where(np.arange(7) < LENGTHS[:, None], chars, (chars + 1) % SIZES[0])
-    out = [dates_functions.write(reader, c, LENGTHS, 5) for c in (chars, other)]
+    out = [write(reader, c, LENGTHS, 5) for c in (chars, other)]
     assert (out[0] == out[1]).all()
 
 
@@ -128,14 +132,14 @@ def test_what_stands_in_padding_changes_nothing(as_users_have_it):
     "form",
     [pytest.param(form, marks=pytest.mark.ci if form == "functions" else pytest.mark.slow) for form in dates.FORMS],
 )
-def test_more_than_99_percent_of_held_out_strings_are_read_right(form, tmp_path, as_users_have_it):
-    with jax.check_tracer_leaks(False):  # a training is traced once and not looked through
-        result = dates.main(form=form, steps=300, workdir=str(tmp_path / "run"))
+def test_more_than_99_percent_of_held_out_strings_are_read_correctly(form, tmp_path, default_settings):
+    with jax.check_tracer_leaks(False):  # this check traces functions anew, which takes minutes here
+        result = dates.main(form=form, steps=300, block=300, workdir=str(tmp_path / "run"))  # evaluated only once
     assert result["held-out strings"] == 5000 and result["exact match"] >= 0.99
     assert (tmp_path / "run" / "attention.png").stat().st_size > 20_000
 
 
-def test_the_page_on_dates_has_the_figures_of_the_results():
+def test_the_page_on_dates_quotes_the_committed_results():
     page = (ROOT / "docs" / "dates.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (?:pure |flax\.)(\w+) \| ([\d.]+) % \|", page, re.M)
     assert [form for form, _ in rows] == list(dates.FORMS)
@@ -158,7 +162,7 @@ RIGHT, WRONG = "reset=rollout.reset)", "reset=rollout.done)"
 
 @pytest.fixture(scope="module")
 def corridor():
-    """What the page defines, without its training."""
+    """The definitions of the page, without its training."""
     namespace = {}
     with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
         exec(CORRIDOR.split("train = jax.jit(")[0], namespace)
@@ -166,8 +170,8 @@ def corridor():
 
 
 @pytest.mark.ci
-def test_the_policy_that_learns_is_the_policy_that_acted(corridor, as_users_have_it):
-    """Across episodes that end in the middle of a rollout, and rollouts that begin in the middle of an episode."""
+def test_the_policy_that_learns_is_the_policy_that_acted(corridor, default_settings):
+    """Episodes end in the middle of a rollout, and rollouts start in the middle of an episode."""
     agent = corridor["agent"]._replace(policy=jax.random.normal(jax.random.key(3), (32, 2)))
     env, carry, done = corridor["state"].carry
     jitted = jax.jit(corridor["play"])
@@ -175,14 +179,17 @@ def test_the_policy_that_learns_is_the_policy_that_acted(corridor, as_users_have
     (_, last, _), rollout = jitted(agent, env, carry, done, jax.random.key(5))
     assert 0 < rollout.reset[0].mean() < 1 and rollout.done[-1].any() and not rollout.done[-1].all()
     assert (rollout.reset[1:] == rollout.done[:-1]).all() and (rollout.reset[0] == done).all()
-    learns = lambda reset: unroll(LSTM, agent.lstm, rollout.obs, carry, reset=reset)
-    final, hs = learns(rollout.reset)
+    keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.key(5), len(rollout.obs)))[:, 0]
+
+    def reread(reset):
+        """Unroll the rollout as the loss does; draw the actions with the keys that `play` used."""
+        final, hs = unroll(LSTM, agent.lstm, rollout.obs, carry, reset=reset)
+        return final, jax.vmap(jax.random.categorical)(keys, hs @ agent.policy)
+
+    final, actions = reread(rollout.reset)
     assert worst_error(final, last) < 1e-5
-    # The same draws from the policy that learns are the actions that were taken.
-    keys = [jax.random.split(key)[0] for key in jax.random.split(jax.random.key(5), len(hs))]
-    redrawn = lambda hs: jnp.stack([jax.random.categorical(k, h @ agent.policy) for k, h in zip(keys, hs, strict=True)])
-    assert (redrawn(hs) == rollout.action).all()
-    assert not (redrawn(learns(rollout.done)[1]) == rollout.action).all()
+    assert (actions == rollout.action).all()
+    assert not (reread(rollout.done)[1] == rollout.action).all()
 
 
 def rewards(code):
@@ -192,18 +199,18 @@ def rewards(code):
 
 
 @pytest.mark.ci
-def test_the_corridor_is_learned_by_a_policy_gradient(as_users_have_it):
+def test_the_corridor_is_learned_by_a_policy_gradient(default_settings):
     learned = rewards(CORRIDOR)
     assert abs(learned[:3].mean()) < 0.3 and learned[-20:].mean() > 0.95
 
 
 @pytest.mark.ci
-def test_with_the_done_of_the_same_step_the_corridor_is_not_learned(as_users_have_it):
+def test_with_the_done_of_the_same_step_the_corridor_is_not_learned(default_settings):
     assert CORRIDOR.count(RIGHT) == 1
     assert rewards(CORRIDOR.replace(RIGHT, WRONG))[-20:].mean() < 0.5
 
 
-# Learned carries.
+# Learned initial carries.
 
 
 class Model(NamedTuple):
@@ -212,23 +219,23 @@ class Model(NamedTuple):
     after_reset: LSTMState
 
 
+def draw_state(seed):
+    return LSTMState(jnp.asarray(normal(seed, H)), jnp.asarray(normal(seed + 1, H)))
+
+
+def one_per_row(leaf):
+    return jnp.broadcast_to(leaf, (B, H))
+
+
 @pytest.mark.ci
-def test_learned_first_and_reset_carries_have_the_gradients_of_differences():
+def test_learned_initial_and_reset_carries_have_correct_gradients():
     params, xs, _ = draw(LSTM)
-    state = lambda seed: LSTMState(jnp.asarray(normal(seed, H)), jnp.asarray(normal(seed + 1, H)))
-    model, weight = Model(params, state(3), state(5)), normal(7, T, B, H)
+    model = Model(params, draw_state(3), draw_state(5))
+    weight = normal(7, T, B, H)
 
     def loss(model):
-        to_batch = lambda state: jax.tree.map(lambda s: jnp.broadcast_to(s, (B, H)), state)
-        _, ys = unroll(
-            LSTM,
-            model.layer,
-            xs,
-            to_batch(model.start),
-            mask=HOLES,
-            reset=RESET,
-            reset_carry=to_batch(model.after_reset),
-        )
+        start, after_reset = (jax.tree.map(one_per_row, state) for state in (model.start, model.after_reset))
+        _, ys = unroll(LSTM, model.layer, xs, start, mask=HOLES, reset=RESET, reset_carry=after_reset)
         return (weight * ys).sum()
 
     assert check_gradients(loss, model, key=jax.random.key(0)).agree

@@ -1,4 +1,4 @@
-"""compute_dtype: what is rounded, what is not, and how far the gradients are from float64 at the rounded numbers."""
+"""low_precision: what is rounded, what is not, and how close the gradients are to float64 at the rounded numbers."""
 
 import functools
 
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxlstm import GRU, LSTM, RNN, unroll
-from jaxlstm.precision import in_compute_dtype
+from jaxlstm import GRU, LSTM, RNN, low_precision, unroll
 
 from cells import LEAKY, B, H, I, T, draw, normal, worst_error
 
@@ -48,7 +47,7 @@ def test_gradients_over_2000_steps_are_near_float64_and_nearer_than_the_plain_sc
     exact_params, exact_xs = at_rounded(dtype, params, xs)
     exact_weight = weight.astype("float64")
     exact = gradient(lambda p, x: unroll(LSTM, p, x)[1], exact_xs, exact_weight)(exact_params)
-    ours = gradient(lambda p, x: unroll(LSTM, p, x, compute_dtype=dtype)[1], xs, weight)(params)
+    ours = gradient(lambda p, x: unroll(low_precision(LSTM, dtype), p, x)[1], xs, weight)(params)
     plain = gradient(functools.partial(plain_scan, dtype), xs, weight)(params)
     for name, got, theirs, want in zip(params._fields, ours, plain, exact, strict=True):
         assert got.dtype == "float32"
@@ -61,7 +60,7 @@ def test_gradients_over_2000_steps_are_near_float64_and_nearer_than_the_plain_sc
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_one_step_rounds_x_h_and_weights_and_nothing_else(cell, dtype):
     params, xs, carry = draw(cell, dtype=np.float32)
-    got_carry, got = unroll(cell, params, xs[:1], carry, compute_dtype=dtype)
+    got_carry, got = unroll(low_precision(cell, dtype), params, xs[:1], carry)
     round_off = lambda v: jnp.asarray(v, dtype).astype("float32")
     weights = jax.tree.map(lambda v: round_off(v) if v.ndim >= 2 else v, params)
     z = cell.project(weights, round_off(xs[0]))
@@ -79,7 +78,7 @@ def test_one_step_rounds_x_h_and_weights_and_nothing_else(cell, dtype):
 )
 def test_the_rule_and_the_scan_agree_in_mixed_precision(cell):
     params, xs, carry = draw(cell, dtype=np.float32)
-    loss = lambda how: lambda *v: (unroll(cell, *v, gradient=how, compute_dtype="bfloat16")[1] ** 2).sum()
+    loss = lambda how: lambda *v: (unroll(low_precision(cell, "bfloat16"), *v, gradient=how)[1] ** 2).sum()
     bulk, scan = (jax.jit(jax.grad(loss(how), (0, 1, 2)))(params, xs, carry) for how in ("bulk", "scan"))
     assert worst_error(bulk, scan) < 1e-5
     # Forward over reverse, JAX drops custom rules inside a scan, and tangents are rounded; the other way it keeps them.
@@ -91,7 +90,7 @@ def test_the_rule_and_the_scan_agree_in_mixed_precision(cell):
 
 def test_the_matmuls_read_the_low_dtype_and_sum_in_float32():
     params, xs, _ = draw(LSTM, dtype=np.float32)
-    text = jax.jit(lambda p, x: unroll(LSTM, p, x, compute_dtype="bfloat16")[1]).lower(params, xs).as_text()
+    text = jax.jit(lambda p, x: unroll(low_precision(LSTM, "bfloat16"), p, x)[1]).lower(params, xs).as_text()
     dots = [line for line in text.splitlines() if "dot_general" in line]
     assert len(dots) == 2
     for line in dots:
@@ -100,20 +99,20 @@ def test_the_matmuls_read_the_low_dtype_and_sum_in_float32():
 
 
 def test_the_same_cell_and_dtype_are_the_same_cell():
-    assert in_compute_dtype(LSTM, jnp.dtype("bfloat16")) is in_compute_dtype(LSTM, jnp.dtype("bfloat16"))
+    assert low_precision(LSTM, "bfloat16") is low_precision(LSTM, jnp.bfloat16)
     params, xs, _ = draw(LSTM, dtype=np.float32)
     traces = []
 
     @jax.jit
     def run(params, xs):
         traces.append(1)
-        return unroll(LSTM, params, xs, compute_dtype="bfloat16")
+        return unroll(low_precision(LSTM, "bfloat16"), params, xs)
 
     run(params, xs), run(params, 2 * xs)
     assert len(traces) == 1
 
 
-def test_compute_dtype_of_the_parameters_own_dtype_changes_nothing():
+def test_low_precision_in_the_dtype_of_the_parameters_changes_nothing():
     params, xs, carry = draw(LSTM)
-    assert worst_error(unroll(LSTM, params, xs, carry, compute_dtype="float64"), unroll(LSTM, params, xs, carry)) == 0
+    assert worst_error(unroll(low_precision(LSTM, "float64"), params, xs, carry), unroll(LSTM, params, xs, carry)) == 0
     assert xs.shape == (T, B, I) and carry.h.shape == (B, H)

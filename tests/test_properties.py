@@ -79,7 +79,7 @@ def test_permuting_the_batch_permutes_the_results(form, seed, order):
 
 @pytest.mark.ci
 @given(causal, seeds)
-def test_pieces_with_the_carry_handed_on_are_one_run(form, seed):
+def test_pieces_that_pass_the_carry_on_equal_one_run(form, seed):
     params, run, xs, carries, mask, reset = drawn(form, seed)
     last, ys = run(params, xs, carries, mask=mask, reset=reset)
     pieces = []

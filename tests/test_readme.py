@@ -1,5 +1,6 @@
-"""Every code block of the README and the docs runs; every claim and every figure in it holds."""
+"""Every code block in the README and the docs runs, and every figure there equals the committed results."""
 
+import ast
 import inspect
 import json
 import re
@@ -12,22 +13,27 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import benchmark
+from benchmarks import benchmark
 from jaxlstm import LSTM, unroll
+from jaxlstm.moved import MOVED
 
 from cells import draw, worst_error
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = ROOT / "experiments" / "results" / "char_lm"
+TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+README = TEXT["README.md"]
+
+
+def read_json(*path):
+    return json.loads(ROOT.joinpath(*path).read_text(encoding="utf-8"))
 
 
 def python_blocks(page):
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+    return re.findall(r"```python\n(.*?)```", TEXT[page], re.S)
 
 
-# The README's blocks stand each by itself; a page of the docs is read from the top.
+# Each block of the README stands alone; the blocks of another page run one after the other.
 BLOCKS = {f"README.md {n}": code for n, code in enumerate(python_blocks("README.md"), 1)}
 BLOCKS |= {page: "\n".join(python_blocks(page)) for page in PAGES[1:] if python_blocks(page)}
 
@@ -37,39 +43,67 @@ BLOCKS |= {page: "\n".join(python_blocks(page)) for page in PAGES[1:] if python_
 def test_code_blocks_run(name, capsys):
     namespace = {"__name__": "readme"}
     exec(compile(BLOCKS[name], name, "exec"), namespace)
-    if name == "README.md 1":  # the first screen ends in a gradient compared
-        assert len(BLOCKS[name].strip().splitlines()) <= 12
-        assert max(namespace["gradient_error"](namespace["by_hand"], namespace["autodiff"])) < 1e-5
-        assert capsys.readouterr().out.startswith("LSTMParams(w_ih=")
+    if name == "README.md 1":
+        first_block_compares_two_gradients(namespace, capsys.readouterr().out)
     if "Classifier" in namespace:
         assert len([line for line in BLOCKS[name].splitlines() if line]) <= 26
         assert namespace["metrics"]["accuracy"][-10:].mean() > 0.95
 
 
-def test_there_are_blocks_in_every_page_that_teaches_a_call():
-    without = {"docs/claims.md", "docs/experiments.md"}  # tables and pictures
+def first_block_compares_two_gradients(namespace, printed):
+    assert len(BLOCKS["README.md 1"].strip().splitlines()) <= 12
+    error, xs, carry = (namespace[name] for name in ("gradient_error", "xs", "carry"))
+    assert max(error(namespace["by_hand"], namespace["gradient"])) < 1e-5
+    assert printed.startswith("LSTMParams(w_ih=")
+
+    def loss(params):
+        return (unroll(LSTM, params, xs, carry, gradient="scan")[1] ** 2).mean()
+
+    assert max(error(namespace["by_hand"], jax.grad(loss)(namespace["params"]))) < 1e-5
+
+
+def test_the_readme_is_short_and_its_first_block_is_simple():
+    assert len(README.split()) <= 1000
+    for outer in ast.walk(ast.parse(BLOCKS["README.md 1"])):
+        if isinstance(outer, ast.Lambda):
+            assert not any(isinstance(inner, ast.Lambda) for inner in ast.walk(outer.body))
+
+
+def test_every_page_that_teaches_a_call_has_code():
+    without = {"docs/benchmark.md", "docs/claims.md", "docs/experiments.md", "docs/runs.md"}  # tables and commands
     assert {page for page in PAGES if not python_blocks(page)} == without
 
 
-def test_the_tests_that_pages_name_are_there():
-    named = [name for page in PAGES for name in re.findall(r"tests/(\w+\.py)::(\w+)", (ROOT / page).read_text("utf-8"))]
-    claims = (ROOT / "docs" / "claims.md").read_text("utf-8")
-    named += [("test_claims.py", name) for name in re.findall(r"`(test_\w+)`", claims)]
+def test_the_readme_links_to_every_page():
+    linked = set(re.findall(r"\]\((docs/\w[\w-]*\.md|CONTRIBUTING\.md)\)", README))
+    assert linked == set(PAGES[1:])
+
+
+def test_the_changelog_says_where_every_name_went():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    old_names = [row.split("|")[1] for row in changelog.splitlines() if row.startswith("| `jaxlstm.")]
+    for name in MOVED:
+        assert re.search(rf"\b{name}\b", " ".join(old_names)), name
+
+
+def test_the_tests_named_on_the_pages_exist():
+    named = [name for text in TEXT.values() for name in re.findall(r"tests/(\w+\.py)::(\w+)", text)]
+    named += [("test_claims.py", name) for name in re.findall(r"`(test_\w+)`", TEXT["docs/claims.md"])]
     assert len(named) > 30
     for file, test in named:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text("utf-8"), (file, test)
 
 
 def fifteen_lines():
-    """Return the README's own function."""
-    (code,) = [code for code in python_blocks("README.md") if "def lstm(" in code]
+    """Return the function in docs/comparison-with-scan.md."""
+    (code,) = [code for code in python_blocks("docs/comparison-with-scan.md") if "def lstm(" in code]
     assert len(code[code.index("def lstm(") :].strip().splitlines()) <= 15
     namespace = {}
     exec(code, namespace)
     return namespace["lstm"]
 
 
-def test_the_fifteen_lines_are_gradient_scan():
+def test_the_fifteen_lines_equal_gradient_scan():
     lstm = fifteen_lines()
     params, xs, carry = draw(LSTM)
 
@@ -83,15 +117,15 @@ def test_the_fifteen_lines_are_gradient_scan():
 
 @pytest.mark.slow
 @jax.debug_nans(False)
-def test_what_the_table_says_of_flax_and_of_the_fifteen_lines():
+def test_the_comparison_table_is_right_about_flax_and_the_fifteen_lines():
     xs, lengths = jax.random.normal(jax.random.key(0), (3, 5, 2), "float32"), jnp.array([5, 0, 2])
     layer = nn.RNN(nn.OptimizedLSTMCell(4), return_carry=True)
     variables = layer.init(jax.random.key(1), xs)
     (_, h), ys = layer.apply(variables, xs, seq_lengths=lengths)
-    np.testing.assert_array_equal(h[1], ys[1, -1])  # of length 0, yet the last padding step's
+    np.testing.assert_array_equal(h[1], ys[1, -1])  # length 0, but the carry of the last padding step
     assert np.any(h[1])
     dirty = xs.at[2, 2:].set(jnp.nan)
-    # The loss sees only what lies inside the lengths; its gradient is NaN all the same.
+    # The loss reads real steps only, but its gradient is NaN.
     final = lambda v: layer.apply(v, dirty, seq_lengths=lengths)[0][1][2].sum()
     assert np.isfinite(final(variables))
     assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(jax.grad(final)(variables)))
@@ -106,50 +140,66 @@ def test_what_the_table_says_of_flax_and_of_the_fifteen_lines():
     assert np.isnan(jax.grad(inside)(params).w_hh).any()
 
 
-def test_the_figures_are_those_of_the_committed_result():
-    result = json.loads((RESULTS / "result.json").read_text(encoding="utf-8"))
+def test_the_character_models_figures_equal_the_committed_result():
+    page = TEXT["docs/runs.md"]
+    result = read_json("experiments", "results", "char_lm", "result.json")
     assert result["learned"]
-    assert f"({result['corpus']['characters']:,} characters" in README
+    assert f"({result['corpus']['characters']:,} characters" in page
     rows = {"LSTM, 2 layers of 128": result["held_out_bits"], **result["baselines"]}
     for name, bits in rows.items():
-        assert re.search(rf"\| [^|]*{re.escape(name)}[^|]* \| {bits:.2f} \|", README), name
+        assert re.search(rf"\| [^|]*{re.escape(name)}[^|]* \| {bits:.2f} \|", page), name
     assert (result["config"]["num_layers"], result["config"]["hidden_size"]) == (2, 128)
     assert all(row["agrees"] for check in result["gradient_check"].values() for row in check.values())
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        assert (ROOT / picture).exists()
 
 
-def test_the_benchmarks_table_is_that_of_its_committed_result():
-    result = json.loads((ROOT / "experiments" / "results" / "benchmark" / "result.json").read_text(encoding="utf-8"))
-    assert benchmark.table(result) in README
-    assert benchmark.costs_table(result) in README
-    assert (
-        len(result["shapes"]) == len(benchmark.SHAPES) and result["config"]["starts"] * result["config"]["rounds"] >= 5
-    )
+def test_the_benchmarks_tables_equal_the_committed_result():
+    page = TEXT["docs/benchmark.md"]
+    result = read_json("benchmarks", "results", "result.json")
+    assert benchmark.table(result) in page
+    assert benchmark.costs_table(result) in page
+    assert len(result["shapes"]) == len(benchmark.SHAPES)
+    assert result["config"]["starts"] * result["config"]["rounds"] >= 5
     gradients = [benchmark.ratios(row, "gradient") for row in result["shapes"]]
-    # As the README says below the table, where a twentieth is noise.
+    # The page says that five percent is noise.
     *ahead, level = [found["fastest JAX library"] for found in gradients]
     assert min(ahead) > 1.05 and abs(level - 1) < 0.05
     torch = [found["torch"] for found in gradients]
-    assert f"{min(torch):.2f} to {max(torch):.2f} times as long" in README and torch.index(max(torch)) == 4
+    assert f"{min(torch):.2f} to {max(torch):.2f} times as long" in " ".join(page.split())
+    assert torch.index(max(torch)) == 4
     forward = [benchmark.ratios(row, "forward")["fastest JAX library"] for row in result["shapes"]]
     assert min(forward) > 0.93 and benchmark.geometric_mean(forward) > 1
 
 
-def test_the_figures_of_the_full_suite_are_those_it_left(request):
+def test_the_readmes_speeds_equal_the_committed_result():
+    result = read_json("benchmarks", "results", "result.json")
+
+    def mean(kind, name):
+        return f"{benchmark.geometric_mean([benchmark.ratios(row, kind)[name] for row in result['shapes']]):.2f}"
+
+    readme = " ".join(README.split())
+    jax_libraries, torch = mean("gradient", "fastest JAX library"), mean("gradient", "torch")
+    assert f"{jax_libraries} times as long as jaxlstm, and torch {torch} times as long" in readme
+    forward = " and ".join([mean("forward", "fastest JAX library"), mean("forward", "torch")])
+    assert f"For the forward pass the factors are {forward}." in readme
+
+
+def test_the_full_suites_figures_equal_its_reports(request):
     if request.config.getoption("results"):
-        pytest.skip("they are being found out")
-    rows = dict(re.findall(r"^\| ([^|]+) \| (\d+/\d+) \|$", README, re.M))
+        pytest.skip("this run is about to measure them")
+    rows = dict(re.findall(r"^\| ([^|]+) \| (\d+/\d+) \|$", TEXT["CONTRIBUTING.md"], re.M))
     (kills,), (damages,), (gradients,), (faults,) = (
         [figure for said, figure in rows.items() if words in said]
-        for words in ("killed by SIGKILL", "damaged checkpoints", "what its plain scan gives", "faults put into a copy")
+        for words in ("killed by SIGKILL", "damaged checkpoints", "equals its plain scan", "faults, put one at a time")
     )
-    left = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "tests" / "results").glob("jax-*.json")]
-    assert left
-    for result in left:
-        assert result["failed"] == result["uncommitted"] == [] and result["tests"]["error"] == 0
-        assert result["command"] == "pytest -n 2 --results tests/results"
-        assert result["sweeps"] == {
+    runs = " ".join(TEXT["docs/runs.md"].split())
+    assert f"killed {kills} runs at random moments, 15 of them inside a save" in runs
+    assert f"noticed {damages} damaged checkpoints" in runs
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "tests" / "results").glob("jax-*.json")]
+    assert reports
+    for report in reports:
+        assert report["failed"] == report["uncommitted"] == [] and report["tests"]["error"] == 0
+        assert report["command"] == "pytest -n 2 --results tests/results"
+        assert report["sweeps"] == {
             "runs killed at a random moment that ended in the same bits": kills,
             "of these, killed inside a save": "15/15",
             "damaged checkpoints noticed": damages,
@@ -158,9 +208,18 @@ def test_the_figures_of_the_full_suite_are_those_it_left(request):
         }
 
 
-def test_links_lead_somewhere():
-    for page in PAGES:
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
-            assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
-    for path in re.findall(r"^\| `([\w./]+)` \|", README, re.M):
+def anchors(path):
+    """Return the anchors GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_paths_exist(page):
+    text = re.sub(r"```.*?```", "", TEXT[page], flags=re.S)
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", text):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), anchor
+    for path in re.findall(r"^\| `([\w./]+)` \|", text, re.M):
         assert (ROOT / path).exists(), path

@@ -18,17 +18,19 @@ from jaxlstm import (
     GRU,
     LSTM,
     RNN,
+    Bulk,
     Cell,
+    Chunked,
     LSTMState,
     RNNParams,
-    derivative,
-    init_chrono,
+    Scan,
     init_train_state,
+    initializers,
     length_mask,
+    low_precision,
     segment_resets,
     split_gates,
     unroll,
-    unroll_chunked,
 )
 
 import oracles
@@ -64,13 +66,10 @@ def draw_reset_carry(carry, kind):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", [*CELLS, pytest.param("LSTM, long", marks=pytest.mark.slow)])
-def test_values_and_all_gradients_equal_a_numpy_loop(name, way, monkeypatch):
-    name, is_long, _ = name.partition(", long")
+@pytest.mark.parametrize("name", [*CELLS, pytest.param("LSTM, in blocks", marks=pytest.mark.slow)])
+def test_values_and_all_gradients_equal_a_numpy_loop(name, way):
+    name, in_blocks, _ = name.partition(", in blocks")
     cell, step = CELLS[name]
-    if is_long:  # as if neither its z nor its weights would fit in cache
-        for limit in ("SHORT_BYTES", "LARGE_ROWS", "LARGE_HIDDEN"):
-            monkeypatch.setattr(derivative, limit, 0)
     mask, reset, kind, reverse = WAYS[way]
     params, xs, carry = draw(cell)
     reset_carry = draw_reset_carry(carry, kind)
@@ -88,7 +87,8 @@ def test_values_and_all_gradients_equal_a_numpy_loop(name, way, monkeypatch):
         final, ys = oracle_run(arrays)
         return (ys * d_ys).sum() + sum(np.sin(leaf).sum() for leaf in final)
 
-    run = functools.partial(unroll, mask=mask, reset=reset, reverse=reverse)
+    gradient = Bulk(block_size=3, keep_gates=False) if in_blocks else Bulk()
+    run = functools.partial(unroll, mask=mask, reset=reset, reverse=reverse, gradient=gradient)
 
     def loss(variables):
         params, carry, reset_carry, xs = variables
@@ -115,7 +115,7 @@ def test_the_oracle_notices_a_wrong_gate_order():
 
 @pytest.mark.parametrize("cell", [LSTM, GRU, RNN])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_masked_steps_hold_the_carry_and_put_out_zero(cell, reverse):
+def test_masked_steps_hold_the_carry_and_output_zero(cell, reverse):
     params, xs, carry = draw(cell)
     final, ys = unroll(cell, params, xs, carry, mask=MASK, reverse=reverse)
     assert not np.any(np.asarray(ys)[~MASK])
@@ -278,14 +278,14 @@ def test_a_carry_may_hold_keys_counters_and_flags():
     assert jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) and np.isfinite(ys).all()
 
 
-def test_a_users_project_may_embed_tokens_and_a_cell_may_do_without_recur():
+def test_project_may_embed_tokens_and_recur_may_return_none():
     embedding = jnp.asarray(normal(1, 9, H))
     cell = Cell(
         init=lambda key, input_size, hidden_size, *, dtype: embedding,
         initial_carry=lambda params, batch_shape=(): jnp.zeros((*batch_shape, H), params.dtype),
         gates=lambda params, carry, z, a: (carry / 2 + z, carry / 2 + z),
         project=lambda params, tokens: params[tokens],
-        recur=None,
+        recur=lambda params, carry: None,
     )
     tokens = np.random.default_rng(0).integers(0, 9, (T, B))
     _, ys = unroll(cell, embedding, tokens)
@@ -350,15 +350,15 @@ def test_the_program_does_not_grow_with_the_number_of_steps():
     assert len(sizes) == 1
 
 
-@pytest.mark.parametrize("short_bytes, in_loop", [(0, 2), (1 << 30, 1)], ids=["long", "short"])
-def test_one_loop_with_the_projection_inside_unless_the_sequence_is_short(short_bytes, in_loop, monkeypatch):
-    monkeypatch.setattr(derivative, "SHORT_BYTES", short_bytes)
-    params, xs, carry = draw(LSTM)
-    jaxpr = jax.make_jaxpr(lambda *v: unroll(LSTM, *v, gradient="scan"))(params, xs, carry)
-    compiled = jax.jit(lambda *v: unroll(LSTM, *v)).lower(params, xs, carry).compile().as_text()
+@pytest.mark.parametrize("shape, in_loop", [((2000, 16), 2), ((T, B), 1)], ids=["long", "short"])
+def test_one_loop_with_the_projection_inside_unless_the_sequence_is_short(shape, in_loop):
+    params = jax.eval_shape(lambda: LSTM.init(jax.random.key(0), I, 64))
+    xs = jax.ShapeDtypeStruct((*shape, I), "float32")
+    jaxpr = jax.make_jaxpr(lambda p, x: unroll(LSTM, p, x, gradient=Scan()))(params, xs)
+    compiled = jax.jit(lambda p, x: unroll(LSTM, p, x)).lower(params, xs).compile().as_text()
     (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
     assert sum(eqn.primitive.name == "dot_general" for eqn in scan.params["jaxpr"].jaxpr.eqns) == in_loop
-    entry = compiled[compiled.index("ENTRY") :]  # what types the carry is compiled away
+    entry = compiled[compiled.index("ENTRY") :]  # XLA removes the operations that type the carry
     assert entry.count(" while(") == 1 and (" dot(" in entry or "kind=kCustom" in entry) == (in_loop == 1)
 
 
@@ -497,7 +497,7 @@ WRONG = {
         lambda v: init_train_state(v.params, optax.sgd(0.1), 0), TypeError, r"init_train_state: key must be a typed key",
     ),
     "split_gates of another cell": (lambda v: split_gates(v.gru_params), TypeError, r"split_gates: params must be LSTMParams, got GRUParams"),
-    "max_lag as text": (lambda v: init_chrono(jax.random.key(0), I, H, max_lag="5"), ValueError, r"max_lag must be more than 2 steps, got '5'"),
+    "max_lag as text": (lambda v: initializers.chrono(jax.random.key(0), I, H, max_lag="5"), ValueError, r"max_lag must be more than 2 steps, got '5'"),
     "hidden size a bool": (lambda v: LSTM.init(jax.random.key(0), I, True), ValueError, r"must be a positive int, got True"),
     "batch of the carry": (
         lambda v: unroll(LSTM, v.params, v.xs, LSTMState(v.carry.h[:2], v.carry.c[:2])),
@@ -517,6 +517,9 @@ WRONG = {
     "GRU params for an RNN": (lambda v: unroll(RNN, v.gru_params, v.xs), ValueError, r"one step of RNN\(tanh\) .*another cell's"),
     "params without names": (
         lambda v: unroll(LSTM, {"w": v.xs}, v.xs), TypeError, r"LSTM expects params with w_ih and b, got dict; LSTM.init makes them",
+    ),
+    "features in few digits": (
+        lambda v: unroll(low_precision(LSTM, "bfloat16"), v.params, v.xs[..., :3]), ValueError, r"unroll: xs has 3 features, params.w_ih expects 5",
     ),
     "several arrays for xs": (lambda v: unroll(LSTM, v.params, (v.xs, v.xs)), TypeError, r"xs must be one array .*, got tuple"),
     "float lengths": (
@@ -569,17 +572,19 @@ WRONG = {
     "mixed dtypes within params": (
         lambda v: unroll(LSTM, v.params._replace(b=v.half.b), v.xs), TypeError, r"params .* must share one dtype; .*params\)",
     ),
-    "unknown gradient": (lambda v: unroll(LSTM, v.params, v.xs, gradient="fast"), ValueError, 'gradient must be "bulk" or "scan", got .fast'),
-    "block of no steps": (lambda v: unroll(LSTM, v.params, v.xs, block_size=0), ValueError, "unroll: block_size must be a positive int or None, got 0"),
-    "half a chunk": (lambda v: unroll_chunked(LSTM, v.params, v.xs, chunk_size=2.5), ValueError, "unroll_chunked: chunk_size must be a positive int or None, got 2.5"),
-    "chunked rank": (lambda v: unroll_chunked(LSTM, v.params, v.xs[:, 0, 0]), ValueError, r"unroll_chunked: xs must be"),
-    "integers to compute in": (lambda v: unroll(LSTM, v.params, v.xs, compute_dtype="int8"), TypeError, r'unroll: compute_dtype must be a floating type such as "bfloat16", got .int8'),
-    "no dtype to compute in": (lambda v: unroll(LSTM, v.params, v.xs, compute_dtype="half16"), TypeError, "compute_dtype must be a floating type"),
+    "unknown gradient": (lambda v: unroll(LSTM, v.params, v.xs, gradient="fast"), ValueError, r'unroll: gradient must be Bulk\(\), Scan\(\), Chunked\(\), "bulk" or "scan", got .fast'),
+    "gradient as a class": (lambda v: unroll(LSTM, v.params, v.xs, gradient=Bulk), ValueError, r"gradient must be Bulk\(\), .* got <class"),
+    "chunks within chunks": (lambda v: unroll(LSTM, v.params, v.xs, gradient=Chunked(within=Chunked())), ValueError, r"within must be Bulk\(\) or Scan\(\), got Chunked"),
+    "block of no steps": (lambda v: unroll(LSTM, v.params, v.xs, gradient=Bulk(0)), ValueError, "unroll: block_size must be a positive int or None, got 0"),
+    "half a chunk": (lambda v: unroll(LSTM, v.params, v.xs, gradient=Chunked(2.5)), ValueError, "unroll: chunk_size must be a positive int or None, got 2.5"),
+    "chunked rank": (lambda v: unroll(LSTM, v.params, v.xs[:, 0, 0], gradient=Chunked()), ValueError, r"unroll: xs must be"),
+    "integers to compute in": (lambda v: low_precision(LSTM, "int8"), TypeError, r'low_precision: dtype must be a floating type such as "bfloat16", got .int8'),
+    "no dtype to compute in": (lambda v: low_precision(LSTM, "half16"), TypeError, "low_precision: dtype must be a floating type"),
     "old-style integer seed": (
-        lambda v: LSTM.init(0, I, H), TypeError, r"init_glorot_orthogonal: key must be a typed key, got int; .*jax.random.key\(seed\)",
+        lambda v: LSTM.init(0, I, H), TypeError, r"LSTM.init: key must be a typed key, got int; .*jax.random.key\(seed\)",
     ),
     "old-style raw key": (
-        lambda v: GRU.init(jax.random.PRNGKey(0), I, H), TypeError, r"init_gru: key must be a typed key, got uint32\[2\]",
+        lambda v: GRU.init(jax.random.PRNGKey(0), I, H), TypeError, r"GRU.init: key must be a typed key, got uint32\[2\]",
     ),
     "several keys": (lambda v: RNN.init(jax.random.split(jax.random.key(0), 3), I, H), ValueError, r"must be one key, got 3"),
     "hidden size zero": (lambda v: LSTM.init(jax.random.key(0), I, 0), ValueError, r"hidden_size must be a positive int, got 0"),
@@ -616,12 +621,12 @@ def test_chunks_change_neither_values_nor_gradients(chunk_size, reverse):
 
         return jax.jit(jax.grad(of, (0, 1, 2), has_aux=True))(params, xs, carry)
 
-    chunked, whole = loss(functools.partial(unroll_chunked, chunk_size=chunk_size)), loss(unroll)
+    chunked, whole = loss(functools.partial(unroll, gradient=Chunked(chunk_size))), loss(unroll)
     assert worst_error(chunked, whole) < 1e-14
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_truncated_gradient_is_that_of_pieces_with_the_carry_stopped_between(reverse):
+def test_a_truncated_gradient_equals_pieces_with_the_carry_stopped_between(reverse):
     params, xs, carry = draw(LSTM)
     cuts = [slice(4, 7), slice(1, 4), slice(0, 1)] if reverse else [slice(0, 3), slice(3, 6), slice(6, 7)]
     weight = normal(50, T, B, H)
@@ -635,7 +640,7 @@ def test_a_truncated_gradient_is_that_of_pieces_with_the_carry_stopped_between(r
         return total + jnp.sin(carry.c).sum()
 
     def chunked(params, xs, carry, truncate=True):
-        last, ys = unroll_chunked(LSTM, params, xs, carry, chunk_size=3, truncate=truncate, reverse=reverse)
+        last, ys = unroll(LSTM, params, xs, carry, gradient=Chunked(3, truncate=truncate), reverse=reverse)
         return (ys * weight).sum() + jnp.sin(last.c).sum()
 
     got, want = (jax.jit(jax.value_and_grad(f, (0, 1, 2)))(params, xs, carry) for f in (chunked, by_hand))
@@ -647,5 +652,5 @@ def test_a_truncated_gradient_is_that_of_pieces_with_the_carry_stopped_between(r
 
 def test_no_steps_in_chunks():
     params, xs, carry = draw(LSTM)
-    last, ys = unroll_chunked(LSTM, params, xs[:0], carry)
+    last, ys = unroll(LSTM, params, xs[:0], carry, gradient=Chunked())
     assert ys.shape == (0, B, H) and worst_error(last, carry) == 0

@@ -14,17 +14,20 @@ from jaxlstm import (
     LSTM,
     RNN,
     Bidirectional,
-    Locked,
+    Bulk,
     LSTMState,
-    Noisy,
-    dropout_mask,
-    embedding_dropout,
     init_stack,
-    recurrent_dropout,
+    low_precision,
     step_stack,
-    trace,
     unroll,
     unroll_stack,
+)
+from jaxlstm.diagnostics import trace
+from jaxlstm.regularize import (
+    Locked,
+    Noisy,
+    dropout_mask,
+    recurrent_dropout,
     variational_dropout,
     weight_drop,
     zoneout,
@@ -197,12 +200,12 @@ def test_masks_of_several_batch_axes_and_blocks_of_time():
         jax.grad(lambda p, options=options: (unroll(cell, locked._replace(params=p), xs, **options)[1] ** 2).sum())(
             params
         )
-        for options in ({}, {"block_size": 2}, {"gradient": "scan"})
+        for options in ({}, {"gradient": Bulk(block_size=2)}, {"gradient": "scan"})
     )
     assert worst_error(one_block, scan) < 1e-13 and worst_error(blocks, scan) < 1e-13
 
 
-def test_a_stack_takes_noise_a_layer_and_what_the_gates_did_can_be_seen():
+def test_a_stack_takes_noise_per_layer_and_trace_shows_its_gates():
     cell = recurrent_dropout(LSTM)
     params = init_stack(KEY(0), LSTM, I, [H, 3], bidirectional=False, dtype=jnp.float64)
     xs = jnp.asarray(normal(0, T, B, I))
@@ -236,7 +239,7 @@ def test_rates_from_numpy_and_unbatched_masks_in_few_digits():
     assert zoneout(LSTM, np.float32(0.5)) is zoneout(LSTM, 0.5)
     params, xs, _ = jax.tree.map(lambda v: v.astype("float32"), draw(LSTM))
     locked = Locked(params, x=dropout_mask(KEY(1), 0.4, (I,)), h=dropout_mask(KEY(2), 0.4, (H,)))
-    _, low = unroll(variational_dropout(LSTM), locked, xs[:, 0], compute_dtype="bfloat16")
+    _, low = unroll(low_precision(variational_dropout(LSTM), "bfloat16"), locked, xs[:, 0])
     _, full = unroll(variational_dropout(LSTM), locked, xs[:, 0])
     assert 1e-5 < worst_error(low, full) < 0.1
 
@@ -298,7 +301,7 @@ def test_locked_masks_stay_and_noise_is_new_at_every_step():
     assert not (np.asarray(HELD.h) == np.asarray(HELD.h)[0]).all() and not (CANDIDATE[0] == CANDIDATE).all()
 
 
-def test_weight_drop_and_embedding_dropout():
+def test_weight_drop_and_dropped_embeddings():
     params, xs, _ = draw(LSTM)
     dropped = weight_drop(KEY(1), 0.5, params)
     assert (dropped.w_ih == params.w_ih).all() and (dropped.b == params.b).all()
@@ -307,7 +310,8 @@ def test_weight_drop_and_embedding_dropout():
     np.testing.assert_allclose(np.asarray(dropped.w_hh)[~gone], 2 * np.asarray(params.w_hh)[~gone], rtol=1e-15)
     gradient = jax.grad(lambda p: (unroll(LSTM, weight_drop(KEY(1), 0.5, p), xs)[1] ** 2).sum())(params)
     assert ((np.asarray(gradient.w_hh) == 0) == gone).all(), "what is dropped has no gradient"
-    table = embedding_dropout(KEY(2), 0.25, jnp.asarray(normal(0, 2000, 3)))
+    embedding = jnp.asarray(normal(0, 2000, 3))
+    table = embedding * dropout_mask(KEY(2), 0.25, (len(embedding), 1), embedding.dtype)
     rows = np.asarray(table) / normal(0, 2000, 3)
     assert all(len(set(np.round(row, 9))) == 1 for row in rows), "a symbol is dropped whole"
     assert abs((rows[:, 0] == 0).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 2000)
@@ -315,7 +319,7 @@ def test_weight_drop_and_embedding_dropout():
 
 
 def test_the_same_key_is_the_same_mask_in_another_process():
-    code = "import jax, jaxlstm; print(jaxlstm.dropout_mask(jax.random.key(7), 0.5, (4, 8)).tolist())"
+    code = "import jax, jaxlstm; print(jaxlstm.regularize.dropout_mask(jax.random.key(7), 0.5, (4, 8)).tolist())"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert eval(output) == dropout_mask(jax.random.key(7), 0.5, (4, 8)).tolist()
 
@@ -326,7 +330,7 @@ PARAMS, XS, CARRY = draw(LSTM)
 BAD = {
     "rate of 1": (lambda: dropout_mask(KEY(0), 1.0, (3,)), ValueError, r"dropout_mask: rate must lie in \[0, 1\), got 1.0"),
     "negative rate": (lambda: weight_drop(KEY(0), -0.5, PARAMS), ValueError, r"weight_drop: rate must lie in \[0, 1\), got -0.5"),
-    "untyped key": (lambda: embedding_dropout(3, 0.5, XS[0]), TypeError, r"embedding_dropout: key must be a typed key"),
+    "untyped key": (lambda: dropout_mask(3, 0.5, (4,)), TypeError, r"dropout_mask: key must be a typed key"),
     "params without w_hh": (lambda: weight_drop(KEY(0), 0.5, [PARAMS]), TypeError, r"weight_drop: params must be a NamedTuple with w_hh, got list"),
     "zoneout of 1": (lambda: zoneout(LSTM, LSTMState(0.1, 1.0)), ValueError, r"zoneout: rates must lie in \[0, 1\), got 1.0"),
     "rates of another cell": (lambda: unroll(zoneout(GRU, RATES), draw(GRU)[0], XS), ValueError, r"unroll: one step of zoneout\(GRU\) fails"),
@@ -350,10 +354,9 @@ BAD = {
     "noise without its batch": (
         lambda: unroll(recurrent_dropout(LSTM), PARAMS, Noisy(XS, jnp.ones((T, H)))), ValueError,
         r"recurrent_dropout: noise of a step must be \[3, 4\], got \[4\]"),
-    "zoneout by a dict": (lambda: zoneout(LSTM, {"h": 0.1, "c": 0.5}), TypeError, r"zoneout: rates must be one number or a NamedTuple of them, got dict"),
+    "zoneout by a dict": (lambda: zoneout(LSTM, {"h": 0.1, "c": 0.5}), TypeError, r"zoneout: rates must be one number or a NamedTuple of numbers, got dict"),
     "zoneout by a traced rate": (lambda: jax.jit(lambda r: unroll(zoneout(LSTM, r), PARAMS, XS))(0.5), TypeError, r"zoneout: rates must be known"),
     "zoneout of no cell": (lambda: zoneout("LSTM", 0.5), TypeError, r"zoneout: cell must be a Cell"),
-    "embedding of one symbol": (lambda: embedding_dropout(KEY(0), 0.5, XS[0, 0]), ValueError, r"embedding_dropout: embedding must be \[symbols, features\], got \[5\]"),
     "locked masks that do not divide": (
         lambda: unroll(variational_dropout(LSTM), Locked(PARAMS, h=jnp.ones((2, H))), XS), ValueError,
         r"Locked.h must be \[\*batch, features\] = \[3, 4\], got \[2, 4\]"),
@@ -370,7 +373,7 @@ def test_bad_input_gets_one_clear_error(name):
         call()
 
 
-def test_a_cell_without_h_says_what_it_puts_out():
+def test_a_cell_without_h_names_its_output():
     params, xs, carry = draw(LEAKY)
     cell = zoneout(LEAKY, 0.25, output=lambda carry: carry.s**2)
     step = lambda params, state, x: (lambda new: (new, new[0] ** 2))(

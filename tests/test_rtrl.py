@@ -9,19 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlstm import (
-    LSTM,
-    LSTMState,
+from jaxlstm import LSTM, LSTMState, num_params, unroll
+from jaxlstm.diagnostics import truncated_gradient
+from jaxlstm.rtrl import (
     OnlineState,
     cut_recurrence,
     init_rtrl,
     make_online_step,
-    num_params,
     rtrl_gradient,
     rtrl_step,
     snap1_pattern,
-    truncated_gradient,
-    unroll,
 )
 
 import oracles
@@ -43,7 +40,7 @@ def loss_of(ys):
 @pytest.mark.parametrize(
     "name", ["LSTM", "leaky", *(pytest.param(name, marks=pytest.mark.slow) for name in ("GRU", "RNN"))]
 )
-def test_rtrl_is_backpropagation_through_time(name, way):
+def test_rtrl_equals_backpropagation_through_time(name, way):
     cell = CELLS[name][0]
     params, xs, carry = draw(cell)
     bptt = lambda params: loss_of(unroll(cell, params, xs, carry, gradient="scan", **OPTIONS[way])[1])
@@ -52,7 +49,7 @@ def test_rtrl_is_backpropagation_through_time(name, way):
     assert worst_error(got, want) < 1e-13
 
 
-def test_rtrl_is_the_gradient_of_a_numpy_loop():
+def test_rtrl_equals_the_gradient_of_a_numpy_loop():
     params, xs, carry = draw(LSTM)
 
     def loss(*arrays):
@@ -64,7 +61,7 @@ def test_rtrl_is_the_gradient_of_a_numpy_loop():
 
 
 class Learned(NamedTuple):
-    """An LSTM's parameters, and the state that it starts from."""
+    """An LSTM's parameters, and the state it starts from."""
 
     w_ih: jax.Array
     w_hh: jax.Array
@@ -74,7 +71,7 @@ class Learned(NamedTuple):
 
 
 @pytest.mark.parametrize("way", OPTIONS)
-def test_what_a_carry_learned_at_the_start_and_at_resets_adds_to_the_gradient(way):
+def test_a_learned_initial_carry_has_a_gradient_at_the_start_and_at_resets(way):
     cell = dataclasses.replace(
         LSTM,
         initial_carry=lambda params, batch_shape=(): LSTMState(
@@ -89,13 +86,13 @@ def test_what_a_carry_learned_at_the_start_and_at_resets_adds_to_the_gradient(wa
     assert worst_error(got, want) < 1e-13 and all(np.asarray(leaf).any() for leaf in got[3:])
 
 
-def test_a_loss_may_have_more_digits_than_the_net():
+def test_a_loss_may_have_a_wider_dtype_than_the_net():
     params, xs, carry = draw(LSTM, dtype=np.float32)
     loss, gradient = rtrl_gradient(LSTM, params, xs, lambda y, t: (y.astype(np.float64) * WEIGHT[t]).sum(), carry)
     assert loss.dtype == np.float64 and gradient.b.dtype == np.float32
 
 
-def test_one_sequence_and_two_batch_axes_are_as_good():
+def test_no_batch_axis_and_two_batch_axes_give_the_same_gradient():
     params, xs, carry = draw(LSTM)
     want = rtrl_gradient(LSTM, params, xs, lambda y, t: (y**2).sum(), carry)
     two = rtrl_gradient(
@@ -109,24 +106,24 @@ def test_one_sequence_and_two_batch_axes_are_as_good():
     assert worst_error(jax.tree.map(lambda *v: sum(v), *ones), want) < 1e-13
 
 
-def test_what_is_kept_does_not_grow_with_the_sequence():
+def test_memory_does_not_grow_with_the_sequence():
     params, _, _ = draw(LSTM, dtype=np.float32)
     of = jax.jit(lambda xs: rtrl_gradient(LSTM, params, xs, lambda y, t: (y**2).sum()))
     sizes = [
         of.lower(jax.ShapeDtypeStruct((num_steps, B, I), np.float32)).compile().memory_analysis().temp_size_in_bytes
         for num_steps in (20, 2000)
     ]
-    assert sizes[1] < sizes[0] + 2000  # the inputs lie elsewhere
+    assert sizes[1] < sizes[0] + 2000  # temporaries do not contain the inputs
 
 
-def test_eprop_is_the_truncated_gradient():
+def test_eprop_equals_the_truncated_gradient():
     params, xs, carry = draw(LSTM)
     got = rtrl_gradient(cut_recurrence(LSTM), params, xs, step_loss, carry)[1]
     assert worst_error(got, truncated_gradient(LSTM, params, xs, loss_of, carry)) < 1e-13
 
 
 @pytest.mark.parametrize("way", OPTIONS)
-def test_eprop_loses_nothing_by_keeping_two_numbers_a_parameter(way):
+def test_eprop_loses_nothing_by_keeping_two_numbers_per_parameter(way):
     params, xs, carry = draw(LSTM)
     cut = cut_recurrence(LSTM)
     pattern = snap1_pattern(cut, params, xs[0, 0])
@@ -137,14 +134,14 @@ def test_eprop_loses_nothing_by_keeping_two_numbers_a_parameter(way):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_pattern_of_a_wide_layer_is_whole_in_few_digits(dtype):
+def test_the_pattern_of_a_wide_layer_is_complete_in_float32(dtype):
     params = LSTM.init(jax.random.key(0), 50, 40, dtype=dtype)
     pattern = snap1_pattern(LSTM, params, jnp.zeros(50, dtype))
     units = np.concatenate([np.tile(np.arange(160) % 40, rows) for rows in (50, 40, 1)])
     assert (np.asarray(pattern.carry[0]) == units).all() and (np.asarray(pattern.y) == units).all()
 
 
-def test_what_snap1_has_no_room_for_is_refused():
+def test_a_cell_that_snap1_cannot_represent_is_refused():
     def project_h(params, carry, z, a):
         carry, y = LSTM.gates(params, carry, z, a)
         return carry, y @ params.w_hh[:, :H]
@@ -162,7 +159,7 @@ def test_snap1_keeps_the_influence_of_the_weights_into_a_unit():
     assert (np.asarray(units_of.y) == np.asarray(units_of.carry[0])).all()
     units = np.concatenate([np.tile(np.arange(4 * H) % H, len(v) if v.ndim == 2 else 1) for v in params])
     gates = np.concatenate([np.tile(np.arange(4 * H) // H, len(v) if v.ndim == 2 else 1) for v in params])
-    of_c = np.arange(2 * H)[:, None] >= H  # which the output gate's weights do not reach
+    of_c = np.arange(2 * H)[:, None] >= H  # the output gate's weights do not reach c
     assert (pattern == ((np.arange(2 * H)[:, None] % H == units) & ~(of_c & (gates == 3)))).all()
 
     # The influence of one example, in NumPy, by complex steps, cut to the pattern after every step.
@@ -190,7 +187,7 @@ def test_snap1_keeps_the_influence_of_the_weights_into_a_unit():
     loss = lambda y, t: (jnp.sin(y) * WEIGHT[t, 0]).sum()
     _, got = rtrl_gradient(LSTM, params, xs[:4, 0], loss, one, pattern=units_of)
     assert worst_error(np.concatenate([np.ravel(v) for v in got]), want) < 1e-12
-    assert worst_error(got, rtrl_gradient(LSTM, params, xs[:4, 0], loss, one)[1]) > 1e-3  # which is another
+    assert worst_error(got, rtrl_gradient(LSTM, params, xs[:4, 0], loss, one)[1]) > 1e-3  # SnAp-1 is an approximation
 
 
 def test_an_influence_too_large_for_memory_is_refused_with_its_size():
@@ -223,7 +220,7 @@ def test_small_updates_of_an_online_learner_add_up_to_the_gradient():
     assert abs(sum(losses) - total(params, readout)) < 1e-4
 
 
-def test_an_online_learner_learns_to_repeat_what_it_saw_two_steps_ago():
+def test_an_online_learner_learns_to_repeat_its_input_of_two_steps_ago():
     key = jax.random.key(0)
     stream = jax.random.bernoulli(key, jnp.float32(0.5), (2000, 4)).astype(np.float32)
     params = LSTM.init(jax.random.key(1), 1, 8)
@@ -240,7 +237,7 @@ def test_an_online_learner_learns_to_repeat_what_it_saw_two_steps_ago():
     assert losses[-100:].mean() < 0.05
 
 
-def test_one_step_gives_the_output_and_what_its_cotangent_is_worth():
+def test_one_step_returns_the_output_and_the_map_from_its_cotangent_to_the_gradient():
     params, xs, carry = draw(LSTM)
     state = init_rtrl(LSTM, params, (B,), carry=carry)
     for t in range(3):

@@ -1,4 +1,4 @@
-"""A run that is stopped, or whose folder or disk is not what it should be: nothing is lost, and one line says why."""
+"""Runs that are interrupted, or whose folder or disk is broken, lose nothing and report the reason in one line."""
 
 import contextlib
 import json
@@ -16,17 +16,18 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import checkpoints, runs, trainer
+from experiments.harness import checkpoints, runs, trainer
 from jaxlstm import init_train_state, make_train_step
 
 from jobs import bits
 
 STEPS, BLOCK = 42, 5
+SCHEDULE = trainer.Schedule(STEPS, BLOCK, evaluate_every=10, save_every=15, keep=2)
 
 
 @pytest.fixture(autouse=True)
 def as_in_a_terminal():
-    # In the background of a script Ctrl-C is ignored, and that is inherited.
+    # Processes in the background of a script inherit the setting to ignore Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -34,7 +35,7 @@ def as_in_a_terminal():
 
 @pytest.fixture(autouse=True)
 def as_on_the_command_line(caplog):
-    # Optax's Adam and JAX's own defaults go together; what is tested here is no arithmetic.
+    # Optax's Adam needs JAX's default promotion.
     with jax.numpy_dtype_promotion("standard"), caplog.at_level(logging.INFO):
         yield
 
@@ -53,15 +54,17 @@ def examine(state, metrics, steps_per_second):
     return {"distance": float(jnp.abs(state.params["w"]).sum())}
 
 
-def go(folder, *, batches=batches, optimizer=None, resume=False, examine=examine, **options):
-    """Train a toy in a run's folder, as an experiment does."""
-    optimizer = optimizer or optax.adam(0.1)
+ADAM = optax.adam(0.1)
+TRAIN_STEP = make_train_step(loss_fn, ADAM)  # one for all runs, so that its blocks are compiled once
+
+
+def go(folder, *, batches=batches, optimizer=ADAM, train_step=TRAIN_STEP, resume=False, examine=examine, **schedule):
+    """Train a toy model in a run's folder, as an experiment does."""
     folder = runs.open_folder("toy", str(folder), {"steps": STEPS}, resume=resume)
     state = init_train_state({"w": jnp.ones(3, "float32")}, optimizer, jax.random.key(0), carry=jnp.float32(0))
     return trainer.train(
-        "toy", folder, make_train_step(loss_fn, optimizer), runs.restore(folder, state), batches, examine,
-        **{"score": "distance", "steps": STEPS, "block": BLOCK, "evaluate_every": 10, "save_every": 15, "keep": 2}
-        | options,
+        "toy", folder, train_step, runs.restore(folder, state), batches, examine,
+        SCHEDULE._replace(**schedule), score="distance",
     )  # fmt: skip
 
 
@@ -77,7 +80,7 @@ def refusal(call, *args, **options):
 
 
 def during(step, do):
-    """Give the batches, and do something while those of a step are read."""
+    """Return a function that returns the batches, and calls `do` when it is asked for a step's batch."""
 
     def interrupted(steps):
         if step in steps:
@@ -94,7 +97,7 @@ def uninterrupted(tmp_path_factory):
         return folder, go(folder)
 
 
-def test_a_row_for_every_step_and_every_evaluation(uninterrupted):
+def test_every_step_and_every_evaluation_writes_a_row(uninterrupted):
     folder, state = uninterrupted
     found = runs.read_metrics(folder)
     assert [row["step"] for row in found if "loss" in row] == list(range(1, STEPS + 1))
@@ -103,14 +106,14 @@ def test_a_row_for_every_step_and_every_evaluation(uninterrupted):
     assert [c.step for c in checkpoints.intact(folder / "checkpoints")][:2] == [42, 40]
 
 
-def test_there_is_a_checkpoint_every_so_many_steps_and_at_each_evaluation(tmp_path):
+def test_a_run_saves_at_every_interval_and_every_evaluation(tmp_path):
     go(tmp_path, keep=99)
     assert [c.step for c in checkpoints.intact(tmp_path / "checkpoints")] == [42, 40, 30, 20, 15, 10]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [7, 22, 41], ids="at {}".format)
-def test_a_stopped_run_saves_at_the_end_of_its_block_and_goes_on_to_the_same_bits(
+def test_a_stopped_run_saves_at_the_end_of_its_block_and_resumes_to_the_same_bits(
     number, step, uninterrupted, tmp_path, caplog
 ):
     with pytest.raises(SystemExit) as stopped:
@@ -126,7 +129,7 @@ def test_a_stopped_run_saves_at_the_end_of_its_block_and_goes_on_to_the_same_bit
 
 
 def after_a_signal(call, when=lambda *_: True):
-    """Give a function to which SIGTERM comes first, once."""
+    """Return a function that sends SIGTERM to this process before its first call."""
     sent = []
 
     def interrupted(*args, **options):
@@ -138,7 +141,7 @@ def after_a_signal(call, when=lambda *_: True):
 
 
 @pytest.mark.parametrize("where", ["examine", "save"])
-def test_a_signal_after_the_block_is_for_the_next_one(where, uninterrupted, tmp_path, monkeypatch):
+def test_a_signal_after_a_block_stops_the_run_after_the_next_block(where, uninterrupted, tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
         if where == "save":
             patched.setattr(checkpoints, "save", after_a_signal(checkpoints.save))
@@ -148,14 +151,14 @@ def test_a_signal_after_the_block_is_for_the_next_one(where, uninterrupted, tmp_
     assert bits(go(tmp_path, resume=True)) == bits(uninterrupted[1])
 
 
-def test_a_signal_in_the_last_evaluation_is_heard(uninterrupted, tmp_path):
+def test_a_signal_during_the_last_evaluation_stops_the_run(uninterrupted, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         go(tmp_path, examine=after_a_signal(examine, lambda state, *_: state.step == STEPS))
     assert stopped.value.code == 128 + signal.SIGTERM
     assert bits(go(tmp_path, resume=True, batches=None)) == bits(uninterrupted[1])
 
 
-def test_a_second_interrupt_is_not_held_back_and_the_run_goes_on_from_the_last_checkpoint(uninterrupted, tmp_path):
+def test_a_second_interrupt_takes_effect_at_once_and_the_run_resumes_from_the_last_checkpoint(uninterrupted, tmp_path):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -166,26 +169,26 @@ def test_a_second_interrupt_is_not_held_back_and_the_run_goes_on_from_the_last_c
     assert rows(tmp_path) == rows(uninterrupted[0])
 
 
-def test_a_background_job_that_was_told_to_ignore_ctrl_c_does(tmp_path):
+def test_a_background_job_still_ignores_ctrl_c(tmp_path):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     state = go(tmp_path, batches=during(7, lambda: os.kill(os.getpid(), signal.SIGINT)))
     assert state.step == STEPS and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_signals_are_as_before_after_a_run(uninterrupted, tmp_path):
+def test_a_run_restores_the_signal_handlers(uninterrupted, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     go(tmp_path)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_finished_run_can_be_resumed_and_has_nothing_to_do(uninterrupted, tmp_path):
+def test_resuming_a_finished_run_changes_nothing(uninterrupted, tmp_path):
     folder = Path(shutil.copytree(uninterrupted[0], tmp_path / "copy"))
     assert bits(go(folder, resume=True, batches=None)) == bits(uninterrupted[1])
     assert rows(folder) == rows(uninterrupted[0])
 
 
 @pytest.mark.parametrize("broken", [20, 40, 42])
-def test_a_run_goes_on_from_an_older_checkpoint_if_the_newest_are_damaged(broken, uninterrupted, tmp_path, caplog):
+def test_a_run_resumes_from_an_older_checkpoint_if_the_newest_are_damaged(broken, uninterrupted, tmp_path, caplog):
     folder = tmp_path / "run"
     go(folder, keep=9)
     for path in (folder / "checkpoints").iterdir():
@@ -193,7 +196,7 @@ def test_a_run_goes_on_from_an_older_checkpoint_if_the_newest_are_damaged(broken
             (path / "about.json").write_text("{}")
     assert bits(go(folder, resume=True)) == bits(uninterrupted[1])
     assert rows(folder) == rows(uninterrupted[0])
-    assert caplog.text.count("is damaged and passed over") == len([k for k in (20, 30, 40, 42) if k >= broken])
+    assert caplog.text.count("is damaged and was skipped") == len([k for k in (20, 30, 40, 42) if k >= broken])
 
 
 @pytest.mark.parametrize(
@@ -207,7 +210,7 @@ def test_a_run_goes_on_from_an_older_checkpoint_if_the_newest_are_damaged(broken
     ],
     ids=["half a row", "a later row", "zeros", "no step", "lost"],
 )
-def test_rows_after_the_checkpoint_are_cut_and_lost_ones_are_missed_aloud(tail, kept, uninterrupted, tmp_path, caplog):
+def test_rows_after_the_checkpoint_are_cut_and_lost_rows_are_reported(tail, kept, uninterrupted, tmp_path, caplog):
     folder = Path(shutil.copytree(uninterrupted[0], tmp_path / "copy"))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(tail)
@@ -219,14 +222,16 @@ def test_rows_after_the_checkpoint_are_cut_and_lost_ones_are_missed_aloud(tail, 
     else:
         assert rows(uninterrupted[0]).startswith(rows(folder))
         assert (folder / "metrics.jsonl.damaged").read_text() == rows(uninterrupted[0])[:500]
-        assert "can be read up to step 6, the checkpoint is of step 42: what was found is kept as" in caplog.text
+        assert "can be read up to step 6, but the checkpoint is from step 42; a copy was kept as" in caplog.text
 
 
 def test_two_processes_never_write_into_one_run(uninterrupted, tmp_path):
     folder = Path(shutil.copytree(uninterrupted[0], tmp_path / "copy"))
     with runs.metrics_writer(folder, after=STEPS, tensorboard=False):
-        (folder / "checkpoints" / f"step-{STEPS:08d}" / "about.json").write_text("{}")  # the other would cut rows
-        assert "another process is running the run in" in refusal(go, folder, resume=True)
+        (folder / "checkpoints" / f"step-{STEPS:08d}" / "about.json").write_text(
+            "{}"
+        )  # a second process would cut rows
+        assert "another process is writing to the run in" in refusal(go, folder, resume=True)
     assert rows(folder) == rows(uninterrupted[0])
 
 
@@ -235,15 +240,17 @@ def test_two_new_runs_never_share_a_folder(tmp_path, monkeypatch):
 
     def late(path, content):
         monkeypatch.setattr(runs, "write_json", right)
-        runs.open_folder("toy", str(tmp_path / "run"), {"seed": 2})  # another process, between two looks of this one
+        runs.open_folder("toy", str(tmp_path / "run"), {"seed": 2})  # another process, after this one's check
         right(path, content)
 
     monkeypatch.setattr(runs, "write_json", late)
-    assert "is not empty (it has config.json)" in refusal(runs.open_folder, "toy", str(tmp_path / "run"), {"seed": 1})
+    assert "is not empty (it contains config.json)" in refusal(
+        runs.open_folder, "toy", str(tmp_path / "run"), {"seed": 1}
+    )
     assert runs.read_config(tmp_path / "run")["seed"] == 2
 
 
-# Numbers that are lost.
+# Numbers that are not finite.
 
 
 @jax.debug_nans(False)
@@ -256,19 +263,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
         found[np.array(steps) >= start] = np.nan
         return found
 
-    said = refusal(go, tmp_path, batches=poisoned)
-    assert said.startswith(f"toy: at step {start + 1} ") and "is nan" in said
-    assert re.search(last, said)
+    message = refusal(go, tmp_path, batches=poisoned)
+    assert message.startswith(f"toy: at step {start + 1} ") and "is nan" in message
+    assert re.search(last, message)
     assert all(c.step <= start for c in checkpoints.intact(tmp_path / "checkpoints"))
-    assert refusal(go, tmp_path, batches=poisoned, resume=True) == said  # and again, from there
+    assert refusal(go, tmp_path, batches=poisoned, resume=True) == message
 
 
 @jax.debug_nans(False)
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
-    # The loss and its gradient are finite in the very step whose update is not.
+    # At this step the loss and its gradient are finite, but the update is not.
     spoil = optax.stateless(lambda updates, params: jax.tree.map(lambda u: u / jnp.float32(0), updates))
-    said = refusal(go, tmp_path, optimizer=spoil, steps=1)
-    assert said.startswith("toy: at step 1 a parameter is no longer finite; no checkpoint has been saved.")
+    message = refusal(go, tmp_path, optimizer=spoil, train_step=make_train_step(loss_fn, spoil), steps=1)
+    assert message.startswith("toy: at step 1 a parameter is no longer finite; no checkpoint has been saved.")
     assert not list(checkpoints.intact(tmp_path / "checkpoints"))
 
 
@@ -277,7 +284,7 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
 
 @contextlib.contextmanager
 def files_no_larger_than(size):
-    """A disk that takes no more, as far as this process is concerned."""
+    """Make the disk look full to this process."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -287,7 +294,9 @@ def files_no_larger_than(size):
 
 
 @pytest.mark.parametrize("size, where", [(1500, "File too large"), (60_000, "could not be saved: File too large")])
-def test_a_disk_that_takes_no_more_is_one_line_and_the_run_goes_on_when_it_does(size, where, uninterrupted, tmp_path):
+def test_a_full_disk_is_reported_in_one_line_and_the_run_resumes_when_there_is_room(
+    size, where, uninterrupted, tmp_path
+):
     with files_no_larger_than(10**9):
         folder = runs.open_folder("toy", str(tmp_path), {"steps": STEPS})
 
@@ -297,13 +306,15 @@ def test_a_disk_that_takes_no_more_is_one_line_and_the_run_goes_on_when_it_does(
         return batches(steps)
 
     with files_no_larger_than(10**9):
-        said = refusal(go, folder, batches=full, resume=True)
-    assert re.match(rf"toy: at step 20: .*{where}.*; the last good checkpoint is \S+step-00000015; go on: ", said)
+        message = refusal(go, folder, batches=full, resume=True)
+    assert re.match(
+        rf"toy: at step 20: .*{where}.*; the last good checkpoint is \S+step-00000015; resume with: ", message
+    )
     assert bits(go(folder, resume=True)) == bits(uninterrupted[1])
     assert rows(folder) == rows(uninterrupted[0])
 
 
-def test_json_is_whole_or_not_there(tmp_path):
+def test_a_failed_write_keeps_the_old_json_file(tmp_path):
     runs.write_json(tmp_path / "result.json", {"x": 1})
     with files_no_larger_than(1000), pytest.raises(OSError, match="File too large"):
         runs.write_json(tmp_path / "result.json", {"x": "y" * 9999})
@@ -313,56 +324,56 @@ def test_json_is_whole_or_not_there(tmp_path):
 # Folders.
 
 
-def test_a_folder_that_vanishes_is_one_line(tmp_path):
+def test_a_deleted_folder_is_reported_in_one_line(tmp_path):
     folder = tmp_path / "run"
-    said = refusal(go, folder, batches=during(22, lambda: shutil.rmtree(folder)))
-    assert said.startswith("toy: at step 30: ") and "No such file or directory" in said
+    message = refusal(go, folder, batches=during(22, lambda: shutil.rmtree(folder)))
+    assert message.startswith("toy: at step 30: ") and "No such file or directory" in message
     assert not folder.exists()
 
 
-def test_a_new_run_is_never_written_into_something_else(uninterrupted, tmp_path):
+def test_a_new_run_never_writes_into_another_folder(uninterrupted, tmp_path):
     (tmp_path / "thesis.tex").write_text("...")
-    assert "is not empty (it has thesis.tex); name a new folder" in refusal(go, tmp_path)
+    assert "is not empty (it contains thesis.tex); choose a new folder" in refusal(go, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    assert "is not empty (it has config.json)" in refusal(go, uninterrupted[0])
+    assert "is not empty (it contains config.json)" in refusal(go, uninterrupted[0])
     (tmp_path / "file").write_text("")
-    assert "--workdir" in (said := refusal(go, tmp_path / "file")) and "cannot be written" in said
+    assert "--workdir" in (message := refusal(go, tmp_path / "file")) and "cannot be written" in message
     assert "cannot be written" in refusal(go, "/proc/run")
 
 
-def test_what_cannot_be_resumed_is_said(uninterrupted, tmp_path):
-    assert "--resume goes on with the run in --workdir" in refusal(go, tmp_path / "nowhere", resume=True)
+def test_a_folder_that_cannot_be_resumed_is_reported(uninterrupted, tmp_path):
+    assert "--resume continues the run in --workdir" in refusal(go, tmp_path / "nowhere", resume=True)
     assert not (tmp_path / "nowhere").exists()
     (tmp_path / "thesis.tex").write_text("...")
     assert "has no config.json" in refusal(go, tmp_path, resume=True)
     folder = Path(shutil.copytree(uninterrupted[0], tmp_path / "copy"))
     for content in ("", "{", "[1]", '"x"'):
         (folder / "config.json").write_text(content)
-        assert "holds no run that can be read: config.json" in refusal(go, folder, resume=True)
+        assert "does not contain a readable run: config.json" in refusal(go, folder, resume=True)
 
 
-def test_a_run_killed_before_its_config_was_written_can_be_begun_in_the_same_folder(uninterrupted, tmp_path):
+def test_a_run_killed_before_it_wrote_its_config_can_start_again_in_the_same_folder(uninterrupted, tmp_path):
     (tmp_path / "config.json.17.part").write_text("{")
     (tmp_path / "checkpoints").mkdir()
     assert "has no config.json" in refusal(go, tmp_path, resume=True)
     assert bits(go(tmp_path)) == bits(uninterrupted[1])
 
 
-def test_a_resumed_run_must_be_the_same_run(uninterrupted, tmp_path, caplog):
+def test_a_resumed_run_must_have_the_same_settings(uninterrupted, tmp_path, caplog):
     folder, _ = uninterrupted
     config = {"steps": 50, "learning_rate": 0.2, "workdir": "elsewhere", "keep": 7}
-    said = refusal(runs.open_folder, "toy", str(folder), config, resume=True)
-    assert "is another one: steps was 42, is 50; learning_rate was None, is 0.2. Leave out" in said
+    message = refusal(runs.open_folder, "toy", str(folder), config, resume=True)
+    assert "has other settings: steps was 42, is 50; learning_rate was None, is 0.2. Leave out" in message
     assert runs.open_folder("toy", str(folder), {"steps": 42, "keep": 7}, resume=True) == folder
-    assert "same bits" not in caplog.text
+    assert "bitwise" not in caplog.text
     folder = Path(shutil.copytree(folder, tmp_path / "copy"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "devices": "8 x tpu (v9)"}))
     runs.open_folder("toy", str(folder), {"steps": 42}, resume=True)
-    assert "devices were 8 x tpu (v9), are 1 x cpu (cpu): the run will not end in the same bits." in caplog.text
+    assert "devices changed from 8 x tpu (v9) to 1 x cpu (cpu): the run will not be bitwise identical" in caplog.text
 
 
-def test_the_command_line_takes_the_flags_of_the_run_it_resumes(tmp_path, monkeypatch):
+def test_the_command_line_uses_the_flags_of_the_run_it_resumes(tmp_path, monkeypatch):
     seen = []
 
     def main(*, width: int = 1, rate: float = 0.5, workdir: str | None = None, resume: bool = False):

@@ -1,11 +1,13 @@
-"""Where a gradient comes from, against a backward pass in NumPy that keeps every use of the weights apart."""
+"""The sources of a gradient, against a NumPy backward pass that keeps the uses of the weights apart."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlstm import LSTM, cut_recurrence, gradient_cosine, gradient_sources, trace, unroll
+from jaxlstm import LSTM, unroll
+from jaxlstm.diagnostics import gradient_cosine, gradient_sources, trace
+from jaxlstm.rtrl import cut_recurrence
 
 from cells import CELLS, HOLES, RESET, B, H, I, T, draw, normal, worst_error
 
@@ -47,7 +49,7 @@ def test_the_parts_add_up_to_the_gradient(name, way):
     assert not any(np.triu(leaf, 1).any() for leaf in jax.tree.leaves(found.norms))
 
 
-def test_every_use_of_the_weights_is_what_a_numpy_backward_pass_gives_it():
+def test_every_use_of_the_weights_equals_a_numpy_backward_pass():
     params, xs, carry = draw(LSTM)
     recorded = trace(LSTM, params, xs, carry)
     i, f, g, o = map(np.asarray, recorded.gates)
@@ -69,7 +71,7 @@ def test_every_use_of_the_weights_is_what_a_numpy_backward_pass_gives_it():
     assert worst_error(found.by_lag.w_hh, np.stack(by_lag)) < 1e-12
 
 
-def test_the_truncated_gradient_is_right_at_lag_0_and_turns_away_from_the_exact_one():
+def test_the_truncated_gradient_is_exact_at_lag_0_and_changes_direction_later():
     params, xs, carry = draw(LSTM)
     exact, cut = (gradient_sources(cell, params, xs, step_loss, carry).by_lag for cell in (LSTM, cut_recurrence(LSTM)))
     cosines = np.asarray(jax.vmap(gradient_cosine)(cut, exact))
@@ -79,7 +81,7 @@ def test_the_truncated_gradient_is_right_at_lag_0_and_turns_away_from_the_exact_
     assert cosines[3] < 0.99
 
 
-def test_a_use_takes_no_array_of_all_pairs():
+def test_memory_grows_linearly_with_the_number_of_steps():
     params, _, _ = draw(LSTM, dtype=np.float32)
     of = jax.jit(lambda xs: gradient_sources(LSTM, params, xs, lambda y, t: (y**2).sum()).by_lag)
     num_bytes = [
@@ -93,14 +95,14 @@ def test_a_use_takes_no_array_of_all_pairs():
     "loss, message",
     [(lambda ys: ys.sum(), r"step_loss must take \(y_t, t\)"), (lambda y, t: y, rf"return one number.*\[{B}, {H}\]")],
 )
-def test_a_loss_that_is_no_sum_over_steps_is_refused(loss, message):
+def test_a_loss_that_is_not_a_sum_over_steps_is_refused(loss, message):
     params, xs, _ = draw(LSTM)
     with pytest.raises(ValueError, match=f"gradient_sources: .*{message}"):
         gradient_sources(LSTM, params, xs, loss)
 
 
 @pytest.mark.ci
-def test_small_gradients_have_norms_and_angles_in_float32():
+def test_tiny_gradients_have_norms_and_angles_in_float32():
     params, xs, carry = draw(LSTM, dtype=np.float32)
     small = lambda y, t: np.float32(1e-25) * (jnp.sin(y) * WEIGHT.astype(np.float32)[t]).sum()
     of = lambda loss: gradient_sources(LSTM, params, xs, loss, carry)
@@ -109,7 +111,7 @@ def test_small_gradients_have_norms_and_angles_in_float32():
     assert abs(float(gradient_cosine(tiny.by_loss, whole.by_loss)) - 1) < 1e-5
 
 
-def test_no_step_has_no_source():
+def test_sequences_without_steps_have_no_sources():
     params, xs, _ = draw(LSTM)
     found = gradient_sources(LSTM, params, xs[:0], step_loss)
     assert found.losses.shape == (0,) and found.by_lag.w_hh.shape == (0, H, 4 * H) and found.norms.b.shape == (0, 0)

@@ -18,7 +18,7 @@ def golden_case(name):
 
 
 def params_from_torch(name, results, suffix="_l0", prefix=""):
-    """Convert torch's weights, or with prefix "d_" the gradients by ours, which its first bias alone has."""
+    """Convert torch's weights, or with prefix "d_" its gradients: our b takes the gradient of torch's first bias."""
     w_ih, w_hh, b_ih, b_hh = (
         results[f"{prefix}{part}{suffix}"] for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     )

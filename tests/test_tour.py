@@ -1,4 +1,4 @@
-"""The tour runs, and the notebook is the script's."""
+"""The tour runs, and the notebook is up to date with its script."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ def sources(notebook):
     return [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
 
 
-def test_the_notebook_is_made_of_the_script_and_has_its_pictures():
+def test_the_notebook_equals_the_script_and_has_its_pictures():
     notebook = json.loads((DOCS / "tour.ipynb").read_text(encoding="utf-8"))
     assert sources(notebook) == sources(jupytext.read(DOCS / "tour.py"))
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
@@ -31,4 +31,4 @@ def test_the_tour_runs(monkeypatch):
     text = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
     assert "AGREE in float64" in text and "Departure(block='gate " in text and "step=10" in text
     assert text.count("rows add up to the gradient: True") == 3
-    assert "right in the last steps: 1.00" in text and text.rstrip().endswith("AGREE")
+    assert "accuracy in the last steps: 1.00" in text and text.rstrip().endswith("AGREE")

@@ -148,7 +148,7 @@ def test_vmap_over_seeds_equals_separate_runs():
     assert worst_error(alone[0][0].params, alone[1][0].params) > 0.1
 
 
-def test_the_carry_is_handed_on_and_cut_from_the_gradient():
+def test_the_carry_passes_to_the_next_batch_without_its_gradient():
     optimizer = optax.sgd(0.0)
     quiet = lambda params, batch, carry, key: lstm_loss_without_noise(params, batch, carry)
     first = new_state(optimizer)

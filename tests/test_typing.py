@@ -1,4 +1,4 @@
-"""A user's type checker knows what comes back."""
+"""A user's type checker infers the types that the library returns."""
 
 import re
 import subprocess
@@ -24,17 +24,17 @@ jaxlstm.unroll(jaxlstm.LSTM, params, ys, gru_carry)
 
 
 @pytest.mark.ci
-def test_mypy_knows_the_carry_of_a_cell_and_refuses_another_cells(tmp_path):
+def test_mypy_infers_the_type_of_a_carry_and_rejects_another_cells_carry(tmp_path):
     path = tmp_path / "user.py"
     path.write_text(USER_CODE)
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", f"--cache-dir={root / '.mypy_cache'}", path]
     out = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root).stdout
-    told = dict(re.findall(r"user\.py:(\d+): (?:note|error): (.*)", out))
-    assert 'Revealed type is "jax' in told["5"] and "Array" in told["5"], out
-    assert "jaxlstm.lstm.LSTMState" in told["7"]
-    assert "Array" in told["8"]
-    assert "jaxlstm.lstm.LSTMParams" in told["9"]
-    assert '"GRUState" has no attribute "c"' in told["11"]
-    assert "unroll" in told["12"] and "error" in out.splitlines()[-2]
-    assert len(told) == 6, out
+    reported = dict(re.findall(r"user\.py:(\d+): (?:note|error): (.*)", out))
+    assert 'Revealed type is "jax' in reported["5"] and "Array" in reported["5"], out
+    assert "jaxlstm.lstm.LSTMState" in reported["7"]
+    assert "Array" in reported["8"]
+    assert "jaxlstm.lstm.LSTMParams" in reported["9"]
+    assert '"GRUState" has no attribute "c"' in reported["11"]
+    assert "unroll" in reported["12"] and "error" in out.splitlines()[-2]
+    assert len(reported) == 6, out
