@@ -17,7 +17,7 @@ import optax
 
 from jaxlstm import LSTM, LSTMParams, LSTMState, fit, init_train_state, make_train_step, step_stack, unroll
 
-NUM_MAZES, NUM_STEPS, NUM_UPDATES, HIDDEN_SIZE, DISCOUNT = 64, 32, 150, 32, 0.9
+NUM_MAZES, NUM_STEPS, NUM_UPDATES, HIDDEN_SIZE, DISCOUNT = 64, 32, 100, 32, 0.9
 
 
 class Maze(NamedTuple):
@@ -87,7 +87,7 @@ def main() -> dict[str, float]:
     maze_key, agent_key, train_key = jax.random.split(jax.random.key(0), 3)
     agent = Agent(LSTM.init(agent_key, 4, HIDDEN_SIZE), jnp.zeros((HIDDEN_SIZE, 2)))
     world = enter(maze_key), LSTM.initial_carry(agent.lstm, (NUM_MAZES,))
-    optimizer = optax.adam(1e-2)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(5e-3))
     train = jax.jit(functools.partial(fit, make_train_step(loss_fn, optimizer)))
     # `fit` passes the world on, so an episode may begin in one rollout and end in the next. It needs no data.
     _, metrics = train(init_train_state(agent, optimizer, train_key, carry=world), jnp.arange(NUM_UPDATES))

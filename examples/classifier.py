@@ -19,7 +19,7 @@ from jaxlstm import LSTM, LSTMParams, fit, init_train_state, length_mask, make_t
 WAVES = ("sine", "square", "sawtooth")
 MAX_LENGTH, HIDDEN_SIZE = 40, 32
 NUM_TRAIN, NUM_HELD_OUT = 2048, 512
-BATCH_SIZE, NUM_EPOCHS = 64, 12
+BATCH_SIZE, NUM_EPOCHS = 64, 10
 
 
 class Data(NamedTuple):
@@ -54,8 +54,7 @@ class Classifier(NamedTuple):
 
 
 def init_classifier(key: jax.Array) -> Classifier:
-    w, b = jnp.zeros((HIDDEN_SIZE, len(WAVES))), jnp.zeros(len(WAVES))
-    return Classifier(LSTM.init(key, 1, HIDDEN_SIZE), w, b)
+    return Classifier(LSTM.init(key, 1, HIDDEN_SIZE), jnp.zeros((HIDDEN_SIZE, len(WAVES))), jnp.zeros(len(WAVES)))
 
 
 @jax.jit
@@ -84,7 +83,7 @@ def main() -> dict[str, float]:
     data = make_data(data_key, NUM_TRAIN + NUM_HELD_OUT)
     train, held_out = Data(*(leaf[:NUM_TRAIN] for leaf in data)), Data(*(leaf[NUM_TRAIN:] for leaf in data))
 
-    optimizer = optax.adam(1e-2)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
     train_epoch = jax.jit(functools.partial(fit, make_train_step(loss_fn, optimizer)))
     state = init_train_state(init_classifier(model_key), optimizer, train_key)
     for epoch, key in enumerate(jax.random.split(order_key, NUM_EPOCHS), 1):

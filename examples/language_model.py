@@ -27,7 +27,7 @@ SENTENCES = [
     for subject, place, verb, thing in itertools.product(NOUNS, ("", " at home", " at sea", " in bed"), VERBS, NOUNS)
 ]
 SYMBOLS = "".join(sorted(set("".join(SENTENCES))))
-NUM_SENTENCES, NUM_STREAMS, SEQ_LEN, NUM_EPOCHS = 2000, 8, 32, 6
+NUM_SENTENCES, NUM_STREAMS, SEQ_LEN, NUM_EPOCHS = 2000, 8, 32, 5
 EMBEDDING_SIZE, HIDDEN_SIZES, DROPOUT = 48, (48, 48), 0.1
 
 
@@ -59,8 +59,6 @@ def loss_fn(model: Model, tokens: jax.Array, carries: list[Any], key: Any, dropo
 
 @functools.partial(jax.jit, static_argnames="num_steps")
 def sample(model: Model, first: jax.Array, key: jax.Array, num_steps: int) -> jax.Array:
-    """Write `num_steps` tokens after a first one."""
-
     def write_next(carries: list[Any], token: jax.Array, key: jax.Array) -> tuple[list[Any], jax.Array]:
         carries, y = step_stack(LSTM, model.layers, carries, model.embedding[token])
         return carries, jax.random.categorical(key, y @ model.w)

@@ -18,7 +18,7 @@ import optax
 
 from jaxlstm import Cell, diagnostics, fit, init_train_state, make_train_step, unroll
 
-NUM_SYMBOLS, NUM_STEPS, BATCH_SIZE, HIDDEN_SIZE, NUM_UPDATES = 4, 20, 32, 32, 600
+NUM_SYMBOLS, NUM_STEPS, BATCH_SIZE, HIDDEN_SIZE, NUM_UPDATES = 4, 20, 32, 32, 400
 
 
 class LeakyParams(NamedTuple):
@@ -87,7 +87,7 @@ def main() -> dict[str, float]:
     agree = gradients_agree(Leaky)
     layer_key, train_key, data_key = jax.random.split(jax.random.key(0), 3)
     model = Model(Leaky.init(layer_key, NUM_SYMBOLS, HIDDEN_SIZE), jnp.zeros((HIDDEN_SIZE, NUM_SYMBOLS)))
-    optimizer = optax.adam(1e-2)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
     train = jax.jit(functools.partial(fit, make_train_step(loss_fn, optimizer)))
     state, metrics = train(init_train_state(model, optimizer, train_key), jax.random.split(data_key, NUM_UPDATES))
     accuracy, chance = float(metrics["accuracy"][-10:].mean()), 1 / NUM_SYMBOLS

@@ -155,8 +155,11 @@ FAULTS = [
     # The main job.
     Fault("dropout key reused between layers", "experiments/char_lm.py", "jax.random.fold_in(key, depth)", "key",
           "test_char_lm.py"),
-    Fault("dropout without its scale", "experiments/char_lm.py", "jnp.where(keep, xs / (1 - dropout), 0)",
-          "jnp.where(keep, xs, 0)", "test_char_lm.py"),
+    Fault("dropout without its scale", "experiments/char_lm.py", "return xs * dropout_mask(",
+          "return xs * (1 - dropout) * dropout_mask(", "test_char_lm.py"),
+    Fault("no dropout after the last layer", "experiments/char_lm.py", "drop(ys, len(model.layers))", "ys", "test_char_lm.py"),
+    Fault("a sampler that forgets", "experiments/char_lm.py", "return carries, y @ model.w + model.b",
+          "return initial_carries(model), y @ model.w + model.b", "test_char_lm.py"),
     Fault("a target is its own input", "experiments/char_lm.py", "cross_entropy(logits, batch[1:])",
           "cross_entropy(logits, batch[:-1])", "test_char_lm.py"),
     Fault("nats called bits", "experiments/char_lm.py", "mean(where=scored) / math.log(2)", "mean(where=scored)",

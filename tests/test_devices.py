@@ -97,7 +97,7 @@ def test_flags_that_do_not_fit_together_are_reported_in_one_line(mesh, cluster, 
 def run(tmp_path_factory):
     """Return a function that runs the small job on two devices, given a folder's name and more flags."""
     folder = tmp_path_factory.mktemp("devices")
-    flags = ["--corpus", write_corpus(folder / "corpus.txt"), "--mesh", "data=2", *SMALL, "--steps=60", "--block=6"]
+    flags = ["--corpus", write_corpus(folder / "corpus.txt"), "--mesh", "data=2", *SMALL, "--steps=100", "--block=5"]
 
     def run(name, *more, begin=command, **options):
         new = [] if "--resume" in more else flags
@@ -168,4 +168,4 @@ def test_a_run_from_two_devices_can_be_finished_on_one(run, stopped):
         for checkpoint in itertools.islice(checkpoints.intact(run.folder / name / "checkpoints"), 1)
     )
     assert distance(on_one, whole) <= 1e-5
-    assert runs.read_metrics(run.folder / "on one")[-1]["step"] == 60
+    assert runs.read_metrics(run.folder / "on one")[-1]["step"] == 100
