@@ -5,7 +5,7 @@ turn on the sign is worth 1, the other 0. An agent without memory gets 0.5 per e
 
     python examples/agent.py
 
-Expect 0.5 per episode in the first five rollouts and 1.0 in the last ten, after some ten seconds.
+Expect 0.5 per episode in the first five rollouts and 1.0 in the last ten, after about ten seconds.
 """
 
 import functools

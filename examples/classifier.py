@@ -4,7 +4,7 @@ A signal is a sine, a square or a sawtooth wave of random height, period and pha
 
     python examples/classifier.py
 
-Expect a held-out accuracy of 0.99 after some ten seconds. Always naming the most frequent wave gives 0.34.
+Expect a held-out accuracy of 0.99 after about ten seconds. Always naming the most frequent wave gives 0.34.
 """
 
 import functools

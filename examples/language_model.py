@@ -5,7 +5,7 @@ the model must remember that noun.
 
     python examples/language_model.py
 
-Expect 0.36 bits per held-out character after some ten seconds, and 3.63 from the frequencies of the characters alone.
+Expect 0.36 bits per held-out character after about ten seconds, and 3.63 from the frequencies of the characters alone.
 Choosing a sentence takes ten bits, which is 0.35 per character: no model can need fewer.
 """
 

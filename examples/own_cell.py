@@ -2,11 +2,11 @@
 
     h_t = (1 − α) ⊙ h_{t−1} + α ⊙ tanh(x_t W_ih + h_{t−1} W_hh + b),    α = σ(r)
 
-A unit with a small α remembers for some 1/α steps. The task: which of four symbols came first, 20 steps ago?
+A unit with a small α remembers for about 1/α steps. The task: which of four symbols came first, 20 steps ago?
 
     python examples/own_cell.py
 
-Expect all gradients to agree, and an accuracy of 1.00 after some ten seconds, where chance is 0.25.
+Expect all gradients to agree, and an accuracy of 1.00 (chance is 0.25) after about ten seconds.
 """
 
 import functools
@@ -35,8 +35,8 @@ class LeakyState(NamedTuple):
 def init(key: jax.Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> LeakyParams:
     key_ih, key_hh = jax.random.split(key)
     return LeakyParams(
-        w_ih=jax.nn.initializers.glorot_uniform()(key_ih, (input_size, hidden_size), dtype),
-        w_hh=jax.nn.initializers.orthogonal()(key_hh, (hidden_size, hidden_size), dtype),
+        w_ih=jax.nn.initializers.glorot_uniform()(key_ih, (input_size, hidden_size), jnp.float32).astype(dtype),
+        w_hh=jax.nn.initializers.orthogonal()(key_hh, (hidden_size, hidden_size), jnp.float32).astype(dtype),
         b=jnp.zeros(hidden_size, dtype),
         r=-jnp.log(jnp.geomspace(2.0, 50.0, hidden_size) - 1).astype(dtype),  # 1/α from 2 to 50
     )

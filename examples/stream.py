@@ -6,7 +6,7 @@ carry depends on the weights: two numbers per weight (SnAp-1, Menick et al. 2021
 
     python examples/stream.py
 
-Expect a loss of 0.38 nats per letter after some ten seconds. The best predictor that sees only the last letter has a
+Expect a loss of 0.38 nats per letter after about ten seconds. The best predictor that sees only the last letter has a
 loss of 0.73, and one that knows the three words 0.37.
 """
 

@@ -1,7 +1,8 @@
-"""A functional LSTM in JAX: readable equations, gradients you can check, every transform.
+"""A functional LSTM for JAX, with equations you can read and gradients you can check.
 
-The top level holds what you need to build and train a model. More is in rooms: `jaxlstm.diagnostics` (compare, check
-and take gradients apart), `jaxlstm.regularize`, `jaxlstm.rtrl` (learning forward in time), `jaxlstm.initializers`.
+The top level holds what you need to build and train a model. More is in the submodules `jaxlstm.diagnostics` (compare,
+check and take gradients apart), `jaxlstm.regularize`, `jaxlstm.rtrl` (learning forward in time) and
+`jaxlstm.initializers`.
 """
 
 from jaxlstm import diagnostics, initializers, regularize, rtrl
@@ -13,7 +14,7 @@ from jaxlstm.gradients import Bulk, Chunked, Scan
 from jaxlstm.layers import generate, init_stack, step_stack, unroll_stack
 from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState, split_gates
 from jaxlstm.masks import length_mask, segment_resets
-from jaxlstm.moved import where_it_went
+from jaxlstm.moved import MOVED
 from jaxlstm.precision import low_precision
 from jaxlstm.recurrence import unroll
 from jaxlstm.train import TrainState, fit, init_train_state, make_train_step
@@ -63,4 +64,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    raise AttributeError(where_it_went(name))
+    if name in MOVED:  # an ImportError, because `from jaxlstm import name` would replace the text of any other
+        raise ImportError(f"jaxlstm.{name} has moved: use {MOVED[name]}.")
+    raise AttributeError(f"module 'jaxlstm' has no attribute {name!r}")

@@ -117,9 +117,9 @@ def run_layer(
     # Absent pairs become pairs of None, so that both halves are run alike.
     named = {"noise": noise, "carry": carry, "reset_carry": options.reset_carry}
     pairs = (params, *(_checked_pair(name, pair) for name, pair in named.items()))
+    forward_carry, forward_ys = half("forward", options)
     # Backward in time, a segment is entered at its last step.
     reset = None if options.reset is None else _last_of_segments(jnp.asarray(options.reset))
-    forward_carry, forward_ys = half("forward", options)
     backward_carry, backward_ys = half("backward", options._replace(reset=reset, reverse=True))
     ys = merge(forward_ys, backward_ys)
     if options.mask is not None and merge is not concatenate:

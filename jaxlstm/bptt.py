@@ -2,7 +2,7 @@
 
 It shares the equations with `unroll`, but none of the code that computes them. Forward lines are numbered, and every
 backward line cites the forward lines it differentiates; `docs/derivation.md` derives them under the same numbers. `d_v`
-is the derivative of the loss by `v`.
+is the derivative of the loss with respect to `v`. Here z is the whole pre-activation, which `unroll` calls z + a.
 """
 
 from typing import Any, NamedTuple
@@ -86,10 +86,10 @@ def lstm_backward(
     Args:
       params: as in the forward pass.
       residuals: from `lstm_forward`.
-      cotangents: (d_carry, d_ys), derivatives of the loss by the final state and by the outputs.
+      cotangents: (d_carry, d_ys), derivatives of the loss with respect to the final state and the outputs.
 
     Returns:
-      (d_params, d_xs, d_carry), derivatives by the parameters, the inputs and the initial state.
+      (d_params, d_xs, d_carry), derivatives with respect to the parameters, the inputs and the initial state.
 
     Raises:
       TypeError: the cotangents are not (d_carry, d_ys).
@@ -125,11 +125,11 @@ def lstm_backward(
 
     # Weights are shared over time and batch, so their gradient sums over every use: one matmul after the loop.
     # fmt: off
-    steps = tuple(range(d_zs.ndim - 1))  # time and batch
+    time_and_batch = tuple(range(d_zs.ndim - 1))
     d_params = LSTMParams(
-        w_ih=jnp.tensordot(xs, d_zs, (steps, steps)),           # (1)
-        w_hh=jnp.tensordot(previous.h, d_zs, (steps, steps)),   # (1)
-        b=d_zs.sum(steps),                                      # (1)
+        w_ih=jnp.tensordot(xs, d_zs, (time_and_batch, time_and_batch)),           # (1)
+        w_hh=jnp.tensordot(previous.h, d_zs, (time_and_batch, time_and_batch)),   # (1)
+        b=d_zs.sum(time_and_batch),                                      # (1)
     )
     d_xs = jnp.where(mask, d_zs @ w_ih.T, 0)                    # (1)
     # fmt: on
@@ -146,8 +146,9 @@ def lstm_bptt(
 ) -> tuple[LSTMState, Float[Array, "time *batch hidden"]]:
     """Run an LSTM whose gradient, under `jax.grad`, is the hand-derived one.
 
-    Values and gradient equal those of `unroll(LSTM, params, xs, carry, mask=mask)`. It is for checking: it supports
-    reverse mode only, and has no gradient under `shard_map` or on meshes with Explicit axes; `unroll` does.
+    It returns the same values and gradient as `unroll(LSTM, params, xs, carry, mask=mask)`. It is for checking: it
+    supports only reverse mode, and cannot be differentiated under `shard_map` or on meshes with Explicit axes. `unroll`
+    has neither limit.
 
     Args, Returns, Raises: as `lstm_forward`, without the residuals.
     """

@@ -5,13 +5,13 @@ The recurrence, with s the carry and r the carry that a reset puts in its place:
     s'_t       = where(reset_t, r_t, s_{t-1})
     z_t        = project(params, x_t)
     a_t        = recur(params, s'_t)
-    (s_t, y_t) = gates(params, s'_t, z_t, a_t)                           held where masked
+    (s_t, y_t) = gates(params, s'_t, z_t, a_t)                           where masked: s held, y = 0
 
-Its derivative, with R_t the linearisation of `gates` at (params, s'_t, z_t, a_t):
+Its derivative, with d_z_t the tangent of z_t and R_t the linearization of `gates` at (params, s'_t, z_t, a_t):
 
     F_t            = R_t(d_params, 0, d_z_t, recur(d_params, s'_t))      the forcing: from parameters and input
     d_s'_t         = where(reset_t, d_r_t, d_s_{t-1})
-    (d_s_t, d_y_t) = F_t + R_t(0, d_s'_t, 0, recur(params, d_s'_t))      held where masked
+    (d_s_t, d_y_t) = F_t + R_t(0, d_s'_t, 0, recur(params, d_s'_t))      where masked: s held, y = 0
 
 Only the last two lines wait for the step before. The rest is computed for all steps of a block at once. JAX transposes
 this rule: reverse mode is backpropagation through time with one weight-gradient matmul per block instead of one per
@@ -33,14 +33,14 @@ from jaxlstm.tuning import Plan, for_the_loop, in_bulk, scan_blocks
 
 
 class Kept(NamedTuple):
-    """What the forward pass keeps of every step for the derivative."""
+    """The values that the forward pass keeps from every step, for the derivative."""
 
     carry: PyTree  # s'_t
     gates: PyTree | None  # the cell's `activations`; None: they are computed again
 
 
 class How(NamedTuple):
-    """The static side of a recurrence."""
+    """What is fixed when a recurrence is compiled: the cell, the plan and the direction."""
 
     cell: Cell[Any, Any]
     plan: Plan
@@ -49,7 +49,7 @@ class How(NamedTuple):
 
 
 def run(how: How, params: PyTree, steps: Steps, carry: PyTree, reset_carry: PyTree) -> tuple[PyTree, PyTree, Any]:
-    """Run a recurrence; return the last carry, the outputs, and what is kept of every step if `how` asks for it."""
+    """Run a recurrence; return the last carry, the outputs and, if `how` says so, the values kept from each step."""
     plan, cell = how.plan, for_the_loop(how.cell, how.plan)
     zs: Any = cell.project(params, steps.x) if plan.pieces else None
 
@@ -59,7 +59,7 @@ def run(how: How, params: PyTree, steps: Steps, carry: PyTree, reset_carry: PyTr
         z = cell.project(params, now.x) if z is None else z
         a = cell.recur(params, start)
         carry, y = hold(now, start, *cell.gates(params, start, z, a))
-        if not how.returns_kept:  # without a derivative, nobody reads it
+        if not how.returns_kept:  # nothing reads it unless a derivative is taken
             return carry, (y, None)
         return carry, (y, Kept(start, _activations(cell, params, start, z, a) if plan.keep_gates else None))
 
@@ -77,7 +77,7 @@ def run_in_bulk(how: How, params: PyTree, steps: Steps, carry: PyTree, reset_car
 def _rule(how: How, primals: Any, tangents: Any) -> tuple[Any, Any]:
     params, steps, carry, _ = primals
     d_params, d_steps, d_carry, d_reset_carry = jax.tree.map(present, primals, tangents)
-    # Not `run`: then a second derivative would differentiate a plain scan.
+    # Call `run_in_bulk`, not `run`; otherwise a second derivative would differentiate a plain scan.
     last, ys, kept = run_in_bulk(how._replace(returns_kept=True), *primals)
     ys, kept = _named(ys, "y"), Kept(*map(_named, kept))
 
@@ -98,8 +98,8 @@ def _rule(how: How, primals: Any, tangents: Any) -> tuple[Any, Any]:
         d_kept = _kept_tangent(how, params, d_params, now.x, d_now.x, kept.carry, d_starts)
         return d_carry, (d_ys, d_kept)
 
-    # The backward pass reads `steps` and `kept` and computes the rest of a block again. If nothing else stops XLA from
-    # merging that with the forward pass, which would keep z of all steps, checkpoint must.
+    # The backward pass reads `steps` and `kept` and computes the rest of a block again. XLA must not merge that work
+    # with the forward pass, which would keep z for all steps. Where nothing else prevents this, `prevent_cse` does.
     block = jax.checkpoint(block, prevent_cse=how.plan.pieces > 0 and not how.plan.keep_gates)
     blocks = (steps, d_steps, kept)
     d_last, (d_ys, d_kept) = scan_blocks(block, filled(carry, d_carry), blocks, how.plan.block_size, how.reverse)
@@ -110,38 +110,39 @@ def _rule(how: How, primals: Any, tangents: Any) -> tuple[Any, Any]:
 def _linearize(
     how: How, params: PyTree, d_params: PyTree, x: PyTree, d_x: PyTree, kept: Kept
 ) -> tuple[Partial, PyTree]:
-    """Linearise all steps of a block: return `advance`, (d_carry, d_a, forcing) -> (d_carry, d_y), and the forcing.
+    """Linearize all steps of a block: return `advance`, (d_carry, d_a, forcing) -> (d_carry, d_y), and the forcing.
 
-    The closed form reads z and a by their sum, so there the forcing is the tangent of z + a, not of the results.
+    With a closed form, the gates depend on z and a only through z + a, so the forcing is the tangent of z + a.
+    Otherwise it is the tangent of the carry and the output.
     """
     cell, bulk, start = how.cell, in_bulk(how.cell, how.plan), kept.carry
     z, d_z = jvp(bulk.project, (params, x), (d_params, d_x))
     a, d_a = jvp(bulk.recur, (params, start), (d_params, None))
-    if cell.gates_jvp is not None:
-        # Four products per step instead of JAX's derivative of every operation in `gates`.
+    if cell.gates_jvp is not None and how.plan.closed_form:
+        # This takes a few products per step; JAX's derivative would go through every operation in `gates`.
         gates = _activations(cell, params, start, z, a) if kept.gates is None else kept.gates
-        return Partial(_advance_closed, cell.gates_jvp(params, start, gates)), add(d_z, d_a)
+        return Partial(_advance_in_closed_form, cell.gates_jvp(params, start, gates)), add(d_z, d_a)
 
     def forcing(start: PyTree, z: PyTree, a: PyTree, d_z: PyTree, d_a: PyTree) -> PyTree:
         return jvp(cell.gates, (params, start, z, a), (d_params, None, d_z, d_a))[1]
 
     # The parameters have no time axis for the scan to slice, so they are not among the arrays of the Partial.
-    advance = Partial(functools.partial(_advance_open, cell.gates, params), (start, z, a))
+    advance = Partial(functools.partial(_advance_by_jvp, cell.gates, params), (start, z, a))
     return advance, jax.vmap(forcing)(start, z, a, d_z, d_a)
 
 
-def _advance_closed(linear: Partial, d_carry: PyTree, d_a: PyTree, forcing: PyTree) -> tuple[PyTree, PyTree]:
+def _advance_in_closed_form(linear: Partial, d_carry: PyTree, d_a: PyTree, forcing: PyTree) -> tuple[PyTree, PyTree]:
     return linear(d_carry, add(forcing, d_a))
 
 
-def _advance_open(gates: Any, params: PyTree, at: PyTree, d_carry: PyTree, d_a: PyTree, forcing: PyTree) -> PyTree:
+def _advance_by_jvp(gates: Any, params: PyTree, at: PyTree, d_carry: PyTree, d_a: PyTree, forcing: PyTree) -> PyTree:
     return add(jvp(gates, (params, *at), (None, d_carry, None, d_a))[1], forcing)
 
 
 def _kept_tangent(
     how: How, params: PyTree, d_params: PyTree, x: PyTree, d_x: PyTree, start: PyTree, d_start: PyTree
 ) -> Kept | None:
-    """Return the tangent of what is kept, which second derivatives need."""
+    """Return the tangent of the kept values, which second derivatives need."""
     if not how.returns_kept:
         return None
     if not how.plan.keep_gates:

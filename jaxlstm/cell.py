@@ -1,6 +1,6 @@
 """The recurrent cell: the contract that every cell keeps, and tools for any cell's parameters.
 
-One step of a recurrent cell has three parts. Only the second must wait for the step before and costs a matmul:
+One step of a recurrent cell has three parts. Only the second both waits for the step before and costs a matmul:
 
     z_t = project(params, x_t)                              independent of the carry: all time steps in one matmul
     a_t = recur(params, carry_{t-1})                        the sequential matmul
@@ -58,7 +58,7 @@ class Cell(Generic[Params, Carry]):
         Only for a cell whose gates read z + a and no parameters. `linear(d_carry, d_z) -> (d_carry, d_y)`, where d_z is
         the tangent of z + a, is a `jax.tree_util.Partial` of arrays [*batch, ...]. Without it, JAX differentiates
         `gates`.
-      name: how errors and tables call the cell.
+      name: what errors and tables call the cell.
     """
 
     init: Callable[..., Params]
@@ -71,7 +71,9 @@ class Cell(Generic[Params, Carry]):
     name: str = dataclasses.field(default="cell", kw_only=True)
 
     def __post_init__(self) -> None:
-        # Said here rather than in the middle of a gradient, far from the cell that lacks them.
+        # Raise this here, where the cell is made, not later in the middle of a gradient.
+        if self.recur is None:
+            raise TypeError(f"Cell: {self.name} has recur=None; pass a function that returns None.")
         if self.gates_jvp is not None and self.activations is None:
             raise ValueError(f"Cell: {self.name} has gates_jvp, which needs activations as well.")
 
@@ -127,7 +129,7 @@ def _summary_row(path: str, leaf: Any) -> tuple[str, str, str, str]:
     return path, str(list(jnp.shape(leaf))), str(jnp.result_type(leaf)), f"{math.prod(jnp.shape(leaf)):,}"
 
 
-# Initialisation, shared by all cells.
+# Initialization, shared by all cells.
 
 
 def glorot_orthogonal(

@@ -1,7 +1,7 @@
 """Check the arguments of public functions before anything is traced into a loop.
 
-Checks say what is wrong with which argument: expected, got, and the likely cure. The public function that was called
-adds its own name, at one border: `unroll_stack, layer 1, backward: xs has 7 features, params.w_ih expects 8; ...`.
+An error says which argument is wrong, what was expected, what it got, and the likely cure. The decorator `border` adds
+the name of the public function: `unroll_stack, layer 1, backward: xs has 7 features, params.w_ih expects 8; ...`.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ class ArgumentError(Exception):
 
     function: str = ""
     places: tuple[str, ...] = ()
+    from_callback: bool = False
 
     def __str__(self) -> str:
         where = ", ".join(filter(None, [self.function, *self.places]))
@@ -44,7 +45,8 @@ def border(function: str) -> Iterator[None]:
     try:
         yield
     except ArgumentError as error:
-        error.function = function
+        if not error.from_callback:
+            error.function = function
         raise
 
 
@@ -54,15 +56,26 @@ def at(place: str) -> Iterator[None]:
     try:
         yield
     except ArgumentError as error:
-        error.places = (place, *error.places)
+        if not error.from_callback:
+            error.places = (place, *error.places)
         raise
 
 
-# Initialisers, keys, numbers.
+@contextlib.contextmanager
+def in_callback() -> Iterator[None]:
+    """Keep the name of a public function that the caller's own function called: decorate what a caller passes in."""
+    try:
+        yield
+    except ArgumentError as error:
+        error.from_callback = True
+        raise
+
+
+# Initializers, keys, numbers.
 
 
 def check_init(key: Any, input_size: Any, hidden_size: Any, dtype: DTypeLike = jnp.float32) -> None:
-    """Check the arguments of an initialiser: one typed key, positive sizes, a floating dtype."""
+    """Check the arguments of an initializer: one typed key, positive sizes, a floating dtype."""
     check_key(key)
     for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
         if not _is_positive(size):
@@ -128,10 +141,9 @@ def check_sequence(
     With `one_step`, the sequence has one step, which errors call x and describe without its time axis.
     """
     check_cell(cell)
-    # A cell that wraps another, such as `low_precision(LSTM, ...)`, keeps the names of the arrays it reads.
-    if inspect.unwrap(cell.project) is project:
+    if _wrapped(cell.project) is project:
         _check_input(cell, params, xs, one_step)
-    if inspect.unwrap(cell.recur) is recur:
+    if _wrapped(cell.recur) is recur:
         _check_recurrent_weights(cell, params)
     leaves = jax.tree.leaves(xs)
     if not leaves or any(leaf.ndim < 1 or leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
@@ -144,7 +156,7 @@ def check_sequence(
 
 
 def _check_one_step(cell: Cell[Any, Any], params: PyTree, xs: PyTree) -> tuple[tuple[int, ...], PyTree]:
-    """Trace one step on shapes alone, where everything fails that would fail inside the loop.
+    """Trace one step on shapes alone, so that whatever would fail inside the loop fails here.
 
     Return the batch shape, and the shapes and dtypes of the carry.
     """
@@ -153,14 +165,10 @@ def _check_one_step(cell: Cell[Any, Any], params: PyTree, xs: PyTree) -> tuple[t
     try:
         z_type = jax.eval_shape(cell.project, params_type, x_type)
         batch_shape = jax.tree.leaves(z_type)[0].shape[:-1]
-
-        def one_step(params: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
-            start = cell.initial_carry(params, batch_shape)
-            return start, cell.step(params, start, x)[0]
-
-        expected, stepped = jax.eval_shape(one_step, params_type, x_type)
+        expected = jax.eval_shape(lambda params: cell.initial_carry(params, batch_shape), params_type)
+        stepped, _ = jax.eval_shape(cell.step, params_type, expected, x_type)
     except (jax.errors.ConcretizationTypeError, ArgumentError):
-        raise  # JAX explains best why a cell cannot branch in Python on an array, and a cell knows its own arguments
+        raise  # JAX's own message explains best why a cell cannot branch on an array; an ArgumentError is already clear
     except (TypeError, ValueError, AttributeError, LookupError) as error:
         reason = str(error).partition("\n")[0]
         raise ArgumentValueError(
@@ -177,6 +185,13 @@ def _check_one_step(cell: Cell[Any, Any], params: PyTree, xs: PyTree) -> tuple[t
             f"{kind_of(stepped)}: {describe(stepped)}, with {given}. Are these another cell's params?"
         )
     return batch_shape, expected
+
+
+def _wrapped(function: Any) -> Any:
+    """Return the function whose arrays a wrapper reads: `low_precision` marks its wrappers."""
+    while hasattr(function, "reads_as"):
+        function = function.reads_as
+    return function
 
 
 def check_carry(name: str, cell: Cell[Any, Any], carry: PyTree, expected: PyTree) -> None:

@@ -16,7 +16,8 @@ class Bulk:
 
     Attributes:
       block_size: steps differentiated at once. Default: on a CPU, as many as fill about 3 MB of pre-activations;
-        elsewhere, and where the batch is sharded over a mesh in use, all steps.
+        elsewhere, and where the batch is sharded over a mesh in use, all steps. A size that you name also turns off the
+        reshaping that makes a CPU faster, so name one only for a reason.
       keep_gates: keep the gates' values for the backward pass instead of computing them again, for cells with a
         closed-form `gates_jvp`. Default: for short sequences, and for layers of 512 units or more.
 
@@ -63,7 +64,7 @@ NAMED: dict[str, Gradient] = {"bulk": Bulk(), "scan": Scan()}
 
 
 def checked_gradient(gradient: Any) -> Gradient:
-    """Return the way to differentiate that a value or a name stands for.
+    """Turn the `gradient` argument, a value or a name, into a checked `Bulk`, `Scan` or `Chunked`.
 
     Raises:
       ValueError: it is another value, or a size in it is not a positive integer.
@@ -75,8 +76,16 @@ def checked_gradient(gradient: Any) -> Gradient:
     if isinstance(named, Chunked):
         check_size("chunk_size", named.chunk_size)
         inner = named.within
+        _check_flag("truncate", named.truncate)
         if not isinstance(inner, Bulk | Scan):
             raise ArgumentValueError(f"gradient: within must be Bulk() or Scan(), got {inner!r}.")
     if isinstance(inner, Bulk):
         check_size("block_size", inner.block_size)
+        if inner.keep_gates is not None:
+            _check_flag("keep_gates", inner.keep_gates)
     return named
+
+
+def _check_flag(name: str, flag: Any) -> None:
+    if not isinstance(flag, bool):
+        raise ArgumentValueError(f"{name} must be True or False, got {flag!r}.")

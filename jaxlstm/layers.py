@@ -30,6 +30,7 @@ from jaxlstm.checks import (
     checked_rate,
     checked_reset_carry,
     describe,
+    in_callback,
     kind_of,
     one_per_layer,
 )
@@ -63,7 +64,7 @@ def init_stack(
       hidden_sizes: units of each layer.
       bidirectional: run every layer in both directions.
       merge: as in `unroll_stack`; it determines how many features the next layer reads.
-      **options: passed to `cell.init`, such as `dtype`. For another initialiser, pass
+      **options: passed to `cell.init`, such as `dtype`. For another initializer, pass
         `dataclasses.replace(LSTM, init=initializers.torch)` as the cell.
 
     Returns:
@@ -138,7 +139,7 @@ def unroll_stack(
         before the first layer or after the last (Zaremba, Sutskever & Vinyals, Recurrent neural network regularization,
         2014). 0: evaluation.
       key: for dropout; before layer n, the mask is drawn with `jax.random.fold_in(key, n)`.
-      noise: for a regularised cell, one per layer: the `noise` of its `Noisy` input. None: evaluation.
+      noise: for a regularized cell, one per layer: the `noise` of its `Noisy` input. None: evaluation.
       merge: merges the outputs of both directions.
       gradient: how to differentiate every layer, as in `unroll`.
 
@@ -204,7 +205,7 @@ def step_stack(
       mask: True where the step is real; elsewhere the carries are held and the output is 0.
       reset: True where the carries are replaced before the step.
       reset_carries: the carries after a reset, one per layer; default the cell's initial carry.
-      noise: for a regularised cell, one per layer: the `noise` of its `Noisy` input, of this step. None: evaluation.
+      noise: for a regularized cell, one per layer: the `noise` of its `Noisy` input, of this step. None: evaluation.
 
     Returns:
       A list of the carries after the step, one per layer, and the output of the last layer [*batch, hidden].
@@ -287,6 +288,7 @@ def generate(
     [ 8  9 10]
     """
     check_key(key)
+    step_fn = in_callback()(step_fn)
     if not hasattr(num_steps, "__index__") or operator.index(num_steps) < 0:
         raise ArgumentValueError(f"num_steps must be an int and not negative, got {num_steps!r}.")
     carry, x0 = jax.tree.map(jnp.asarray, (carry, x0))

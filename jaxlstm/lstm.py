@@ -1,8 +1,9 @@
 """The LSTM: parameters, state, equations (Hochreiter & Schmidhuber 1997; Gers, Schmidhuber & Cummins 2000).
 
-One step, in the papers' symbols:
+One step, in today's usual notation. `jaxlstm/cell.py` computes z and a; `gates` below computes the rest:
 
-    z_t = x_t W_ih + h_{t-1} W_hh + b
+    z = x_t W_ih + b   a = h_{t-1} W_hh                       the two matmuls
+    [z_i, z_f, z_g, z_o] = z + a
     i = σ(z_i)   f = σ(z_f)   g = tanh(z_g)   o = σ(z_o)      input, forget, candidate, output
     c_t = f ⊙ c_{t-1} + i ⊙ g
     h_t = o ⊙ tanh(c_t)
@@ -68,10 +69,10 @@ def gates(
     return LSTMState(h, c), h
 
 
-def gates_jvp(params: LSTMParams, state: LSTMState, gates: LSTMGates[Float[Array, "*batch hidden"]]) -> Partial:
-    """Return the derivative of `gates` at these values of the gates: (d_state, d_z) -> (d_state, d_h)."""
-    i, f, g, o = gates
-    # Computed again: a tanh per step costs less than keeping one more array of every step.
+def gates_jvp(params: LSTMParams, state: LSTMState, values: LSTMGates[Float[Array, "*batch hidden"]]) -> Partial:
+    """Return the derivative of `gates`, given their values: (d_state, d_z) -> (d_state, d_h); d_z: tangent of z + a."""
+    i, f, g, o = values
+    # Compute tanh(c) again: one tanh per step costs less than keeping another array for every step.
     tanh_c = jnp.tanh(f * state.c + i * g)
     by_z = LSTMGates(i=g * i * (1 - i), f=state.c * f * (1 - f), g=i * (1 - g**2), o=tanh_c * o * (1 - o))
     return Partial(_linear, f, o * (1 - tanh_c**2), by_z)
@@ -102,8 +103,9 @@ def init(
 ) -> LSTMParams:
     """Draw w_ih Glorot-uniform and w_hh orthogonal, both gate by gate; b is 0, except b_f.
 
-    The forget bias lives in `b` and is never added in the forward pass (Jozefowicz, Zaremba & Sutskever, An empirical
-    exploration of recurrent network architectures, 2015). Other initialisers are in `jaxlstm.initializers`.
+    The forget bias is part of `b`; the forward pass adds nothing else. Its default of 1 follows Jozefowicz, Zaremba &
+    Sutskever, An empirical exploration of recurrent network architectures, 2015. For other initializers, see
+    `jaxlstm.initializers`.
 
     Args:
       key: a typed key, `jax.random.key(seed)`.

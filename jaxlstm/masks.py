@@ -88,7 +88,7 @@ class Steps(NamedTuple):
     x: PyTree
     mask: Bool[Array, "..."] | None = None
     reset: Bool[Array, "..."] | None = None
-    reset_carry: PyTree | None = None  # one per step; one for the whole sequence is passed beside the steps
+    reset_carry: PyTree | None = None  # one per step; one for the whole sequence is passed separately
 
 
 def start_of(now: Steps, carry: PyTree, reset_carry: PyTree) -> PyTree:

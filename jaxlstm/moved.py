@@ -20,17 +20,10 @@ MOVED |= {f"init_{name}": f"jaxlstm.initializers.{name}" for name in ("chrono", 
 MOVED |= {
     "check_table": "str() of a jaxlstm.diagnostics.GradientCheck",
     "comparison_table": "str() of a jaxlstm.diagnostics.Comparison",
-    "embedding_dropout": "embedding * jaxlstm.regularize.dropout_mask(key, rate, (len(embedding), 1))",
+    "embedding_dropout": "embedding * jaxlstm.regularize.dropout_mask(key, rate, (len(embedding), 1), embedding.dtype)",
     "init_glorot_orthogonal": "jaxlstm.LSTM.init",
     "init_gru": "jaxlstm.GRU.init",
     "init_rnn": "jaxlstm.RNN.init",
     "join_gates": "LSTMParams(*(jnp.concatenate(blocks, -1) for blocks in zip(*gates)))",
     "unroll_chunked": "jaxlstm.unroll with gradient=jaxlstm.Chunked(...)",
 }
-
-
-def where_it_went(name: str) -> str:
-    """Return the error for a name that is not at the top of the package."""
-    if name in MOVED:
-        return f"jaxlstm.{name} has moved: use {MOVED[name]}."
-    return f"module 'jaxlstm' has no attribute {name!r}"

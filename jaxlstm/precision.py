@@ -52,7 +52,7 @@ def _low_precision(cell: Cell[Params, Carry], dtype: jnp.dtype[Any]) -> Cell[Par
         cell,
         project=_rounded(cell.project, dtype),
         recur=_rounded(cell.recur, dtype),
-        name=f"low_precision({cell.name})",
+        name=f"low_precision({cell.name}, {dtype.name})",
     )
 
 
@@ -72,11 +72,11 @@ def _rounded(function: Callable[[Any, Any], Any], dtype: jnp.dtype[Any]) -> Call
         _, d_out = jvp(function, values, jax.tree.map(present, primals, tangents))
         return low(*primals), d_out
 
-    # `wraps` tells the checks which function this is, so that errors still name w_ih and features.
-    @functools.wraps(function)
     def rounded(params: PyTree, inputs: PyTree) -> PyTree:
         return low(params, inputs)
 
+    # Tells the checks which arrays it reads, so that errors still name w_ih and the features.
+    rounded.reads_as = function  # type: ignore[attr-defined]
     return rounded
 
 

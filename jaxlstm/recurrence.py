@@ -42,11 +42,11 @@ def unroll(
     reverse: bool = False,
     gradient: GradientOrName = "bulk",
 ) -> tuple[Carry, Array]:
-    """Run a cell over a sequence; time is axis 0, any number of batch axes follows.
+    """Run a cell over a sequence. Time is axis 0; any number of batch axes may follow.
 
-    A masked step holds the carry and outputs 0; its input, even NaN, reaches neither values nor gradients. A reset
-    replaces the carry *before* the step, in the order of processing. At a masked step it does so too, and the step then
-    holds the replacement.
+    A masked step (mask False) holds the carry and outputs 0; its input, even NaN, affects neither values nor gradients.
+    A reset replaces the carry *before* the step, in the order of processing. At a masked step it does so too, and the
+    step then holds the replacement.
 
     Args:
       cell: a `Cell`, such as `LSTM`.
@@ -59,9 +59,9 @@ def unroll(
         cell's initial carry, never the `carry` argument.
       reverse: process from the last step to the first. Outputs stay at their own step, the carry returned is the one
         after step 0, and resets mark the *last* step of a segment.
-      gradient: how to differentiate: `Bulk()` or "bulk", the library's own rule, is faster and keeps less; `Scan()` or
-        "scan" is plain backpropagation through time; `Chunked()` keeps least, and can truncate. All but a truncated
-        one give the same gradient, up to rounding.
+      gradient: how to differentiate: `Bulk()` or "bulk", the library's own rule, is faster and uses less memory;
+        `Scan()` or "scan" is plain backpropagation through time; `Chunked()` uses least memory, and can truncate. All
+        but a truncated one give the same gradient, up to rounding.
 
     Returns:
       The carry after the last step, and the outputs ys [time, *batch, hidden].
@@ -93,7 +93,7 @@ def run_sequence(
     carry = initial_carry if carry is None else carry
     reset_carry, one_per_step = checked_reset_carry(cell, reset, reset_carry, initial_carry, num_steps)
 
-    # Before the first matmul: afterwards a NaN in padding could no longer be kept out of the weights' gradient.
+    # Do this before the first matmul; afterwards it is too late to keep a NaN in padding out of the weights' gradient.
     xs = zeros_where_masked(mask, xs)
     carry = _typed_for_scan(cell, params, xs, carry)
     steps = Steps(xs, mask, reset, reset_carry if one_per_step else None)
@@ -113,9 +113,9 @@ def _run(
     reverse: bool,
 ) -> tuple[Carry, Array]:
     # The plain scan runs the same forward loop; the plan only says how that loop is compiled.
-    in_bulk = isinstance(gradient, Bulk)
-    plan = make_plan(cell, params, steps, carry, gradient if isinstance(gradient, Bulk) else Bulk())
-    carry, ys, _ = (run_in_bulk if in_bulk else run)(How(cell, plan, reverse), params, steps, carry, reset_carry)
+    bulk = gradient if isinstance(gradient, Bulk) else None
+    plan = make_plan(cell, params, steps, carry, bulk or Bulk())
+    carry, ys, _ = (run_in_bulk if bulk else run)(How(cell, plan, reverse), params, steps, carry, reset_carry)
     return carry, ys
 
 
@@ -145,10 +145,12 @@ def _run_in_chunks(
 
 
 def _typed_for_scan(cell: Cell[Any, Carry], params: Any, xs: PyTree, carry: Carry) -> Carry:
-    """Give the carry the sharding type of z, which the carry after a step has: in a scan it must not change.
+    """Give the carry the sharding type of z.
 
-    A carry of zeros has no type on the mesh. Selecting it by flags made from z gives it one, and changes no bit.
+    A scan needs the same type before and after every step. A step returns the type of z, but a new carry of zeros has
+    none. Selecting the carry by flags made from z sets the type and changes no value.
     """
+    # The first step, or zeros if there are no steps; only the type of z is used.
     first = jax.tree.map(lambda x: lax.slice_in_dim(x, 0, min(1, x.shape[0])).sum(axis=0, dtype=x.dtype), xs)
     z = jax.tree.leaves(cell.project(params, first))[0]
     return select(jnp.ones_like(z.sum(axis=-1), dtype=bool), carry, carry)

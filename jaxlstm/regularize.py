@@ -1,8 +1,8 @@
-"""Regularisers: each turns a cell into a cell whose noise is an input.
+"""Regularizers: each turns a cell into a cell whose noise is an input.
 
 Noise that stays the same for a whole sequence comes with the parameters, `Locked(params, x, h)`. Noise drawn anew at
 every step comes with the input, `Noisy(xs, noise)`. Without noise the cell computes what evaluation needs. So a
-regularised cell is as pure as any other: unroll, differentiate, stack and step it alike; the caller holds the keys.
+regularized cell is as pure as any other: unroll, differentiate, stack and step it alike; the caller holds the keys.
 
 A dropout mask holds 0 with probability `rate`, else 1 / (1 − rate). This keeps the mean during training, so evaluation
 needs no factor.
@@ -63,7 +63,7 @@ def dropout_mask(
     """Draw a dropout mask: 0 with probability `rate`, else 1 / (1 − rate).
 
     Srivastava et al., Dropout: a simple way to prevent neural networks from overfitting, 2014. To drop whole symbols
-    from an embedding table: `embedding * dropout_mask(key, rate, (len(embedding), 1))` (Gal & Ghahramani 2016).
+    from an embedding table (Gal & Ghahramani 2016), pass `shape=(len(embedding), 1)` and multiply the table by it.
 
     Args:
       key: a typed key; the same key gives the same mask in any process.
@@ -99,7 +99,7 @@ def variational_dropout(cell: Cell[Params, Carry]) -> Cell[Any, Carry]:
     """Make the cell that drops the same inputs and units of h at every step: x ⊙ m_x and h ⊙ m_h in its matmuls.
 
     Gal & Ghahramani, A theoretically grounded application of dropout in recurrent neural networks, 2016; with one mask
-    for all gates. Apply it first, other regularisers around it: `zoneout(variational_dropout(LSTM), 0.1)`.
+    for all gates. Apply it first, other regularizers around it: `zoneout(variational_dropout(LSTM), 0.1)`.
 
     Args:
       cell: any cell whose `recur` reads `carry.h`.
@@ -122,7 +122,7 @@ def variational_dropout(cell: Cell[Params, Carry]) -> Cell[Any, Carry]:
         params, x_mask, h_mask = _locked(params)
         carry = cell.initial_carry(params, batch_shape)
         if h_mask is not None and not jax.tree.leaves(jax.eval_shape(cell.recur, params, carry)):
-            raise ValueError(f"Locked.h is given, but {cell.name} has no matmul that reads h.")
+            raise ArgumentValueError(f"Locked.h is given, but {cell.name} has no matmul that reads h.")
         _check_mask("x", x_mask, batch_shape)
         _check_mask("h", h_mask, batch_shape)
         return carry
@@ -159,19 +159,19 @@ def _of_locked(function: Any) -> Any:
 def _check_mask(name: str, mask: Array | None, batch_shape: tuple[int, ...]) -> None:
     if mask is not None and mask.shape[:-1] != batch_shape:
         expected = [*batch_shape, *mask.shape[-1:]]
-        raise ValueError(f"Locked.{name} must be [*batch, features] = {expected}, got {[*mask.shape]}.")
+        raise ArgumentValueError(f"Locked.{name} must be [*batch, features] = {expected}, got {[*mask.shape]}.")
 
 
 def _masked(name: str, value: Array, mask: Array | None) -> Array:
     """Multiply [..., *batch, features] by a mask [*batch, features]; the leading axes may be merged into one.
 
-    A mask is noise, not a parameter: it has no gradient, so an optimiser never moves it.
+    A mask is noise, not a parameter: it has no gradient, so an optimizer never moves it.
     """
     if mask is None:
         return value
     if mask.shape[-1:] != value.shape[-1:] or (value.shape[-mask.ndim :] != mask.shape and value.size % mask.size):
         expected = list(value.shape[-mask.ndim :] if mask.ndim <= value.ndim else value.shape)
-        raise ValueError(f"Locked.{name} must be [*batch, features] = {expected}, got {list(mask.shape)}.")
+        raise ArgumentValueError(f"Locked.{name} must be [*batch, features] = {expected}, got {list(mask.shape)}.")
     mask = lax.stop_gradient(mask).astype(value.dtype)
     # The derivative rule merges time and batch, in that order, so the mask repeats once per step.
     if value.shape[-mask.ndim :] == mask.shape:
@@ -190,7 +190,7 @@ def recurrent_dropout(cell: Cell[Params, Carry]) -> Cell[Params, Carry]:
     Semeniuta, Severyn & Barth, Recurrent dropout without memory loss, 2016.
 
     Args:
-      cell: `LSTM` or `GRU`; apply it first, other regularisers around it.
+      cell: `LSTM` or `GRU`; apply it first, other regularizers around it.
 
     Returns:
       A cell whose input is `Noisy(xs, m)`, m [time, *batch, hidden] from `dropout_mask`; plain `xs` mean evaluation.
@@ -209,7 +209,7 @@ def recurrent_dropout(cell: Cell[Params, Carry]) -> Cell[Params, Carry]:
     known: dict[Any, Any] = {lstm.gates: _lstm_gates, baselines.gru_gates: _gru_gates}
     if cell.gates not in known:
         raise ArgumentValueError(
-            f"cell must be LSTM or GRU, whose candidate it knows, got {cell!r}; put other regularisers around it, or "
+            f"cell must be LSTM or GRU, whose candidate it knows, got {cell!r}; put other regularizers around it, or "
             "multiply your cell's candidate by z.noise."
         )
     return _with_noise(cell, known[cell.gates], f"recurrent_dropout({cell.name})")
@@ -220,7 +220,7 @@ def _lstm_gates(
 ) -> tuple[LSTMState, Array]:
     if mask is None:
         return gates(params, state, z, a)
-    _check_noise("recurrent_dropout", mask, state.h)
+    _check_noise(mask, state.h)
     i, f, g, o = lstm.activations(params, state, z, a)
     c = f * state.c + i * (mask * g)
     h = o * jnp.tanh(c)
@@ -232,7 +232,7 @@ def _gru_gates(
 ) -> tuple[GRUState, Array]:
     if mask is None:
         return gates(params, state, z, a)
-    _check_noise("recurrent_dropout", mask, state.h)
+    _check_noise(mask, state.h)
     _, u, n = baselines.gru_activations(params, state, z, a)
     h = (1 - u) * (mask * n) + u * state.h
     return GRUState(h), h
@@ -289,18 +289,18 @@ def _zoneout(cell: Cell[Params, Carry], rates: Any, output: Callable[[Carry], An
             expected = lambda rate, old, new: rate * old + (1 - rate) * new
             new = jax.tree.map(expected, _like(rates, carry), carry, new)
         else:
-            jax.tree.map(functools.partial(_check_noise, "zoneout", is_bool=True), held, carry)
+            jax.tree.map(functools.partial(_check_noise, is_bool=True), held, carry)
             new = jax.tree.map(where, held, carry, new)
         return new, output(new)
 
     return _with_noise(cell, gates, f"zoneout({cell.name})")
 
 
-def _check_noise(function: str, noise: Array, leaf: Array, *, is_bool: bool = False) -> None:
+def _check_noise(noise: Array, leaf: Array, *, is_bool: bool = False) -> None:
     if is_bool and noise.dtype != jnp.bool_:
-        raise ValueError(f"{function}: noise must be bool, True where a unit keeps its value; zoneout_noise draws it.")
+        raise ArgumentValueError("noise must be bool, True where a unit keeps its value; zoneout_noise draws it.")
     if noise.shape != leaf.shape:
-        raise ValueError(f"{function}: noise of a step must be {list(leaf.shape)}, got {list(noise.shape)}.")
+        raise ArgumentValueError(f"noise of a step must be {list(leaf.shape)}, got {list(noise.shape)}.")
 
 
 @border("zoneout_noise")

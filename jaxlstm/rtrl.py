@@ -142,7 +142,7 @@ def rtrl_step(
     reset: Bool[Array, "*batch"] | None = None,
     pattern: SnAp1Pattern | None = None,
 ) -> tuple[RTRLState, Array, Callable[[Array], PyTree]]:
-    """Take one step; return also the map from the derivative by its output to the gradient by the parameters.
+    """Take one step; return also the map from the output's derivative to the parameters' gradient.
 
     That gradient includes all earlier uses of the parameters.
 
@@ -151,7 +151,7 @@ def rtrl_step(
       state: from `init_rtrl` or the step before.
       x: [*batch, input].
       mask, reset: flags of this step, as in `unroll`; a reset replaces the carry by the cell's initial carry.
-      pattern: for SnAp-1, the pattern that the state was initialised with; default exact.
+      pattern: for SnAp-1, the pattern that the state was initialized with; default exact.
 
     Returns:
       The state after the step, the output y [*batch, hidden], and d_y -> d_params, which sums over the batch.
@@ -217,7 +217,7 @@ def rtrl_gradient(
     pattern: SnAp1Pattern | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> tuple[Array, PyTree]:
-    """Return the loss of a sequence, Σ_t E_t, and its gradient by the parameters, computed forward in time.
+    """Return the loss of a sequence, Σ_t E_t, and the gradient of the parameters, computed forward in time.
 
     Without `pattern`, this equals the gradient of `unroll`.
 
@@ -313,7 +313,6 @@ def cut_recurrence(cell: Cell[Any, Any]) -> Cell[Any, Any]:
     Any method then computes the truncated gradient of 1997 (Hochreiter & Schmidhuber, Long short-term memory).
     """
 
-    @functools.wraps(cell.recur)  # checks of the weights see the original function
     def recur(params: PyTree, carry: PyTree) -> PyTree:
         return cell.recur(params, lax.stop_gradient(carry))
 

@@ -1,8 +1,8 @@
 """Trees of tangents in which a tangent may be absent.
 
 Integers, keys and arrays that nobody differentiates have no tangent. Here such a tangent is None, and a None in place
-of a subtree stands for all its leaves. Skipping them saves the derivative rule whole matmuls: the gradient by the
-parameters alone never computes how z changes with x.
+of a subtree stands for all its leaves. Skipping them saves the derivative rule whole matmuls: the gradient with
+respect to the parameters alone never computes how z changes with x.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jaxlstm.cell import PyTree
 
 
 def jvp(function: Callable[..., PyTree], primals: tuple[Any, ...], tangents: Any) -> tuple[PyTree, PyTree]:
-    """Do what `jax.jvp` does, and differentiate only by the primals that have a tangent."""
+    """Do what `jax.jvp` does, but only with respect to the primals that have a tangent."""
     leaves = jax.tree.leaves(primals)
     d_leaves = [d for p, t in zip(primals, tangents, strict=True) for d in leaves_like(p, t)]
     active = [n for n, d in enumerate(d_leaves) if d is not None]

@@ -1,4 +1,4 @@
-"""Training: one step for any loss and any Optax optimiser, and many steps as one scan. It knows nothing of cells."""
+"""Training: one step for any loss and Optax optimizer, and many steps as one scan. Nothing here depends on the cell."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -45,14 +45,14 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) ->
     """Make a pure training step; jit it, scan it with `fit`, vmap it over seeds.
 
     Args:
-      loss_fn: `(params, batch, carry, key) -> (loss, (carry, metrics))`, with a fresh key at every step. The carry from
-        the state is a constant for the gradient, so passing it on *is* truncated BPTT.
+      loss_fn: `(params, batch, carry, key) -> (loss, (carry, metrics))`, with a fresh key at every step. The
+        gradient treats the carry in the state as a constant, so passing it on *is* truncated BPTT.
       optimizer: any Optax gradient transformation. Those that need the loss, the gradient or the loss function
         (`value`, `grad`, `value_fn`: line searches, plateau schedules) get them.
 
     Returns:
       `train_step(state, batch) -> (state, metrics)`. To the metrics of `loss_fn` it adds `loss`, `grad_norm` (before
-      clipping) and, if the optimiser's state holds it (`optax.inject_hyperparams`), the `learning_rate`.
+      clipping) and, if the optimizer's state holds it (`optax.inject_hyperparams`), the `learning_rate`.
 
     Raises:
       ValueError: when the step runs, if a metric of `loss_fn` has one of these names.
@@ -65,7 +65,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) ->
         (loss, (carry, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params, batch, state.carry, key
         )
-        # The extra arguments serve line searches and schedules that watch the loss; other optimisers ignore them.
+        # The extra arguments serve line searches and schedules that watch the loss; other optimizers ignore them.
         updates, opt_state = optimizer.update(
             grads,
             state.opt_state,
@@ -101,6 +101,6 @@ def fit(train_step: TrainStep, state: TrainState, batches: PyTree) -> tuple[Trai
 
 
 def _learning_rate(opt_state: PyTree) -> Metrics:
-    # A schedule keeps its own state under the same name in the optimiser's state; that one is not an array.
+    # A schedule keeps its own state under the same name in the optimizer's state; that one is not an array.
     found = optax.tree.get_all_with_path(opt_state, "learning_rate", lambda path, value: hasattr(value, "dtype"))
     return {"learning_rate": found[0][1]} if len(found) == 1 else {}

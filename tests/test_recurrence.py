@@ -573,6 +573,10 @@ WRONG = {
         lambda v: unroll(LSTM, v.params._replace(b=v.half.b), v.xs), TypeError, r"params .* must share one dtype; .*params\)",
     ),
     "unknown gradient": (lambda v: unroll(LSTM, v.params, v.xs, gradient="fast"), ValueError, r'unroll: gradient must be Bulk\(\), Scan\(\), Chunked\(\), "bulk" or "scan", got .fast'),
+    "chunks of blocks of no steps": (lambda v: unroll(LSTM, v.params, v.xs, gradient=Chunked(within=Bulk(0))), ValueError, "unroll: block_size must be a positive int or None, got 0"),
+    "truncate as text": (lambda v: unroll(LSTM, v.params, v.xs, gradient=Chunked(truncate="no")), ValueError, "unroll: truncate must be True or False, got 'no'"),
+    "keep_gates as text": (lambda v: unroll(LSTM, v.params, v.xs, gradient=Bulk(keep_gates="x")), ValueError, "unroll: keep_gates must be True or False, got 'x'"),
+    "recur of None": (lambda v: dataclasses.replace(LSTM, recur=None), TypeError, "Cell: LSTM has recur=None; pass a function that returns None"),
     "gradient as a class": (lambda v: unroll(LSTM, v.params, v.xs, gradient=Bulk), ValueError, r"gradient must be Bulk\(\), .* got <class"),
     "chunks within chunks": (lambda v: unroll(LSTM, v.params, v.xs, gradient=Chunked(within=Chunked())), ValueError, r"within must be Bulk\(\) or Scan\(\), got Chunked"),
     "block of no steps": (lambda v: unroll(LSTM, v.params, v.xs, gradient=Bulk(0)), ValueError, "unroll: block_size must be a positive int or None, got 0"),
@@ -648,6 +652,19 @@ def test_a_truncated_gradient_equals_pieces_with_the_carry_stopped_between(rever
     whole = jax.jit(jax.value_and_grad(functools.partial(chunked, truncate=False), (0, 1, 2)))(params, xs, carry)
     assert got[0] == whole[0]  # the values are the same to the last bit
     assert worst_error(got[1], whole[1]) > 1e-3
+
+
+def test_an_initial_carry_may_be_made_of_numpy_arrays():
+    def gates(params, state, z, a):
+        state, h = LSTM.gates(params, state, z, a)
+        return state._replace(c=state.c.at[..., 0].multiply(0.5)), h
+
+    def initial_carry(params, batch_shape=()):
+        return LSTMState(np.zeros((*batch_shape, H)), np.zeros((*batch_shape, H)))
+
+    cell = dataclasses.replace(LSTM, gates=gates, initial_carry=initial_carry, gates_jvp=None)
+    params, xs, _ = draw(LSTM)
+    assert unroll(cell, params, xs)[1].shape == (T, B, H)
 
 
 def test_no_steps_in_chunks():

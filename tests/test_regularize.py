@@ -350,10 +350,10 @@ BAD = {
         r"Locked.h must be \[\*batch, features\] = \[3, 4\], got \[3, 2\]"),
     "dropout's mask for zoneout": (
         lambda: unroll(zoneout(LSTM, RATES), PARAMS, Noisy(XS, LSTMState(jnp.asarray(CANDIDATE), jnp.asarray(CANDIDATE)))), ValueError,
-        r"zoneout: noise must be bool"),
+        r"unroll: noise must be bool"),
     "noise without its batch": (
         lambda: unroll(recurrent_dropout(LSTM), PARAMS, Noisy(XS, jnp.ones((T, H)))), ValueError,
-        r"recurrent_dropout: noise of a step must be \[3, 4\], got \[4\]"),
+        r"unroll: noise of a step must be \[3, 4\], got \[4\]"),
     "zoneout by a dict": (lambda: zoneout(LSTM, {"h": 0.1, "c": 0.5}), TypeError, r"zoneout: rates must be one number or a NamedTuple of numbers, got dict"),
     "zoneout by a traced rate": (lambda: jax.jit(lambda r: unroll(zoneout(LSTM, r), PARAMS, XS))(0.5), TypeError, r"zoneout: rates must be known"),
     "zoneout of no cell": (lambda: zoneout("LSTM", 0.5), TypeError, r"zoneout: cell must be a Cell"),

@@ -177,7 +177,7 @@ def run_layers(layers: list[Any], inputs: Array, options: Options, call: Call) -
         key=call.key,
         gradient=options.gradient,
     )
-    # Flax's layers return their dtype, where the core keeps that of the parameters.
+    # Flax's layers return their own dtype; the core keeps the parameters' dtype.
     outputs = ys if time_major else jnp.moveaxis(ys, 0, -2)
     outputs = outputs if dtype is None else outputs.astype(dtype)
     return (carries, outputs) if call.return_carry else outputs

@@ -72,7 +72,7 @@ class Recurrent(nn.Module):
           seq_lengths: [*batch] integers; later outputs are 0, and the carry returned is the last real one.
           mask: [*batch, time], True where a step is real.
           reset: [*batch, time], True where a new segment or episode starts.
-          noise: for a regularised cell, the `noise` of its `Noisy` input, one per layer, [*batch, time, ...].
+          noise: for a regularized cell, the `noise` of its `Noisy` input, one per layer, [*batch, time, ...].
           return_carry, time_major, deterministic: override the attributes.
         """
         inputs = jnp.asarray(inputs)
@@ -150,7 +150,7 @@ def _side_by_side(tree: Mapping[str, Mapping[str, Any]], side: str, gates: str, 
 def _dense_params(
     cell: Any, gates: str, inputs: Array, h: Array, *, input_bias: str, hidden_bias: str
 ) -> dict[str, dict[str, Any]]:
-    """Make, or find, the parameters `ii`, `hi`, ... under the names and by the initialisers of Flax's cells."""
+    """Make, or find, the parameters `ii`, `hi`, ... under the names and by the initializers of Flax's cells."""
     tree: dict[str, dict[str, Any]] = {}
     sides = {"i": (inputs, cell.kernel_init, input_bias), "h": (h, cell.recurrent_kernel_init, hidden_bias)}
     for gate in gates:

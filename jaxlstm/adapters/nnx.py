@@ -54,7 +54,7 @@ class Recurrent(nnx.Module):
           deterministic: no dropout; `model.eval()` sets it.
           rngs: the stream "params" draws the parameters, "dropout" the masks.
         """
-        self.in_features, self.dropout = in_features, dropout
+        self.in_features, self.dropout, self.dtype = in_features, dropout, dtype
         self.time_major, self.return_carry, self.deterministic = time_major, return_carry, deterministic
         self.options = conventions.Options(cell, features, num_layers, bidirectional, param_dtype, dtype, gradient)
         tree = conventions.init_layers(rngs.params(), in_features, self.options)

@@ -1,7 +1,7 @@
 """Compare the gradient of a recurrent cell by several methods: which one departs, in which weight, gate and step.
 
 The loss is Σ_t step_loss(y_t, t), and the reference is autodiff of the scan. A method is a function
-(params, xs, carry, d_ys) -> (d_params, d_xs, d_carry), where d_ys is the derivative of the loss by the outputs. It
+(params, xs, carry, d_ys) -> (d_params, d_xs, d_carry), where d_ys is the derivative of the loss with respect to ys. It
 returns None in place of a gradient that it does not compute. A fault at a masked step shows at the last real step
 before it.
 """

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Key
 
 from jaxlstm.cell import PyTree, leaf_path
-from jaxlstm.checks import ArgumentValueError, border, check_number, describe, same_structure
+from jaxlstm.checks import ArgumentValueError, border, check_number, describe, in_callback, same_structure
 
 # Relative errors that pass: of autodiff against differences, and of a given gradient, by the gradient's dtype.
 TOLERANCE = 1e-6
@@ -204,7 +204,7 @@ def check_gradients(
             new = list(leaves)
             for n, value in zip(active, values, strict=True):
                 new[n] = value
-            out: Array = cast(loss_fn(jax.tree.unflatten(treedef, new), *args))
+            out: Array = cast(in_callback()(loss_fn)(jax.tree.unflatten(treedef, new), *args))
             return out
 
         paths = [leaf_path(path) or "params" for path, _ in jax.tree.leaves_with_path(params)]

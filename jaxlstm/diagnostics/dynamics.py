@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import ArgumentValueError, border, check_cell, check_number, check_sequence
+from jaxlstm.checks import ArgumentValueError, border, check_cell, check_number, check_sequence, in_callback
 from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState
 from jaxlstm.masks import where
 from jaxlstm.recurrence import unroll
@@ -284,7 +284,7 @@ def truncated_gradient(
     check_cell(cell)
 
     def loss(params: PyTree) -> Array:
-        return loss_fn(unroll(cut_recurrence(cell), params, xs, carry, **options)[1])
+        return in_callback()(loss_fn)(unroll(cut_recurrence(cell), params, xs, carry, **options)[1])
 
     check_number("loss_fn", jax.eval_shape(loss, params))
     return jax.grad(loss)(params)

@@ -1,4 +1,4 @@
-"""Show where the gradient flows: the derivative of a loss by the carry after every step, for any cell."""
+"""Show where the gradient flows: the gradient of a loss with respect to the carry after every step, for any cell."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from jax.extend.core import Literal
 from jaxtyping import Array
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import ArgumentValueError, border, check_number, check_sequence
+from jaxlstm.checks import ArgumentValueError, border, check_number, check_sequence, in_callback
 from jaxlstm.recurrence import unroll
 
 
@@ -24,7 +24,7 @@ def gradient_flow(
     carry: PyTree | None = None,
     **options: Any,
 ) -> PyTree:
-    """Return the derivative of a loss by the carry after every step, in one backward pass.
+    """Return the gradient of a loss with respect to the carry after every step, in one backward pass.
 
     For an LSTM these are the complete d_h and d_c of the hand-derived gradient: h_t counts as output and as input of
     the next step, and c_t counts also through h_t, which is computed from it. They are computed with probes: zeros
@@ -59,7 +59,7 @@ def gradient_flow(
     probes = jax.tree.map(lambda leaf: jnp.zeros((num_steps, *leaf.shape), leaf.dtype), initial)
 
     def loss(probes: PyTree) -> Array:
-        return loss_fn(unroll(_probed(cell), params, (xs, probes), carry, **options)[1])
+        return in_callback()(loss_fn)(unroll(_probed(cell), params, (xs, probes), carry, **options)[1])
 
     check_number("loss_fn", jax.eval_shape(loss, probes))
     return jax.grad(loss)(probes)
