@@ -80,8 +80,8 @@ def timed(shape: Shape, rounds: int, seconds: float) -> dict[str, dict[str, list
     num_steps, batch, input_size, hidden = shape
     keys = jax.random.split(jax.random.key(0), 3)
     params = LSTM.init(keys[0], input_size, hidden)
-    xs = jax.random.normal(keys[1], (num_steps, batch, input_size))
-    weight = jax.random.normal(keys[2], (num_steps, batch, hidden))
+    xs = jax.random.normal(keys[1], (num_steps, batch, input_size), "float32")
+    weight = jax.random.normal(keys[2], (num_steps, batch, hidden), "float32")
 
     def loss(run: Run, params: LSTMParams, xs: Array) -> Array:
         return (run(params, xs) * weight).sum()

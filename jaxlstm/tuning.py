@@ -1,8 +1,8 @@
 """Choices made for the compiler: how a recurrence is cut into blocks, and the shapes that XLA runs fast.
 
-No choice changes the result. `benchmarks/choices.py` removes one choice at a time and divides the time without it by the
-time with it, in one interleaved run: geometric means over the six shapes of the benchmark, on two cores of an AMD EPYC
-(`benchmarks/results/choices.json`). Only pieces change the forward pass, so the other rows there show the noise.
+No choice changes the result. `benchmarks/choices.py` removes one choice at a time and divides the time without it by
+the time with it, in one interleaved run: geometric means over the six shapes of the benchmark, on two cores of an AMD
+EPYC (`benchmarks/results/choices.json`). Only pieces change the forward pass; the other rows there show the noise.
 
     time without, over time with  gradient     forward       (medians, minima)
     blocks                        1.04, 1.10   0.99, 0.97
