@@ -16,17 +16,15 @@ import random
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from benchmarks.benchmark import SHAPES
-from benchmarks.peers import Shape
+from benchmarks.peers import Shape, measure, scan_lstm
 from experiments.harness import devices, runs
 from jaxlstm import LSTM, Bulk, LSTMParams, LSTMState
 from jaxlstm.bulk import How, run, run_in_bulk
@@ -49,20 +47,6 @@ log = logging.getLogger("choices")
 Run = Callable[[LSTMParams, Array], Array]
 
 
-def fifteen_lines(params: LSTMParams, xs: Array) -> Array:
-    """Run an LSTM as everyone writes it."""
-    w_ih, w_hh, b = params
-
-    def step(carry: Any, x: Array) -> tuple[Any, Array]:
-        h, c = carry
-        i, f, g, o = jnp.split(x @ w_ih + h @ w_hh + b, 4, axis=-1)
-        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h = jax.nn.sigmoid(o) * jnp.tanh(c)
-        return (h, c), h
-
-    return lax.scan(step, tuple(LSTM.initial_carry(params, xs.shape[1:2])), xs)[1]
-
-
 def by_plan(params: LSTMParams, xs: Array, *, without: str, rule: bool = True) -> Array:
     """Run the library's LSTM by its own plan without one choice."""
     carry: LSTMState = LSTM.initial_carry(params, xs.shape[1:2])
@@ -72,7 +56,7 @@ def by_plan(params: LSTMParams, xs: Array, *, without: str, rule: bool = True) -
 
 
 RUNS: dict[str, Run] = {name: functools.partial(by_plan, without=name) for name in WITHOUT}
-RUNS |= {"(plain scan)": functools.partial(by_plan, without="nothing", rule=False), "(fifteen lines)": fifteen_lines}
+RUNS |= {"(plain scan)": functools.partial(by_plan, without="nothing", rule=False), "(fifteen lines)": scan_lstm}
 
 
 def timed(shape: Shape, rounds: int, seconds: float) -> dict[str, dict[str, list[float]]]:
@@ -90,17 +74,17 @@ def timed(shape: Shape, rounds: int, seconds: float) -> dict[str, dict[str, list
     for name, run_ in RUNS.items():
         calls["forward", name] = jax.jit(run_)
         calls["gradient", name] = jax.jit(jax.grad(functools.partial(loss, run_), (0, 1)))
-    for call in calls.values():
-        jax.block_until_ready(call(params, xs))
+
+    def call(kind: str, name: str) -> None:
+        jax.block_until_ready(calls[kind, name](params, xs))
+
+    for kind, name in calls:
+        call(kind, name)  # compile
     times: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in RUNS} for kind in KINDS}
     order = random.Random(0)
     for _ in range(rounds):
         for kind, name in order.sample(list(calls), len(calls)):
-            number, start = 0, time.perf_counter()
-            while number == 0 or time.perf_counter() - start < seconds:
-                jax.block_until_ready(calls[kind, name](params, xs))
-                number += 1
-            times[kind][name].append((time.perf_counter() - start) / number)
+            times[kind][name].append(measure(functools.partial(call, kind, name), seconds))
     return times
 
 

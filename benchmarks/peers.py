@@ -98,26 +98,27 @@ def jaxlstm(given: Arrays, scan: bool) -> Layer:
     return of_jax(apply, params, given, tuple)
 
 
-def fifteen_lines(given: Arrays) -> Layer:
-    """Make the LSTM that everyone writes at first, without a library: equations in a `lax.scan`."""
+def scan_lstm(params: Any, xs: Any) -> Any:
+    """Run the LSTM that everyone writes at first, without a library: fifteen lines around a `lax.scan`."""
     import jax
     import jax.numpy as jnp
 
-    def lstm(params: Any, xs: Any) -> Any:
-        w_ih, w_hh, b = params
+    w_ih, w_hh, b = params
 
-        def step(carry: Any, x: Any) -> Any:
-            h, c = carry
-            z_i, z_f, z_g, z_o = jnp.split(x @ w_ih + h @ w_hh + b, 4, axis=-1)
-            i, f, o = jax.nn.sigmoid(z_i), jax.nn.sigmoid(z_f), jax.nn.sigmoid(z_o)
-            c = f * c + i * jnp.tanh(z_g)
-            h = o * jnp.tanh(c)
-            return (h, c), h
+    def step(carry: Any, x: Any) -> Any:
+        h, c = carry
+        z_i, z_f, z_g, z_o = jnp.split(x @ w_ih + h @ w_hh + b, 4, axis=-1)
+        i, f, o = jax.nn.sigmoid(z_i), jax.nn.sigmoid(z_f), jax.nn.sigmoid(z_o)
+        c = f * c + i * jnp.tanh(z_g)
+        h = o * jnp.tanh(c)
+        return (h, c), h
 
-        zero = jnp.zeros((xs.shape[1], w_hh.shape[0]), xs.dtype)
-        return jax.lax.scan(step, (zero, zero), xs)[1]
+    zero = jnp.zeros((xs.shape[1], w_hh.shape[0]), xs.dtype)
+    return jax.lax.scan(step, (zero, zero), xs)[1]
 
-    return of_jax(lstm, [given[name] for name in ("w_ih", "w_hh", "b")], given, tuple)
+
+def fifteen_lines(given: Arrays) -> Layer:
+    return of_jax(scan_lstm, [given[name] for name in ("w_ih", "w_hh", "b")], given, tuple)
 
 
 def linen(given: Arrays, cell: str) -> Layer:
