@@ -21,46 +21,18 @@ from jaxlstm.train import TrainState, fit, init_train_state, make_train_step
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "GRU",
-    "LSTM",
-    "RNN",
-    "Bidirectional",
-    "Bulk",
-    "Cell",
-    "Chunked",
-    "GRUParams",
-    "GRUState",
-    "LSTMGates",
-    "LSTMParams",
-    "LSTMState",
-    "RNNParams",
-    "RNNState",
-    "Scan",
-    "TrainState",
-    "diagnostics",
-    "fit",
-    "generate",
-    "init_bidirectional",
-    "init_stack",
-    "init_train_state",
-    "initializers",
-    "length_mask",
-    "low_precision",
-    "lstm_bptt",
-    "make_rnn",
-    "make_train_step",
-    "num_params",
-    "regularize",
-    "rtrl",
-    "segment_resets",
-    "split_gates",
-    "step_stack",
-    "summary",
-    "unroll",
-    "unroll_bidirectional",
-    "unroll_stack",
+# fmt: off
+__all__ = [  # noqa: RUF022
+    "LSTM", "LSTMParams", "LSTMState", "LSTMGates", "split_gates",
+    "GRU", "GRUParams", "GRUState", "RNN", "RNNParams", "RNNState", "make_rnn",
+    "Cell", "low_precision", "num_params", "summary",
+    "unroll", "length_mask", "segment_resets", "Bulk", "Scan", "Chunked", "lstm_bptt",
+    "init_stack", "unroll_stack", "step_stack", "generate",
+    "Bidirectional", "init_bidirectional", "unroll_bidirectional",
+    "TrainState", "init_train_state", "make_train_step", "fit",
+    "diagnostics", "initializers", "regularize", "rtrl",
 ]
+# fmt: on
 
 
 def __getattr__(name: str) -> object:

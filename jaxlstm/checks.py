@@ -238,6 +238,29 @@ def checked_flags(mask: Any, reset: Any, num_steps: int | None, batch_shape: tup
     return mask, reset
 
 
+def check_sharding(params: PyTree, xs: PyTree, *, by_scan: bool) -> None:
+    """Check that arrays sharded on Explicit axes are sharded in a way that JAX can differentiate."""
+    leaves = jax.tree.leaves(xs)
+    if any(is_sharded(x) and jax.typeof(x).sharding.spec[0] is not None for x in leaves):
+        raise ArgumentValueError(
+            "xs is sharded along its time axis, but a recurrence runs one step after another; shard a batch axis "
+            "instead, with jax.sharding.reshard."
+        )
+    leaves += jax.tree.leaves(params)
+    mesh_unknown = jax.sharding.get_abstract_mesh().empty and any(map(is_sharded, leaves))
+    # JAX would then not know how to shard the gradient of the weights.
+    if mesh_unknown and (by_scan or any(jax.typeof(leaf).sharding.mesh.empty for leaf in leaves)):
+        raise ArgumentValueError(
+            "params and xs are sharded over a mesh that is not in use; call jax.set_mesh(mesh), or put all of them on "
+            "the mesh and differentiate by Bulk()."
+        )
+
+
+def is_sharded(array: Any) -> bool:
+    """Return whether the type of an array says that it is spread over devices, along Explicit axes of a mesh."""
+    return any(jax.typeof(array).sharding.spec)
+
+
 def of_one_step(xs: PyTree) -> PyTree:
     """Return the shapes and dtypes of one step of a sequence."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)

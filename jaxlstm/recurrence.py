@@ -10,9 +10,9 @@ from jaxtyping import Array, Bool
 
 from jaxlstm.bulk import How, run, run_in_bulk
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import border, check_sequence, checked_flags, checked_reset_carry
+from jaxlstm.checks import border, check_sequence, check_sharding, checked_flags, checked_reset_carry
 from jaxlstm.gradients import Bulk, Chunked, GradientOrName, Scan, checked_gradient
-from jaxlstm.masks import Steps, select, zeros_where_masked
+from jaxlstm.masks import Steps, hold, select, start_of, zeros_where_masked
 from jaxlstm.tuning import make_plan, scan_blocks, size_without_remainder
 
 Params = TypeVar("Params")
@@ -88,6 +88,7 @@ def run_sequence(
     batch_shape = check_sequence(cell, params, xs, carry)
     num_steps = jax.tree.leaves(xs)[0].shape[0]
     mask, reset = checked_flags(options.mask, options.reset, num_steps, batch_shape)
+    check_sharding(params, xs, by_scan=isinstance(getattr(gradient, "within", gradient), Scan))
     # Even with a carry given, a reset needs the initial one.
     initial_carry = cell.initial_carry(params, batch_shape)
     carry = initial_carry if carry is None else carry
@@ -95,9 +96,9 @@ def run_sequence(
 
     # Do this before the first matmul; afterwards it is too late to keep a NaN in padding out of the weights' gradient.
     xs = zeros_where_masked(mask, xs)
-    carry = _typed_for_scan(cell, params, xs, carry)
     steps = Steps(xs, mask, reset, reset_carry if one_per_step else None)
     reset_carry = None if one_per_step else reset_carry
+    carry = _typed_for_scan(cell, params, steps, carry, reset_carry)
     if isinstance(gradient, Chunked):
         return _run_in_chunks(cell, params, steps, carry, reset_carry, gradient, options.reverse)
     return _run(cell, params, steps, carry, reset_carry, gradient, options.reverse)
@@ -144,13 +145,32 @@ def _run_in_chunks(
     return scan_blocks(chunk, carry, (steps, first), gradient.chunk_size or near_root, reverse)
 
 
-def _typed_for_scan(cell: Cell[Any, Carry], params: Any, xs: PyTree, carry: Carry) -> Carry:
-    """Give the carry the sharding type of z.
+def _typed_for_scan(
+    cell: Cell[Any, Carry], params: Any, steps: Steps, carry: Carry, reset_carry: Carry | None
+) -> Carry:
+    """Give the carry the sharding type that it has after a step.
 
-    A scan needs the same type before and after every step. A step returns the type of z, but a new carry of zeros has
-    none. Selecting the carry by flags made from z sets the type and changes no value.
+    A scan needs the same type before and after every step. On a mesh, a step returns values that differ by device as
+    its inputs, noise and flags do, whereas a new carry of zeros is the same everywhere.
     """
-    # The first step, or zeros if there are no steps; only the type of z is used.
-    first = jax.tree.map(lambda x: lax.slice_in_dim(x, 0, min(1, x.shape[0])).sum(axis=0, dtype=x.dtype), xs)
-    z = jax.tree.leaves(cell.project(params, first))[0]
-    return select(jnp.ones_like(z.sum(axis=-1), dtype=bool), carry, carry)
+
+    def after_a_step(carry: PyTree) -> PyTree:
+        # The first step, or zeros if there are no steps; only the type of the result is used.
+        now = jax.tree.map(lambda v: v[0] if len(v) else v.sum(axis=0, dtype=v.dtype), steps)
+        start = start_of(now, carry, reset_carry)
+        return hold(now, start, *cell.step(params, start, now.x))[0]
+
+    # Each turn passes types on from one leaf to others, so as many turns as leaves are enough.
+    for _ in jax.tree.leaves(carry):
+        closed = jax.make_jaxpr(after_a_step)(carry)
+        if closed.out_avals == closed.in_avals:
+            break
+        carry = jax.tree.map(_with_type_of, after_a_step(carry), carry)
+    return carry
+
+
+def _with_type_of(like: Array, value: Array) -> Array:
+    """Return a value unchanged, even a −0, but with the sharding type of another array of its shape and dtype."""
+    if jnp.issubdtype(value.dtype, jnp.number):
+        return value - jnp.zeros_like(like)
+    return jnp.where(jnp.ones_like(like, dtype=bool), value, value)

@@ -26,16 +26,12 @@ from jaxlstm.checks import ArgumentTypeError, ArgumentValueError, border, check_
 from jaxlstm.lstm import LSTMParams, LSTMState
 from jaxlstm.masks import where
 
-__all__ = [
-    "Locked",
-    "Noisy",
-    "dropout_mask",
-    "recurrent_dropout",
-    "variational_dropout",
-    "weight_drop",
-    "zoneout",
-    "zoneout_noise",
+# fmt: off
+__all__ = [  # noqa: RUF022
+    "Locked", "dropout_mask", "variational_dropout", "weight_drop",
+    "Noisy", "recurrent_dropout", "zoneout", "zoneout_noise",
 ]
+# fmt: on
 
 Params = TypeVar("Params")
 Carry = TypeVar("Carry")

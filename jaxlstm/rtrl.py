@@ -31,17 +31,12 @@ from jaxlstm.cell import Cell, PyTree, num_params
 from jaxlstm.checks import ArgumentValueError, border, check_sequence, check_step_loss, checked_flags, of_one_step
 from jaxlstm.masks import Steps, hold, select
 
-__all__ = [
-    "OnlineState",
-    "RTRLState",
-    "SnAp1Pattern",
-    "cut_recurrence",
-    "init_rtrl",
-    "make_online_step",
-    "rtrl_gradient",
-    "rtrl_step",
-    "snap1_pattern",
+# fmt: off
+__all__ = [  # noqa: RUF022
+    "RTRLState", "init_rtrl", "rtrl_step", "rtrl_gradient", "SnAp1Pattern", "snap1_pattern", "cut_recurrence",
+    "OnlineState", "make_online_step",
 ]
+# fmt: on
 
 MAX_BYTES = 4 << 30
 

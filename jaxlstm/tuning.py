@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
 
 from jaxlstm.cell import Cell, PyTree
+from jaxlstm.checks import is_sharded
 from jaxlstm.gradients import Bulk
 from jaxlstm.masks import Steps
 
@@ -51,14 +51,14 @@ def make_plan(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree,
     """Decide how to run a recurrence.
 
     On a CPU, a block holds about `BLOCK_BYTES` of z, and a sequence of up to twice that is one block. Elsewhere, and
-    where the batch is sharded over a mesh in use, all steps are one block: devices sum their weight gradients once.
+    where the batch is sharded over devices, all steps are one block: devices sum their weight gradients once.
     """
     z, a = jax.eval_shape(cell.project, params, steps.x), jax.eval_shape(cell.recur, params, carry)
     zs = jax.tree.leaves(z)
     num_steps, num_bytes = zs[0].shape[0], sum(z.size * z.dtype.itemsize for z in zs)
     hidden_size = max((leaf.shape[-1] for leaf in jax.tree.leaves(carry) if leaf.ndim), default=0)
     on_cpu = jax.default_backend() == "cpu"
-    in_blocks = on_cpu and gradient.block_size is None and not _is_sharded()
+    in_blocks = on_cpu and gradient.block_size is None and not _on_devices((params, steps, carry))
     is_short = num_bytes <= SHORT_BYTES
 
     # If the caller gives a block size or shards the batch, use that; do not merge axes or cut z.
@@ -105,10 +105,14 @@ def _gates_read_params(cell: Cell[Any, Any], params: PyTree, carry: PyTree, z: P
     return any(id(v) in read for v in jaxpr.invars[: len(jax.tree.leaves(params))])
 
 
-def _is_sharded() -> bool:
-    """Return whether the mesh in use has an axis that is not manual; in `shard_map` each device sees only its part."""
+def _on_devices(arrays: PyTree) -> bool:
+    """Return whether arrays are, or may be, spread over several devices.
+
+    Without a mesh in use, the arrays tell. In `shard_map`, where axes are manual, each device sees only its part.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and any(kind != jax.sharding.AxisType.Manual for kind in mesh.axis_types)
+    in_use = any(kind != jax.sharding.AxisType.Manual for kind in mesh.axis_types)
+    return in_use or any(map(is_sharded, jax.tree.leaves(arrays)))
 
 
 # Blocks of time.
@@ -141,37 +145,6 @@ def scan_blocks(
     carry, last = block(carry, jax.tree.map(lambda v: v[left], steps))
     join = lambda v, w: jnp.concatenate([w, v] if reverse else [v, w])
     return carry, jax.tree.map(join, outs, last)
-
-
-# Cells in the shape that XLA runs fast.
-
-
-def for_the_loop(cell: Cell[Any, Any], plan: Plan) -> Cell[Any, Any]:
-    """Make the cell whose z is a list of pieces, one per gate, for gates that read z + a.
-
-    XLA's CPU compiler does not vectorize a loop that takes several gates from one slice of z in time. It does if every
-    gate is an array of its own; without the cut, computing z before the loop made the forward pass slower, not faster.
-    """
-    if plan.pieces < 2:
-        return cell
-
-    def project(params: PyTree, xs: PyTree) -> list[Array]:
-        return jnp.split(cell.project(params, xs), plan.pieces, axis=-1)
-
-    def gates(params: PyTree, carry: PyTree, z: list[Array], a: Array) -> Any:
-        return cell.gates(params, carry, *_sum_of_pieces(z, a))
-
-    def activations(params: PyTree, carry: PyTree, z: list[Array], a: Array) -> Any:
-        assert cell.activations is not None
-        return cell.activations(params, carry, *_sum_of_pieces(z, a))
-
-    return dataclasses.replace(cell, project=project, gates=gates, activations=activations)
-
-
-def _sum_of_pieces(z: list[Array], a: Array) -> tuple[Array, Array]:
-    """Return (z + a, 0) as the cell's z and a. The cell splits the sum again, so each gate reads its own array."""
-    pieces = [z_k + a_k for z_k, a_k in zip(z, jnp.split(a, len(z), axis=-1), strict=True)]
-    return jnp.concatenate(pieces, axis=-1), jnp.zeros_like(a)
 
 
 def in_bulk(cell: Cell[Any, Any], plan: Plan) -> Cell[Any, Any]:

@@ -28,27 +28,11 @@ from jaxlstm.diagnostics.dynamics import (
 from jaxlstm.diagnostics.flow import gradient_flow
 from jaxlstm.diagnostics.sources import GradientSources, gradient_cosine, gradient_sources
 
-__all__ = [
-    "CellStateTerms",
-    "Comparison",
-    "Departure",
-    "Entry",
-    "GradientCheck",
-    "GradientSources",
-    "LeafCheck",
-    "Trace",
-    "carry_jacobians",
-    "cell_state_terms",
-    "central_differences",
-    "check_gradients",
-    "compare_gradients",
-    "gradient_cosine",
-    "gradient_error",
-    "gradient_flow",
-    "gradient_sources",
-    "jacobian_products",
-    "lyapunov_exponents",
-    "term_shares",
-    "trace",
-    "truncated_gradient",
+# fmt: off
+__all__ = [  # noqa: RUF022
+    "check_gradients", "GradientCheck", "LeafCheck", "Entry", "gradient_error", "central_differences",
+    "compare_gradients", "Comparison", "Departure",
+    "gradient_flow", "gradient_sources", "GradientSources", "gradient_cosine", "truncated_gradient",
+    "cell_state_terms", "CellStateTerms", "term_shares",
+    "trace", "Trace", "carry_jacobians", "jacobian_products", "lyapunov_exponents",
 ]
