@@ -43,7 +43,8 @@ def length_mask(lengths: ArrayLike | Sequence[int], num_steps: int) -> Bool[Arra
     # NumPy's values, not JAX's: this must also work while `jit` traces something else.
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(lengths))
     known = np.zeros(0, int) if traced else np.asarray(lengths)
-    lengths = jnp.asarray(lengths)
+    # An empty list has no integers that could tell its dtype.
+    lengths = jnp.asarray(lengths, int if not traced and known.size == 0 else None)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ArgumentTypeError(f"lengths must be integers, got {lengths.dtype}; cast with lengths.astype(int).")
     if known.size and not 0 <= known.min() <= known.max() <= num_steps:

@@ -1,5 +1,6 @@
 """Unroll a cell over time, with masks and resets."""
 
+import functools
 import math
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,8 +11,16 @@ from jaxtyping import Array, Bool
 
 from jaxlstm.bulk import How, run, run_in_bulk
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import border, check_sequence, check_sharding, checked_flags, checked_reset_carry
-from jaxlstm.gradients import Bulk, Chunked, GradientOrName, Scan, checked_gradient
+from jaxlstm.checks import (
+    ArgumentValueError,
+    border,
+    check_cell,
+    check_sequence,
+    check_sharding,
+    checked_flags,
+    checked_reset_carry,
+)
+from jaxlstm.gradients import Bulk, Chunked, Gradient, GradientOrName, Scan, checked_gradient
 from jaxlstm.masks import Steps, hold, select, start_of, zeros_where_masked
 from jaxlstm.tuning import make_plan, scan_blocks, size_without_remainder
 
@@ -82,12 +91,29 @@ def unroll(
 def run_sequence(
     cell: Cell[Params, Carry], params: Params, xs: PyTree, carry: Carry | None, options: Options
 ) -> tuple[Carry, Array]:
-    """Check the arguments of `unroll`, then run whole or in chunks."""
-    params, xs, carry, reset_carry = jax.tree.map(jnp.asarray, (params, xs, carry, options.reset_carry))
+    """Do what `unroll` does. Outside of `jit`, compile once per cell, shapes and options."""
+    check_cell(cell)
     gradient = checked_gradient(options.gradient)
+    arrays = (params, xs, carry, options.mask, options.reset, options.reset_carry)
+    return _run_checked(cell, gradient, bool(options.reverse), *jax.tree.map(jnp.asarray, arrays))
+
+
+# Inlined, so that under the caller's own `jit` no trace of this one is left.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_checked(
+    cell: Cell[Params, Carry],
+    gradient: Gradient,
+    reverse: bool,
+    params: Params,
+    xs: PyTree,
+    carry: Carry | None,
+    mask: Any,
+    reset: Any,
+    reset_carry: Carry | None,
+) -> tuple[Carry, Array]:
     batch_shape = check_sequence(cell, params, xs, carry)
     num_steps = jax.tree.leaves(xs)[0].shape[0]
-    mask, reset = checked_flags(options.mask, options.reset, num_steps, batch_shape)
+    mask, reset = checked_flags(mask, reset, num_steps, batch_shape)
     check_sharding(params, xs, by_scan=isinstance(getattr(gradient, "within", gradient), Scan))
     # Even with a carry given, a reset needs the initial one.
     initial_carry = cell.initial_carry(params, batch_shape)
@@ -100,8 +126,8 @@ def run_sequence(
     reset_carry = None if one_per_step else reset_carry
     carry = _typed_for_scan(cell, params, steps, carry, reset_carry)
     if isinstance(gradient, Chunked):
-        return _run_in_chunks(cell, params, steps, carry, reset_carry, gradient, options.reverse)
-    return _run(cell, params, steps, carry, reset_carry, gradient, options.reverse)
+        return _run_in_chunks(cell, params, steps, carry, reset_carry, gradient, reverse)
+    return _run(cell, params, steps, carry, reset_carry, gradient, reverse)
 
 
 def _run(
@@ -114,9 +140,10 @@ def _run(
     reverse: bool,
 ) -> tuple[Carry, Array]:
     # The plain scan runs the same forward loop; the plan only says how that loop is compiled.
-    bulk = gradient if isinstance(gradient, Bulk) else None
-    plan = make_plan(cell, params, steps, carry, bulk or Bulk())
-    carry, ys, _ = (run_in_bulk if bulk else run)(How(cell, plan, reverse), params, steps, carry, reset_carry)
+    is_bulk = isinstance(gradient, Bulk)
+    plan = make_plan(cell, params, steps, carry, gradient if is_bulk else Bulk())
+    run_by = run_in_bulk if is_bulk and plan.by_rule else run
+    carry, ys, _ = run_by(How(cell, plan, reverse), params, steps, carry, reset_carry)
     return carry, ys
 
 
@@ -130,6 +157,8 @@ def _run_in_chunks(
     reverse: bool,
 ) -> tuple[Carry, Array]:
     num_steps = jax.tree.leaves(steps.x)[0].shape[0]
+    if not isinstance(num_steps, int):
+        raise ArgumentValueError(f"gradient={gradient} needs a known number of steps, got {num_steps}.")
     # √T chunks of √T steps keep least: a carry per chunk, and the steps of one chunk at a time.
     near_root = size_without_remainder(num_steps, math.ceil(math.sqrt(max(num_steps, 1))))
     first = jnp.arange(num_steps) == (num_steps - 1 if reverse else 0)
@@ -156,7 +185,7 @@ def _typed_for_scan(
 
     def after_a_step(carry: PyTree) -> PyTree:
         # The first step, or zeros if there are no steps; only the type of the result is used.
-        now = jax.tree.map(lambda v: v[0] if len(v) else v.sum(axis=0, dtype=v.dtype), steps)
+        now = jax.tree.map(_first, steps)
         start = start_of(now, carry, reset_carry)
         return hold(now, start, *cell.step(params, start, now.x))[0]
 
@@ -167,6 +196,10 @@ def _typed_for_scan(
             break
         carry = jax.tree.map(_with_type_of, after_a_step(carry), carry)
     return carry
+
+
+def _first(v: Array) -> Array:
+    return v[0] if v.shape[0] else v.sum(axis=0, dtype=v.dtype)
 
 
 def _with_type_of(like: Array, value: Array) -> Array:

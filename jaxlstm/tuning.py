@@ -17,7 +17,7 @@ The means hide what each choice is for: blocks for long sequences, kept gates fo
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import is_sharded
+from jaxlstm.checks import is_sharded, of_one_step
 from jaxlstm.gradients import Bulk
 from jaxlstm.masks import Steps
 
@@ -37,6 +37,10 @@ SHORT_BYTES = 8 << 20
 LARGE_HIDDEN = 512
 
 
+# Operations that keep `recur` or `gates` from being differentiated by the rule.
+ONLY_BY_SCAN = {"custom_vjp_call", "custom_vjp_call_jaxpr", "pure_callback", "io_callback", "cond"}
+
+
 class Plan(NamedTuple):
     """How a recurrence is run and differentiated; no choice changes the result."""
 
@@ -45,6 +49,7 @@ class Plan(NamedTuple):
     pieces: int = 0  # z is computed before the loop and cut into this many; 0: inside the loop
     closed_form: bool = True  # use the cell's `gates_jvp`
     keep_gates: bool = False  # for the backward pass, which otherwise computes them again
+    by_rule: bool = True  # differentiate by the rule; False: by the plain scan
 
 
 def make_plan(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree, gradient: Bulk) -> Plan:
@@ -53,21 +58,22 @@ def make_plan(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree,
     On a CPU, a block holds about `BLOCK_BYTES` of z, and a sequence of up to twice that is one block. Elsewhere, and
     where the batch is sharded over devices, all steps are one block: devices sum their weight gradients once.
     """
-    z, a = jax.eval_shape(cell.project, params, steps.x), jax.eval_shape(cell.recur, params, carry)
-    zs = jax.tree.leaves(z)
-    num_steps, num_bytes = zs[0].shape[0], sum(z.size * z.dtype.itemsize for z in zs)
+    project, z = jax.make_jaxpr(cell.project, return_shape=True)(params, steps.x)
+    recur, a = jax.make_jaxpr(cell.recur, return_shape=True)(params, carry)
+    gates = jax.make_jaxpr(cell.gates)(params, carry, of_one_step(z), a)
+    num_steps, known, num_bytes = _size(z)
     hidden_size = max((leaf.shape[-1] for leaf in jax.tree.leaves(carry) if leaf.ndim), default=0)
     on_cpu = jax.default_backend() == "cpu"
-    in_blocks = on_cpu and gradient.block_size is None and not _on_devices((params, steps, carry))
-    is_short = num_bytes <= SHORT_BYTES
+    in_blocks = on_cpu and known and gradient.block_size is None and not _on_devices((params, steps, carry))
+    is_short = known and num_bytes <= SHORT_BYTES
 
     # If the caller gives a block size or shards the batch, use that; do not merge axes or cut z.
-    block_size = gradient.block_size or num_steps
+    block_size = gradient.block_size if gradient.block_size and known else num_steps
     if in_blocks and num_bytes > 2 * BLOCK_BYTES:
         block_size = size_without_remainder(num_steps, max(4, BLOCK_BYTES * num_steps // num_bytes))
     # Accelerators are fastest with one large matmul; a CPU would write z to memory and read it back.
     pieces = 0 if on_cpu else 1
-    closed_form = cell.gates_jvp is not None and not _gates_read_params(cell, params, carry, z, a)
+    closed_form = cell.gates_jvp is not None and not _reads_any(gates.jaxpr, len(jax.tree.leaves(params)))
     if (
         in_blocks
         and is_short
@@ -82,11 +88,19 @@ def make_plan(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree,
         keep_gates = is_short or hidden_size >= LARGE_HIDDEN
     return Plan(
         block_size=block_size,
-        merged_axes=zs[0].ndim - 1 if in_blocks else 0,
+        merged_axes=jax.tree.leaves(z)[0].ndim - 1 if in_blocks else 0,
         pieces=pieces,
         closed_form=closed_form,
         keep_gates=keep_gates and closed_form,
+        by_rule=_rule_applies(project, recur, gates),
     )
+
+
+def _size(z: PyTree) -> tuple[Any, bool, Any]:
+    """Return the number of steps of z, whether its size is known, and its bytes; `jax.export` may leave it unknown."""
+    leaves = jax.tree.leaves(z)
+    known = all(isinstance(size, int) for leaf in leaves for size in leaf.shape)
+    return leaves[0].shape[0], known, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _have_one_shape(z: Any, a: Any) -> bool:
@@ -94,15 +108,38 @@ def _have_one_shape(z: Any, a: Any) -> bool:
     return hasattr(z, "shape") and hasattr(a, "shape") and z.shape[1:] == a.shape
 
 
-def _gates_read_params(cell: Cell[Any, Any], params: PyTree, carry: PyTree, z: PyTree, a: PyTree) -> bool:
+def _reads_any(jaxpr: Any, number: int) -> bool:
     """Return whether the gates read a parameter themselves, such as a peephole, which no closed form covers.
 
     `dataclasses.replace(LSTM, gates=...)` keeps the LSTM's closed form even if the new gates read parameters.
     """
-    z = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), z)
-    jaxpr = jax.make_jaxpr(cell.gates)(params, carry, z, a).jaxpr
     read = {id(v) for equation in jaxpr.eqns for v in equation.invars} | {id(v) for v in jaxpr.outvars}
-    return any(id(v) in read for v in jaxpr.invars[: len(jax.tree.leaves(params))])
+    return any(id(v) in read for v in jaxpr.invars[:number])
+
+
+def _rule_applies(project: Any, recur: Any, gates: Any) -> bool:
+    """Return whether the rule can differentiate the functions of a cell; where it cannot, the plain scan can.
+
+    A `custom_vjp` in the loop has no forward derivative, from which JAX would make the backward pass. A callback may
+    not be called for all steps at once, and JAX cannot transpose a `cond` that was mapped over all steps. What the functions close over is differentiated too, but the rule knows only
+    the parameters.
+    """
+    closed_over = [const for closed in (project, recur, gates) for const in closed.consts]
+    in_loop = {*_primitives(recur.jaxpr), *_primitives(gates.jaxpr)}
+    return not in_loop & ONLY_BY_SCAN and not any(isinstance(const, jax.core.Tracer) for const in closed_over)
+
+
+def _primitives(jaxpr: Any) -> Iterator[str]:
+    """Yield the name of every operation of a jaxpr, also of those inside another operation."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                yield from _primitives(getattr(inner, "jaxpr", inner))
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 def _on_devices(arrays: PyTree) -> bool:
@@ -139,7 +176,7 @@ def scan_blocks(
         whole, left = slice(rest, None), slice(0, rest)
     cut = lambda v: v[whole].reshape(num_blocks, size, *v.shape[1:])
     carry, outs = lax.scan(block, carry, jax.tree.map(cut, steps), reverse=reverse)
-    outs = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), outs)
+    outs = jax.tree.map(lambda v: v.reshape(num_blocks * size, *v.shape[2:]), outs)
     if not rest:
         return carry, outs
     carry, last = block(carry, jax.tree.map(lambda v: v[left], steps))
