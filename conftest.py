@@ -1,7 +1,8 @@
 """Settings for all tests.
 
-Tests run in float64 on two simulated CPU devices, with JAX's debugging checks on: implicit dtype promotion, NaNs,
-reused keys and all warnings are errors. A test that makes a NaN on purpose is marked `@jax.debug_nans(False)`. CI on
+Tests run in float64 on two simulated CPU devices, with JAX's debugging checks on: implicit promotion of dtypes and
+ranks, NaNs, reused keys and all warnings are errors. A test that makes a NaN on purpose is marked
+`@jax.debug_nans(False)`. CI on
 its second version of JAX, and `make test-full`, also check for leaked tracers, which makes JAX trace every function
 anew. `make test` compiles without XLA's optimizations; `make test-full`, and CI on its first version of JAX, use them.
 All test processes share one compilation cache.
@@ -38,6 +39,7 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_nans", True)
 jax.config.update("jax_debug_key_reuse", True)
 
@@ -46,9 +48,16 @@ jax.config.update("jax_debug_key_reuse", True)
 def documented_code_runs_with_default_settings(request):
     """Run doctests and code blocks from the docs with JAX's default dtypes, as users do."""
     if isinstance(request.node, pytest.DoctestItem) or request.node.get_closest_marker("documented"):
-        with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             yield
     else:
+        yield
+
+
+@pytest.fixture
+def ranks_may_be_promoted():
+    """For tests of experiments and benchmarks, which broadcast as users do."""
+    with jax.numpy_rank_promotion("allow"):
         yield
 
 

@@ -5,6 +5,8 @@ check and take gradients apart), `jaxlstm.regularize`, `jaxlstm.rtrl` (learning 
 `jaxlstm.initializers`.
 """
 
+from jax import export
+
 from jaxlstm import diagnostics, initializers, regularize, rtrl
 from jaxlstm.baselines import GRU, RNN, GRUParams, GRUState, RNNParams, RNNState, make_rnn
 from jaxlstm.bidirectional import Bidirectional, init_bidirectional, unroll_bidirectional
@@ -33,6 +35,14 @@ __all__ = [  # noqa: RUF022
     "diagnostics", "initializers", "regularize", "rtrl",
 ]
 # fmt: on
+
+# `jax.export` saves a NamedTuple only under a name registered for it.
+for _kind in (
+    *(LSTMParams, LSTMState, LSTMGates, GRUParams, GRUState, RNNParams, RNNState, Bidirectional, TrainState),
+    *(regularize.Locked, regularize.Noisy, rtrl.RTRLState, rtrl.SnAp1Pattern, rtrl.OnlineState),
+    *(diagnostics.Trace, diagnostics.CellStateTerms),
+):
+    export.register_namedtuple_serialization(_kind, serialized_name=f"jaxlstm.{_kind.__name__}")
 
 
 def __getattr__(name: str) -> object:

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from jaxlstm.cell import Cell, glorot_orthogonal
-from jaxlstm.checks import ArgumentValueError, border, check_init
+from jaxlstm.checks import ArgumentValueError, border, checked_init
 
 
 class RNNParams(NamedTuple):
@@ -33,10 +33,10 @@ def init_rnn(key: Key[Array, ""], input_size: int, hidden_size: int, *, dtype: D
     """Draw w_ih Glorot-uniform, w_hh orthogonal, b zero.
 
     Raises:
-      TypeError: `key` is not a typed key, or `dtype` is not floating.
+      TypeError: `key` is not a JAX key, or `dtype` is not floating.
       ValueError: a size is not a positive integer.
     """
-    check_init(key, input_size, hidden_size, dtype)
+    key = checked_init(key, input_size, hidden_size, dtype)
     w_ih, w_hh = glorot_orthogonal(key, input_size, hidden_size, 1, dtype)
     return RNNParams(w_ih, w_hh, jnp.zeros(hidden_size, dtype))
 
@@ -133,10 +133,10 @@ def init_gru(key: Key[Array, ""], input_size: int, hidden_size: int, *, dtype: D
     """Draw w_ih Glorot-uniform and w_hh orthogonal gate by gate, biases zero.
 
     Raises:
-      TypeError: `key` is not a typed key, or `dtype` is not floating.
+      TypeError: `key` is not a JAX key, or `dtype` is not floating.
       ValueError: a size is not a positive integer.
     """
-    check_init(key, input_size, hidden_size, dtype)
+    key = checked_init(key, input_size, hidden_size, dtype)
     w_ih, w_hh = glorot_orthogonal(key, input_size, hidden_size, 3, dtype)
     return GRUParams(w_ih, w_hh, jnp.zeros(3 * hidden_size, dtype), jnp.zeros(hidden_size, dtype))
 
@@ -154,7 +154,8 @@ def gru_activations(
     a_r, a_u, a_n = jnp.split(a, 3, axis=-1)
     r = jax.nn.sigmoid(z_r + a_r)
     u = jax.nn.sigmoid(z_u + a_u)
-    n = jnp.tanh(z_n + r * (a_n + params.b_hn))
+    b_hn = jnp.broadcast_to(params.b_hn, a_n.shape)
+    n = jnp.tanh(z_n + r * (a_n + b_hn))
     return GRUGates(r, u, n)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import ArgumentTypeError, at, border, check_cell, check_key
+from jaxlstm.checks import ArgumentTypeError, at, border, check_cell, checked_key
 from jaxlstm.gradients import GradientOrName
 from jaxlstm.masks import where
 from jaxlstm.recurrence import Options, run_sequence
@@ -44,7 +44,7 @@ def init_bidirectional(
       TypeError, ValueError: as `cell.init`.
     """
     check_cell(cell)
-    check_key(key)
+    key = checked_key(key)
     keys = jax.random.split(key)
     return Bidirectional(*(cell.init(key, input_size, hidden_size, **options) for key in keys))
 

@@ -50,6 +50,7 @@ def lstm_forward(
     """
     params, xs, carry, mask = _checked(params, xs, carry, mask)
     w_ih, w_hh, b = params
+    b = jnp.broadcast_to(b, (*xs.shape[1:-1], b.size))
     mask = mask[..., None]
     # A NaN in padding must not be multiplied into the gradient of the weights.
     xs = jnp.where(mask, xs, 0)

@@ -24,7 +24,8 @@ PyTree = Any
 
 def project(params: Any, xs: Float[Array, "*time_batch input"]) -> Float[Array, "*time_batch gates"]:
     """Return z = x W_ih + b, for one step or for all steps."""
-    return matmul(xs, params.w_ih, params.b.dtype) + params.b
+    z = matmul(xs, params.w_ih, params.b.dtype)
+    return z + jnp.broadcast_to(params.b, z.shape)  # some programs forbid JAX to broadcast by itself
 
 
 def recur(params: Any, carry: Any) -> Float[Array, "*batch gates"]:

@@ -6,6 +6,7 @@ the name of the public function: `unroll_stack, layer 1, backward: xs has 7 feat
 
 import contextlib
 import inspect
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Key
 
 from jaxlstm.cell import Cell, PyTree, leaf_path, project, recur
 
@@ -74,23 +76,28 @@ def in_callback() -> Iterator[None]:
 # Initializers, keys, numbers.
 
 
-def check_init(key: Any, input_size: Any, hidden_size: Any, dtype: DTypeLike = jnp.float32) -> None:
-    """Check the arguments of an initializer: one typed key, positive sizes, a floating dtype."""
-    check_key(key)
+def checked_init(key: Any, input_size: Any, hidden_size: Any, dtype: DTypeLike = jnp.float32) -> Key[Array, ""]:
+    """Check the arguments of an initializer: one key, positive sizes, a floating dtype; return the key."""
+    key = checked_key(key)
     for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
         if not _is_positive(size):
             raise ArgumentValueError(f"{name} must be a positive int, got {size!r}.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ArgumentTypeError(f"dtype must be a floating type, got {jnp.dtype(dtype).name}.")
+    return key
 
 
-def check_key(key: Any) -> None:
-    """Check that `key` is one typed key."""
+def checked_key(key: Any) -> Key[Array, ""]:
+    """Check that `key` is one key, and return it typed: `jax.random.PRNGKey` makes untyped ones."""
+    if getattr(key, "dtype", None) == jnp.uint32 and jnp.ndim(key):
+        with contextlib.suppress(TypeError, ValueError):  # it does not have the shape of a key
+            key = jax.random.wrap_key_data(jnp.asarray(key))
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         got = f"{key.dtype}[{_dims(key)}]" if hasattr(key, "dtype") else type(key).__name__
-        raise ArgumentTypeError(f"key must be a typed key, got {got}; make one with jax.random.key(seed).")
+        raise ArgumentTypeError(f"key must be a JAX key, got {got}; make one with jax.random.key(seed).")
     if key.shape != ():
-        raise ArgumentValueError(f"key must be one key, got {key.shape[0]} of them; use jax.vmap for many.")
+        raise ArgumentValueError(f"key must be one key, got {math.prod(key.shape)} of them; use jax.vmap for many.")
+    return key
 
 
 def checked_rate(name: str, rate: Any) -> Any:

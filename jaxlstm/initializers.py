@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from jaxlstm.cell import glorot_orthogonal, per_gate
-from jaxlstm.checks import ArgumentValueError, border, check_init
+from jaxlstm.checks import ArgumentValueError, border, checked_init
 from jaxlstm.lstm import LSTMParams, gate_bias
 
 __all__ = ["chrono", "flax", "keras", "torch"]
@@ -28,7 +28,7 @@ def torch(key: Key[Array, ""], input_size: int, hidden_size: int, *, dtype: DTyp
     >>> cell.init(jax.random.key(0), 5, 7).w_ih.shape
     (5, 28)
     """
-    check_init(key, input_size, hidden_size, dtype)
+    key = checked_init(key, input_size, hidden_size, dtype)
     keys, bound = jax.random.split(key, 4), hidden_size**-0.5
     shapes = ((input_size, 4 * hidden_size), (hidden_size, 4 * hidden_size), (4 * hidden_size,), (4 * hidden_size,))
     w_ih, w_hh, b_ih, b_hh = (
@@ -44,7 +44,7 @@ def keras(key: Key[Array, ""], input_size: int, hidden_size: int, *, dtype: DTyp
     Raises:
       TypeError, ValueError: as `LSTM.init`.
     """
-    check_init(key, input_size, hidden_size, dtype)
+    key = checked_init(key, input_size, hidden_size, dtype)
     key_ih, key_hh = jax.random.split(key)
     w_ih = jax.nn.initializers.glorot_uniform()(key_ih, (input_size, 4 * hidden_size), jnp.float32)
     w_hh = jax.nn.initializers.orthogonal()(key_hh, (hidden_size, 4 * hidden_size), jnp.float32)
@@ -58,7 +58,7 @@ def flax(key: Key[Array, ""], input_size: int, hidden_size: int, *, dtype: DType
     Raises:
       TypeError, ValueError: as `LSTM.init`.
     """
-    check_init(key, input_size, hidden_size, dtype)
+    key = checked_init(key, input_size, hidden_size, dtype)
     key_ih, key_hh = jax.random.split(key)
     w_ih = per_gate(jax.nn.initializers.lecun_normal(), key_ih, (input_size, hidden_size), 4, dtype)
     w_hh = per_gate(jax.nn.initializers.orthogonal(), key_hh, (hidden_size, hidden_size), 4, dtype)
@@ -80,7 +80,7 @@ def chrono(
     Raises:
       TypeError, ValueError: as `LSTM.init`; ValueError if `max_lag` is 2 or less.
     """
-    check_init(key, input_size, hidden_size, dtype)
+    key = checked_init(key, input_size, hidden_size, dtype)
     if not isinstance(max_lag, int | float) or max_lag <= 2:
         raise ArgumentValueError(f"max_lag must be more than 2 steps, got {max_lag!r}.")
     key_weights, key_bias = jax.random.split(key)

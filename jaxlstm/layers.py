@@ -22,10 +22,10 @@ from jaxlstm.checks import (
     at,
     border,
     check_cell,
-    check_init,
-    check_key,
     check_sequence,
     checked_flags,
+    checked_init,
+    checked_key,
     checked_layers,
     checked_rate,
     checked_reset_carry,
@@ -58,7 +58,7 @@ def init_stack(
     """Draw the parameters of layers stacked on one another.
 
     Args:
-      key: a typed key.
+      key: a JAX key.
       cell: a `Cell`, such as `LSTM`.
       input_size: features of the first layer's input.
       hidden_sizes: units of each layer.
@@ -71,7 +71,7 @@ def init_stack(
       A list with each layer's parameters, or `Bidirectional` pairs of them.
 
     Raises:
-      TypeError: `key` is not a typed key, or `hidden_sizes` is not a sequence.
+      TypeError: `key` is not a JAX key, or `hidden_sizes` is not a sequence.
       ValueError: a size is not a positive integer.
 
     >>> import jax, jaxlstm
@@ -83,7 +83,7 @@ def init_stack(
     if not hasattr(hidden_sizes, "__len__"):
         raise ArgumentTypeError(f"hidden_sizes must be a sequence, one size per layer, got {hidden_sizes!r}.")
     for hidden_size in (1, *hidden_sizes):  # 1: check the key and the input size even if there is no layer
-        check_init(key, input_size, hidden_size)
+        key = checked_init(key, input_size, hidden_size)
     layers: list[Any] = []
     # Each layer reads what the one below outputs, so its width is known only once that one is drawn.
     for layer_key, hidden_size in zip(jax.random.split(key, len(hidden_sizes)), hidden_sizes, strict=True):
@@ -165,7 +165,7 @@ def unroll_stack(
     if drops:
         if key is None:
             raise ArgumentValueError(f"dropout={dropout!r} needs a key; pass key=..., or dropout=0 for evaluation.")
-        check_key(key)
+        key = checked_key(key)
     last_carries = []
     each = _layers(params, carries=carries, reset_carries=reset_carries, noise=noise)
     for depth, (layer, carry, reset_carry, layer_noise) in enumerate(each):
@@ -271,7 +271,7 @@ def generate(
       step_fn: `(carry, x, key) -> (carry, x)`: reads one x and draws the next, of the same shape and dtype.
       carry: any pytree that it passes from step to step.
       x0: the first x it reads; [*batch, ...] for many sequences at once.
-      key: a typed key; step t gets `jax.random.fold_in(key, t)`, so a longer sequence begins like a shorter one.
+      key: a JAX key; step t gets `jax.random.fold_in(key, t)`, so a longer sequence begins like a shorter one.
       num_steps: how many to write.
 
     Returns:
@@ -279,7 +279,7 @@ def generate(
       read yet: to continue, pass it as x0.
 
     Raises:
-      TypeError: `key` is not a typed key, or `step_fn` returns another structure, shape or dtype than it was given.
+      TypeError: `key` is not a JAX key, or `step_fn` returns another structure, shape or dtype than it was given.
       ValueError: `num_steps` is negative.
 
     >>> import jax, jaxlstm
@@ -287,7 +287,7 @@ def generate(
     >>> print(jaxlstm.generate(count, (), jax.numpy.array(7), jax.random.key(0), 3)[1])
     [ 8  9 10]
     """
-    check_key(key)
+    key = checked_key(key)
     step_fn = in_callback()(step_fn)
     if not hasattr(num_steps, "__index__") or operator.index(num_steps) < 0:
         raise ArgumentValueError(f"num_steps must be an int and not negative, got {num_steps!r}.")

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from jaxlstm.cell import Cell, glorot_orthogonal
-from jaxlstm.checks import ArgumentTypeError, border, check_init
+from jaxlstm.checks import ArgumentTypeError, border, checked_init
 
 Gate = TypeVar("Gate")
 
@@ -108,17 +108,17 @@ def init(
     `jaxlstm.initializers`.
 
     Args:
-      key: a typed key, `jax.random.key(seed)`.
+      key: a JAX key, `jax.random.key(seed)`.
       input_size: features of one input.
       hidden_size: units of the layer.
       forget_bias: the initial b_f.
       dtype: floating type of the parameters. Weights are drawn in float32, then cast.
 
     Raises:
-      TypeError: `key` is not a typed key, or `dtype` is not floating.
+      TypeError: `key` is not a JAX key, or `dtype` is not floating.
       ValueError: a size is not a positive integer.
     """
-    check_init(key, input_size, hidden_size, dtype)
+    key = checked_init(key, input_size, hidden_size, dtype)
     w_ih, w_hh = glorot_orthogonal(key, input_size, hidden_size, 4, dtype)
     return LSTMParams(w_ih, w_hh, gate_bias(hidden_size, dtype, f=forget_bias))
 

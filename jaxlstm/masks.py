@@ -51,7 +51,7 @@ def length_mask(lengths: ArrayLike | Sequence[int], num_steps: int) -> Bool[Arra
         got = f"lengths from {known.min()} to {known.max()}"
         raise ArgumentValueError(f"lengths must lie between 0 and num_steps = {num_steps}, got {got}.")
     steps = jnp.arange(num_steps).reshape(num_steps, *[1] * lengths.ndim)
-    return steps < lengths
+    return steps < lengths[None]
 
 
 @border("segment_resets")

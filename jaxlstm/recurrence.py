@@ -94,8 +94,9 @@ def run_sequence(
     """Do what `unroll` does. Outside of `jit`, compile once per cell, shapes and options."""
     check_cell(cell)
     gradient = checked_gradient(options.gradient)
-    arrays = (params, xs, carry, options.mask, options.reset, options.reset_carry)
-    return _run_checked(cell, gradient, bool(options.reverse), *jax.tree.map(jnp.asarray, arrays))
+    steps = Steps(xs, options.mask, options.reset)
+    arrays = jax.tree.map(jnp.asarray, (params, steps, carry, options.reset_carry))
+    return _run_checked(cell, gradient, bool(options.reverse), *arrays)
 
 
 # Inlined, so that under the caller's own `jit` no trace of this one is left.
@@ -105,12 +106,11 @@ def _run_checked(
     gradient: Gradient,
     reverse: bool,
     params: Params,
-    xs: PyTree,
+    steps: Steps,
     carry: Carry | None,
-    mask: Any,
-    reset: Any,
     reset_carry: Carry | None,
 ) -> tuple[Carry, Array]:
+    xs, mask, reset, _ = steps
     batch_shape = check_sequence(cell, params, xs, carry)
     num_steps = jax.tree.leaves(xs)[0].shape[0]
     mask, reset = checked_flags(mask, reset, num_steps, batch_shape)
@@ -140,9 +140,9 @@ def _run(
     reverse: bool,
 ) -> tuple[Carry, Array]:
     # The plain scan runs the same forward loop; the plan only says how that loop is compiled.
-    is_bulk = isinstance(gradient, Bulk)
-    plan = make_plan(cell, params, steps, carry, gradient if is_bulk else Bulk())
-    run_by = run_in_bulk if is_bulk and plan.by_rule else run
+    bulk = gradient if isinstance(gradient, Bulk) else None
+    plan = make_plan(cell, params, steps, carry, bulk or Bulk())
+    run_by = run_in_bulk if bulk and plan.by_rule else run
     carry, ys, _ = run_by(How(cell, plan, reverse), params, steps, carry, reset_carry)
     return carry, ys
 

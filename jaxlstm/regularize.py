@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Key
 from jaxlstm import baselines, lstm
 from jaxlstm.baselines import GRUParams, GRUState
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import ArgumentTypeError, ArgumentValueError, border, check_cell, check_key, checked_rate, kind_of
+from jaxlstm.checks import ArgumentTypeError, ArgumentValueError, border, check_cell, checked_key, checked_rate, kind_of
 from jaxlstm.lstm import LSTMParams, LSTMState
 from jaxlstm.masks import where
 
@@ -62,13 +62,13 @@ def dropout_mask(
     from an embedding table (Gal & Ghahramani 2016), pass `shape=(len(embedding), 1)` and multiply the table by it.
 
     Args:
-      key: a typed key; the same key gives the same mask in any process.
+      key: a JAX key; the same key gives the same mask in any process.
       rate: probability of a 0, in [0, 1).
       shape: of the mask. Leave out the time axis to lock the mask over time.
       dtype: of the arrays that the mask multiplies.
 
     Raises:
-      TypeError: `key` is not a typed key.
+      TypeError: `key` is not a JAX key.
       ValueError: `rate` is not in [0, 1).
 
     >>> import jax
@@ -76,7 +76,7 @@ def dropout_mask(
     >>> sorted(set(dropout_mask(jax.random.key(0), 0.75, (100,)).tolist()))
     [0.0, 4.0]
     """
-    check_key(key)
+    key = checked_key(key)
     rate = checked_rate("rate", rate)
     return _flags(key, 1 - rate, shape).astype(dtype) / jnp.asarray(1 - rate, dtype)
 
@@ -170,9 +170,9 @@ def _masked(name: str, value: Array, mask: Array | None) -> Array:
         raise ArgumentValueError(f"Locked.{name} must be [*batch, features] = {expected}, got {list(mask.shape)}.")
     mask = lax.stop_gradient(mask).astype(value.dtype)
     # The derivative rule merges time and batch, in that order, so the mask repeats once per step.
-    if value.shape[-mask.ndim :] == mask.shape:
-        return value * mask
-    return (value.reshape(-1, *mask.shape) * mask).reshape(value.shape)
+    merged = value.shape[-mask.ndim :] != mask.shape
+    steps = value.reshape(value.size // mask.size, *mask.shape) if merged else value
+    return (steps * jnp.broadcast_to(mask, steps.shape)).reshape(value.shape)
 
 
 # Noise that is drawn anew at every step.
@@ -306,7 +306,7 @@ def zoneout_noise(
     """Draw which units keep their last value, for `zoneout`.
 
     Args:
-      key: a typed key.
+      key: a JAX key.
       rates: as given to `zoneout`.
       carry: any carry of the cell, [*batch, ...]; only its shapes matter.
       num_steps: T.
@@ -315,10 +315,10 @@ def zoneout_noise(
       A tree like the carry, its leaves bool [time, *batch, ...].
 
     Raises:
-      TypeError: `key` is not a typed key.
+      TypeError: `key` is not a JAX key.
       ValueError: a rate is not in [0, 1).
     """
-    check_key(key)
+    key = checked_key(key)
     rates = jax.tree.map(functools.partial(checked_rate, "rates"), rates)
     # One key per leaf: h and c keep their values independently.
     treedef: Any = jax.tree.structure(carry)
@@ -372,12 +372,12 @@ def weight_drop(key: Key[Array, ""], rate: float, params: Params) -> Params:
     optimizing LSTM language models, 2018.
 
     Args:
-      key: a typed key.
+      key: a JAX key.
       rate: probability of dropping an entry, in [0, 1).
       params: a NamedTuple with w_hh, such as `LSTMParams`.
 
     Raises:
-      TypeError: `key` is not a typed key, or `params` have no w_hh.
+      TypeError: `key` is not a JAX key, or `params` have no w_hh.
       ValueError: `rate` is not in [0, 1).
 
     >>> import jax, jaxlstm

@@ -186,7 +186,7 @@ def _advance(
         sizes = [leaf.size for leaf in jax.tree.leaves(state.carry)]
         by_params = _leaf_by_leaf(step_by_params, flat_params, [*sizes, y.size])
         reached = jnp.concatenate([pattern.carry, jnp.where(pattern.y >= 0, pattern.y + sum(sizes), -1)[None]])
-        through = by_carry[reached[:, None], pattern.carry] * state.influence
+        through = by_carry[reached[:, None], pattern.carry[None]] * state.influence[None]
         influence = jnp.where(reached >= 0, through.sum(axis=1) + by_params, 0)
     num_kept = len(state.influence)
     y_influence = influence[num_kept:] if pattern is None else influence[num_kept]

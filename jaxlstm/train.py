@@ -1,13 +1,28 @@
 """Training: one step for any loss and Optax optimizer, and many steps as one scan. Nothing here depends on the cell."""
 
-from collections.abc import Callable
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
+
+from jaxlstm.cell import leaf_path
+from jaxlstm.checks import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    alike,
+    border,
+    check_number,
+    checked_key,
+    describe,
+    in_callback,
+    kind_of,
+)
 
 PyTree = Any
 Metrics = dict[str, Array]
@@ -23,30 +38,31 @@ class TrainState(NamedTuple):
     carry: PyTree = ()  # passed from one batch to the next: truncated BPTT, running statistics
 
 
-# (params, batch, carry, key) -> (loss, (carry, metrics)); a loss without a carry returns () for it.
-LossFn = Callable[[PyTree, PyTree, PyTree, Key[Array, ""]], tuple[Float[Array, ""], tuple[PyTree, Metrics]]]
+# (params, batch) or (params, batch, carry, key) -> loss, (loss, metrics) or (loss, (carry, metrics)).
+LossFn = Callable[..., Any]
 TrainStep = Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]
 
 
+@border("init_train_state")
 def init_train_state(
     params: PyTree, optimizer: optax.GradientTransformation, key: Key[Array, ""], *, carry: PyTree = ()
 ) -> TrainState:
     """Return the state before the first step.
 
     Raises:
-      TypeError: `key` is not a typed key.
+      TypeError: `key` is not a JAX key.
     """
-    if not jnp.issubdtype(getattr(key, "dtype", object), jax.dtypes.prng_key):
-        raise TypeError("init_train_state: key must be a typed key; make one with jax.random.key(seed).")
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key, carry)
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), checked_key(key), carry)
 
 
+@border("make_train_step")
 def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> TrainStep:
     """Make a pure training step; jit it, scan it with `fit`, vmap it over seeds.
 
     Args:
-      loss_fn: `(params, batch, carry, key) -> (loss, (carry, metrics))`, with a fresh key at every step. The
-        gradient treats the carry in the state as a constant, so passing it on *is* truncated BPTT.
+      loss_fn: `(params, batch)` or `(params, batch, carry, key)`, with a fresh key at every step. It returns the
+        loss, a number, or `(loss, metrics)` with a dict of arrays, or `(loss, (carry, metrics))`. The gradient treats
+        the carry in the state as a constant, so passing it on *is* truncated BPTT.
       optimizer: any Optax gradient transformation. Those that need the loss, the gradient or the loss function
         (`value`, `grad`, `value_fn`: line searches, plateau schedules) get them.
 
@@ -55,11 +71,19 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) ->
       clipping) and, if the optimizer's state holds it (`optax.inject_hyperparams`), the `learning_rate`.
 
     Raises:
-      ValueError: when the step runs, if a metric of `loss_fn` has one of these names.
+      TypeError: `loss_fn` takes other arguments, or `optimizer` is not an Optax optimizer.
+      TypeError, ValueError: when the step runs, if `loss_fn` returns anything else, if a parameter is not floating, or
+        if a metric has a name that the step adds.
     """
+    loss_fn = _full_loss(loss_fn)
     optimizer = optax.with_extra_args_support(optimizer)
 
+    @border("train_step")
     def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+        for path, leaf in jax.tree.leaves_with_path(state.params):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+                got = f"{leaf_path(path)} {jnp.result_type(leaf)}"
+                raise ArgumentTypeError(f"params must be floating, got {got}; keep what is not trained in the carry.")
         # A function of the step alone, so that a resumed run draws the same noise.
         key = jax.random.fold_in(state.key, state.step)
         (loss, (carry, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -78,14 +102,15 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) ->
 
         own = {"loss": loss, "grad_norm": optax.tree.norm(grads), **_learning_rate(opt_state)}
         if taken := own.keys() & metrics.keys():
-            raise ValueError(
-                f"train_step: loss_fn's metrics must not be named {sorted(taken)}; the training step adds these itself."
+            raise ArgumentValueError(
+                f"loss_fn's metrics must not be named {sorted(taken)}; the training step adds these itself."
             )
         return TrainState(params, opt_state, state.step + 1, state.key, carry), {**own, **metrics}
 
     return train_step
 
 
+@border("fit")
 def fit(train_step: TrainStep, state: TrainState, batches: PyTree) -> tuple[TrainState, Metrics]:
     """Train on one batch after another, as one `lax.scan`.
 
@@ -96,8 +121,68 @@ def fit(train_step: TrainStep, state: TrainState, batches: PyTree) -> tuple[Trai
 
     Returns:
       The state after the last batch, and the metrics of every step, stacked along axis 0.
+
+    Raises:
+      TypeError: `batches` are not arrays, or a step returns a state unlike the one it is given.
+      ValueError: the leaves of `batches` differ in their first axis.
     """
+    if isinstance(batches, Iterator) or not all(map(_is_array, jax.tree.leaves(batches))):
+        raise ArgumentTypeError(
+            f"batches must be arrays that stack the batches along axis 0, got {type(batches).__name__}; stack a list "
+            "of them with jax.tree.map(lambda *leaves: jnp.stack(leaves), *list_of_batches)."
+        )
+    state, batches = jax.tree.map(jnp.asarray, (state, batches))
+    if len({leaf.shape[:1] for leaf in jax.tree.leaves(batches)} | {()}) != 2:
+        raise ArgumentValueError(f"batches must share their first axis, the number of steps, got {describe(batches)}.")
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
+    after, _ = jax.eval_shape(in_callback()(train_step), state, batch)
+    if not alike(after, state):
+        changed = [name for name in TrainState._fields if not alike(getattr(after, name), getattr(state, name))]
+        given, got = (
+            f"{kind_of(tree)}: {describe(tree)}" for tree in (getattr(state, changed[0]), getattr(after, changed[0]))
+        )
+        raise ArgumentTypeError(
+            f"train_step must return a {changed[0]} like the one it is given, {given}; got {got}. "
+            "Pass the first carry to init_train_state."
+        )
     return lax.scan(train_step, state, batches)
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+
+
+def _full_loss(loss_fn: LossFn) -> LossFn:
+    """Return a loss as (params, batch, carry, key) -> (loss, (carry, metrics))."""
+    takes = _num_arguments(loss_fn)
+
+    def full(params: PyTree, batch: PyTree, carry: PyTree, key: Key[Array, ""]) -> Any:
+        with in_callback():
+            out = loss_fn(*(params, batch, carry, key)[:takes])
+        loss, aux = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
+        carry, metrics = aux if isinstance(aux, tuple) and len(aux) == 2 else (carry, aux)
+        check_number("loss_fn", loss, ", (loss, metrics) or (loss, (carry, metrics)), with a number as the loss")
+        if not isinstance(metrics, dict):
+            raise ArgumentTypeError(f"loss_fn must return its metrics as a dict of arrays, got {kind_of(metrics)}.")
+        if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            raise ArgumentTypeError(f"loss_fn must return a floating loss, got {jnp.result_type(loss)}.")
+        return loss, (carry, metrics)
+
+    return full
+
+
+def _num_arguments(loss_fn: Any) -> int:
+    """Return how many of (params, batch, carry, key) a loss takes: 2 or 4."""
+    if not callable(loss_fn):
+        raise ArgumentTypeError(f"loss_fn must be a function, got {kind_of(loss_fn)}.")
+    signature = inspect.signature(loss_fn)
+    required = [p for p in signature.parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    names = [*signature.parameters][2:4]
+    for number in (2, 4) if len(required) == 2 and names != ["carry", "key"] else (4, 2):
+        with contextlib.suppress(TypeError):
+            signature.bind(*range(number))
+            return number
+    raise ArgumentTypeError(f"loss_fn must take (params, batch) or (params, batch, carry, key), got {signature}.")
 
 
 def _learning_rate(opt_state: PyTree) -> Metrics:

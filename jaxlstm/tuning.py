@@ -121,8 +121,8 @@ def _rule_applies(project: Any, recur: Any, gates: Any) -> bool:
     """Return whether the rule can differentiate the functions of a cell; where it cannot, the plain scan can.
 
     A `custom_vjp` in the loop has no forward derivative, from which JAX would make the backward pass. A callback may
-    not be called for all steps at once, and JAX cannot transpose a `cond` that was mapped over all steps. What the functions close over is differentiated too, but the rule knows only
-    the parameters.
+    not be called for all steps at once, and JAX cannot transpose a `cond` that was mapped over all steps. What the
+    functions close over is differentiated too, but the rule knows only the parameters.
     """
     closed_over = [const for closed in (project, recur, gates) for const in closed.consts]
     in_loop = {*_primitives(recur.jaxpr), *_primitives(gates.jaxpr)}

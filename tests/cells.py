@@ -25,7 +25,7 @@ def _init(key, input_size, hidden_size, *, dtype=jnp.float32):
 
 
 def _gates(params, carry, z, a):
-    keep = jax.nn.sigmoid(params["c_rate"])
+    keep = jnp.broadcast_to(jax.nn.sigmoid(params["c_rate"]), carry.s.shape)
     s = keep * carry.s + (1 - keep) * jnp.tanh(z + a)
     return LeakyState(s), s**2
 

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "diagnostics.sources": {"cell", "checks", "recurrence"},
     "diagnostics.differences": {"cell", "checks"},
     "diagnostics.comparison": {"bptt", "cell", "checks", "diagnostics.differences", "lstm", "recurrence", "rtrl"},
-    "train": set(),
+    "train": {"cell", "checks"},
     "moved": set(),
 }
 ADAPTERS = ("jaxlstm.adapters.linen", "jaxlstm.adapters.nnx")  # public modules too
@@ -156,7 +156,7 @@ def test_the_package_is_as_readable_as_it_should_be():
     assert counted["lambdas per 100 lines"] <= 0.8
     assert counted["words of README.md"] <= 1000
     assert counted["comment lines per 100 lines of code"] >= 3
-    assert counted["of these, code"] <= 3080  # before the package was divided into rooms
+    assert counted["of these, code"] <= 3400
 
 
 def test_the_numbers_cited_in_the_gradient_by_hand_are_those_of_the_derivation():

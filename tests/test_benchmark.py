@@ -14,6 +14,8 @@ from jaxlstm import LSTM, tuning
 
 from jobs import UNCHECKED, command
 
+pytestmark = pytest.mark.usefixtures("ranks_may_be_promoted")
+
 SHAPE = (11, 3, 5, 7)
 TIMES = {"min": 1.0, "max": 9.0}
 

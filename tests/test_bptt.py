@@ -158,7 +158,7 @@ def test_a_missing_term_is_noticed(line, monkeypatch):
         def step(state, inputs):
             x, m = inputs
             h, c = state
-            z = x @ params.w_ih + (cut(h) if line == "d_h through w_hh" else h) @ params.w_hh + params.b
+            z = x @ params.w_ih + (cut(h) if line == "d_h through w_hh" else h) @ params.w_hh + params.b[None]
             i, f, g, o = jnp.split(z, 4, -1)
             kept = jax.nn.sigmoid(f) * (cut(c) if line == "d_c through f" else c)
             c_new = kept + jax.nn.sigmoid(i) * jnp.tanh(g)

@@ -136,6 +136,7 @@ def test_a_long_sum_in_float32_has_fewer_digits_than_one_in_float64():
     assert 1e-8 < short < 5e-7 and 3 * short < long < 1e-3, (short, long)
 
 
+@pytest.mark.usefixtures("ranks_may_be_promoted")
 def test_ten_bits_of_a_factor_as_tf32_has_show_at_once():
     """A CPU has no TF32, so the test rounds by hand; `python -m jaxlstm` measures the default of a GPU."""
     tf32 = lambda v: lax.reduce_precision(v, exponent_bits=8, mantissa_bits=10)

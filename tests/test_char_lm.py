@@ -25,6 +25,8 @@ from jaxlstm import Cell, init_train_state
 from cells import worst_error
 from jobs import ROOT, SMALL, UNCHECKED, arguments, command, outcome, said, start, write_corpus
 
+pytestmark = pytest.mark.usefixtures("ranks_may_be_promoted")
+
 # The parts.
 
 

@@ -262,7 +262,7 @@ def test_a_closed_form_without_a_recurrent_matmul():
 def test_gates_that_read_parameters_are_not_differentiated_by_the_closed_form():
     def gates(params, state, z, a):
         state, h = LSTM.gates(params, state, z, a)
-        return state, h + params.b[:H]
+        return state, h + params.b[None, :H]
 
     cell = dataclasses.replace(LSTM, gates=gates)  # keeps the LSTM's closed form, which knows nothing of b
     got, want = (jax.jit(gradient(make_loss(cell, how)))(*draw(LSTM)) for how in ("bulk", "scan"))

@@ -294,7 +294,7 @@ def test_with_h_cut_the_last_c_depends_on_the_first_by_the_product_of_f():
     jacobians = carry_jacobians(cut, params, xs, carry)[..., H:, H:]
     product = np.stack([np.linalg.multi_dot(list(jacobians[::-1, n])) for n in range(B)])
     kept = trace(LSTM, params, xs, carry).gates.f.prod(axis=0)
-    assert worst_error(product, kept[..., None] * jnp.eye(H)) < 1e-14
+    assert worst_error(product, kept[..., None] * jnp.eye(H)[None]) < 1e-14
 
 
 # The gradient of 1997.

@@ -16,6 +16,8 @@ from jaxlstm.diagnostics import trace
 
 from cells import draw, normal, worst_error
 
+pytestmark = pytest.mark.usefixtures("ranks_may_be_promoted")
+
 
 @pytest.fixture
 def default_settings():

@@ -1,16 +1,40 @@
 """Other people's habits: cells with custom derivatives in them, legacy keys, exports, empty batches, eager calls."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from jax import lax
+from jax import export, lax
 
-from jaxlstm import LSTM, Bulk, Chunked, LSTMState, Scan, unroll
+from jaxlstm import (
+    GRU,
+    LSTM,
+    RNN,
+    Bulk,
+    Cell,
+    Chunked,
+    LSTMGates,
+    LSTMState,
+    Scan,
+    generate,
+    init_bidirectional,
+    init_stack,
+    init_train_state,
+    initializers,
+    length_mask,
+    regularize,
+    rtrl,
+    unroll,
+    unroll_stack,
+)
+from jaxlstm.adapters import linen
+from jaxlstm.diagnostics import check_gradients
 
-from cells import H, T, draw, worst_error
+from cells import B, H, I, T, draw, normal, worst_error
 
 OPEN = {"gates_jvp": None, "activations": None}
 MODES = [Bulk(), Bulk(block_size=3), Chunked(3), Chunked(3, within=Scan())]
@@ -89,7 +113,9 @@ CELLS = {
     "a clipped gradient": {"gates": after_step(clipped)},
     "a clipped gradient in recur": {"recur": lambda p, s: clipped(s.h) @ p.w_hh},
     "a clipped gradient inside jit": {"gates": after_step(jax.jit(lambda v: 2 * clipped(v)))},
-    "straight through in project": {"project": lambda p, x: x @ rounded(p.w_ih) + p.b},
+    "straight through in project": {
+        "project": lambda p, x: x @ rounded(p.w_ih) + jnp.expand_dims(p.b, range(x.ndim - 1))
+    },
     "straight through in recur": {"recur": lambda p, s: s.h @ rounded(p.w_hh)},
     "custom_jvp": {"gates": after_step(doubled)},
     "a checkpoint": {"gates": jax.checkpoint(LSTM.gates)},
@@ -110,9 +136,7 @@ def test_a_cell_with_other_derivatives_in_it_has_the_gradient_of_the_scan(name):
 
     def loss(variables, gradient):
         params, xs, carry = variables
-        carry, ys = unroll(
-            cell, params, xs, carry, mask=jnp.arange(T)[:, None] < jnp.array([7, 4, 5]), gradient=gradient
-        )
+        carry, ys = unroll(cell, params, xs, carry, mask=length_mask([7, 4, 5], T), gradient=gradient)
         return (ys**2).sum() + (carry.c**2).sum()
 
     value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
@@ -128,7 +152,7 @@ def learned_temperature(t, part):
         return dataclasses.replace(LSTM, gates=gates, **OPEN)
     if part == "recur":
         return dataclasses.replace(LSTM, recur=lambda p, s: t * (s.h @ p.w_hh))
-    return dataclasses.replace(LSTM, project=jax.jit(lambda p, xs: t * (xs @ p.w_ih) + p.b))
+    return dataclasses.replace(LSTM, project=jax.jit(lambda p, xs: t * LSTM.project(p, xs)))
 
 
 @pytest.mark.parametrize("part", ["gates", "recur", "project"])
@@ -145,3 +169,178 @@ def test_a_cell_that_closes_over_what_is_differentiated_has_the_gradient_of_the_
         of_t = lambda t, gradient=gradient: loss(t, gradient)
         for derivative in (jax.grad(of_t), jax.jit(jax.grad(of_t)), jax.grad(jax.jit(of_t)), jax.jacfwd(of_t)):
             assert abs(derivative(0.9) - want) < 1e-13
+
+
+# Leaves that have no gradient.
+
+
+class Mixed(NamedTuple):
+    h: jax.Array
+    key: jax.Array
+    count: jax.Array
+    odd: jax.Array
+
+
+def noisy_gates(params, carry, z, a):
+    """Add noise drawn with a key in the carry, and count the steps."""
+    z, token, key = z
+    draw_one = lambda key, h: jax.random.normal(key, h.shape, h.dtype)
+    noise = jax.vmap(draw_one)(jax.vmap(jax.random.fold_in)(carry.key, token), carry.h)
+    other = jax.vmap(draw_one)(key, carry.h)
+    h = jnp.tanh(
+        z + a + 0.1 * noise + 0.1 * other * jnp.cos(carry.count)[:, None] + jnp.where(carry.odd[:, None], 0.5, 0.0)
+    )
+    return Mixed(h, jax.vmap(jax.random.fold_in)(carry.key, carry.count), carry.count + 1, ~carry.odd), h
+
+
+def mixed_carry(params, batch_shape=()):
+    keys = jax.random.split(jax.random.key(5), batch_shape)
+    return Mixed(jnp.zeros((*batch_shape, H)), keys, jnp.zeros(batch_shape, int), jnp.zeros(batch_shape, bool))
+
+
+MIXED = Cell(
+    name="mixed",
+    init=RNN.init,
+    initial_carry=mixed_carry,
+    gates=noisy_gates,
+    project=lambda params, xs: (RNN.project(params, xs[0]), *xs[1:]),
+)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
+@jax.debug_key_reuse(False)
+def test_keys_integers_and_flags_may_be_leaves_of_the_input_and_of_the_carry(reverse):
+    params, xs, _ = draw(RNN)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(9, size=(T, B)))
+    keys = jax.random.split(jax.random.key(6), (T, B))
+    mask, reset = length_mask([7, 4, 5], T), jnp.zeros((T, B), bool).at[3, 1].set(True)
+    options = {"mask": mask, "reset": reset, "reverse": reverse}
+
+    def loss(params, xs, gradient):
+        carry, ys = unroll(MIXED, params, (xs, tokens, keys), gradient=gradient, **options)
+        return (ys**2).sum() + (carry.h**3).sum(), (carry.count, carry.odd.astype(int), jax.random.key_data(carry.key))
+
+    by = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2)
+    want = by(params, xs, "scan")
+    (_, (count, odd, _)), _ = want
+    assert count.tolist() == [7, 4 if reverse else 1, 5] and odd.tolist() == [n % 2 == 1 for n in count.tolist()]
+    for gradient in MODES:
+        assert worst_error(by(params, xs, gradient), want) < 1e-13, gradient
+    truncated = by(params, xs, Chunked(T, truncate=True))
+    assert worst_error(truncated, want) < 1e-13
+    by(params, xs, Chunked(2, truncate=True))
+
+
+# Legacy keys.
+
+LEGACY = jax.random.PRNGKey(0)
+TAKES_A_KEY = {
+    "LSTM.init": lambda key: LSTM.init(key, I, H),
+    "GRU.init": lambda key: GRU.init(key, I, H),
+    "RNN.init": lambda key: RNN.init(key, I, H),
+    "initializers.torch": lambda key: initializers.torch(key, I, H),
+    "initializers.keras": lambda key: initializers.keras(key, I, H),
+    "initializers.flax": lambda key: initializers.flax(key, I, H),
+    "initializers.chrono": lambda key: initializers.chrono(key, I, H, max_lag=9),
+    "init_bidirectional": lambda key: init_bidirectional(key, LSTM, I, H),
+    "init_stack": lambda key: init_stack(key, LSTM, I, [H, H]),
+    "unroll_stack": lambda key: unroll_stack(LSTM, STACK, jnp.ones((T, B, I)), dropout=0.5, key=key)[1],
+    "generate": lambda key: generate(lambda s, x, k: (s, x + jax.random.normal(k)), (), jnp.zeros(()), key, 3)[1],
+    "dropout_mask": lambda key: regularize.dropout_mask(key, 0.5, (T, H)),
+    "zoneout_noise": lambda key: regularize.zoneout_noise(key, 0.5, jnp.ones((B, H)), T).astype(int),
+    "weight_drop": lambda key: regularize.weight_drop(key, 0.5, STACK[0]),
+    "check_gradients": lambda key: jnp.asarray(check_gradients(jnp.sum, jnp.ones(3), key=key).worst.differences),
+    "init_train_state": lambda key: jax.random.normal(init_train_state(STACK, optax.sgd(0.1), key).key),
+    "flax.linen": lambda key: linen.Recurrent(H).init(key, jnp.ones((B, T, I))),
+}
+STACK = init_stack(jax.random.key(1), LSTM, I, [H, H], dtype="float64")
+
+
+@pytest.mark.parametrize("name", TAKES_A_KEY)
+@jax.debug_key_reuse(False)
+def test_a_legacy_key_draws_what_the_typed_key_draws(name):
+    run = TAKES_A_KEY[name]
+    want = run(jax.random.key(0))
+    assert worst_error(run(LEGACY), want) == 0
+    assert worst_error(run(np.asarray(LEGACY)), want) == 0
+    if name != "check_gradients":  # it computes numbers outside of `jit`
+        assert worst_error(jax.jit(run)(LEGACY), want) < 1e-15
+    if name != "flax.linen":  # Flax checks its keys itself
+        for wrong in (0, LEGACY[:1], jnp.zeros(2), jax.random.split(LEGACY)):
+            with pytest.raises(
+                (TypeError, ValueError), match=r": key must be (a JAX key, got .*jax.random.key\(seed\)|one key)"
+            ):
+                run(wrong)
+
+
+# Exports.
+
+
+def exported(function, *args):
+    structs = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)), args)
+    return export.deserialize(export.export(jax.jit(function))(*structs).serialize())
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        *(cell.init(jax.random.key(0), I, H) for cell in (LSTM, GRU, RNN)),
+        LSTMState(*jnp.ones((2, B))),
+        LSTMGates(*jnp.ones((4, B))),
+        STACK,
+        init_stack(jax.random.key(0), GRU, I, [H], bidirectional=True),
+        regularize.Locked(jnp.ones(2), jnp.ones(3), None),
+        regularize.Noisy(jnp.ones(2), jnp.ones(3)),
+        init_train_state(jnp.ones(3), optax.sgd(0.1), jax.random.key(0))._replace(opt_state=(), key=None),
+        rtrl.init_rtrl(LSTM, STACK[0], (B,)),
+    ],
+    ids=lambda tree: type(tree).__name__,
+)
+def test_what_takes_the_librarys_named_tuples_can_be_exported(params):
+    double = lambda tree: jax.tree.map(lambda v: 2 * v, tree)
+    got = exported(double, params).call(params)
+    assert type(got) is type(params) and worst_error(got, double(params)) == 0
+
+
+def test_one_export_serves_every_batch_and_every_length():
+    b, t = export.symbolic_shape("b, t")
+    both = init_stack(jax.random.key(2), LSTM, I, [H, H], bidirectional=True, dtype="float64")
+
+    def run(params, xs, lengths, gradient):
+        mask = length_mask(lengths, xs.shape[0])
+        return unroll_stack(LSTM, params, xs, mask=mask, reset=~mask, gradient=gradient)[1]
+
+    for time, gradient in ((t, Bulk()), (t, Bulk(block_size=2)), (t, Scan()), (T, Chunked(2)), (T, Chunked())):
+        loss = lambda *args, gradient=gradient: (run(*args, gradient) ** 2).sum()
+        of_any = exported(
+            jax.value_and_grad(loss), both, jax.ShapeDtypeStruct((time, b, I), float), jax.ShapeDtypeStruct((b,), int)
+        )
+        args = (both, jnp.asarray(normal(0, T, B, I)), jnp.array([7, 0, 4]))
+        assert worst_error(of_any.call(*args), jax.value_and_grad(loss)(*args)) < 1e-13
+    with pytest.raises(ValueError, match=r"unroll: gradient=Chunked\(.*\) needs a known number of steps, got t"):
+        export.export(jax.jit(lambda p, x: unroll(LSTM, p, x, gradient=Chunked())))(
+            STACK[0], jax.ShapeDtypeStruct((t, b, I), float)
+        )
+
+
+# Empty batches, and no steps.
+
+
+@pytest.mark.parametrize("shape", [(T, 0), (T, 2, 0), (0, B), (0, 0), (T, 0, 2)], ids=str)
+@pytest.mark.parametrize("gradient", ["bulk", "scan", *MODES], ids=str)
+def test_nothing_in_gives_nothing_out_and_a_gradient_of_0(shape, gradient):
+    both = init_stack(jax.random.key(2), LSTM, I, [H, H], bidirectional=True, dtype="float64")
+    xs, mask = jnp.ones((*shape, I)), jnp.ones(shape, bool)
+
+    def run(params, xs):
+        return unroll_stack(LSTM, params, xs, mask=mask, reset=mask, gradient=gradient)
+
+    carries, ys = run(both, xs)
+    assert ys.shape == (*shape, 2 * H) and carries[0].backward.c.shape == (*shape[1:], H)
+    gradients = jax.grad(lambda params, xs: run(params, xs)[1].sum(), (0, 1))(both, xs)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("lengths", [[], (), np.array([]), np.zeros((0, 2), int), jnp.zeros(0, int)], ids=str)
+def test_the_mask_of_no_lengths(lengths):
+    assert length_mask(lengths, 4).shape == (4, *np.shape(lengths)) and length_mask(lengths, 4).dtype == bool

@@ -483,7 +483,7 @@ BAD = {
     "dropout without a key": (lambda: unroll_stack(LSTM, PARAMS, XS, dropout=0.5), ValueError,
         r"unroll_stack: dropout=0.5 needs a key; pass key="),
     "an untyped key": (lambda: unroll_stack(LSTM, PARAMS, XS, dropout=0.5, key=3), TypeError,
-        r"unroll_stack: key must be a typed key, got int"),
+        r"unroll_stack: key must be a JAX key, got int"),
     "a float mask": (lambda: unroll_stack(LSTM, PARAMS, XS, mask=jnp.ones((T, B))), TypeError,
         r"unroll_stack, layer 0: mask must be bool, got float64"),
     "a reset [batch, time]": (lambda: unroll_stack(LSTM, BOTH, XS, reset=RESET.T), ValueError,
@@ -526,7 +526,7 @@ BAD = {
         r"generate: step_fn must return a carry like the one it is given, LSTMState\(h, c\): .*; got tuple: "),
     "generation of something else": (lambda: generate(lambda c, x, k: (c, x[0]), (), XS, jax.random.key(0), 2), TypeError,
         r"generate: step_fn must return a x like the one it is given, ArrayImpl: float64\[7,3,5\]; got ShapeDtypeStruct: float64\[3,5\]"),
-    "generation with an old key": (lambda: generate(lambda c, x, k: (c, x), (), XS, 0, 2), TypeError, r"generate: key must be a typed key"),
+    "generation with an old key": (lambda: generate(lambda c, x, k: (c, x), (), XS, 0, 2), TypeError, r"generate: key must be a JAX key"),
 }  # fmt: skip
 
 

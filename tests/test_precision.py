@@ -35,7 +35,7 @@ def plain_scan(dtype, params, xs):
 
     def step(carry, x):
         matmul = lambda x, w: jnp.matmul(x.astype(dtype), w.astype(dtype), preferred_element_type="float32")
-        return LSTM.gates(params, carry, matmul(x, params.w_ih) + params.b, matmul(carry.h, params.w_hh))
+        return LSTM.gates(params, carry, matmul(x, params.w_ih) + params.b[None], matmul(carry.h, params.w_hh))
 
     return lax.scan(step, LSTM.initial_carry(params, xs.shape[1:2]), xs)[1]
 

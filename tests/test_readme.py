@@ -19,6 +19,8 @@ from jaxlstm.moved import MOVED
 
 from cells import draw, worst_error
 
+pytestmark = pytest.mark.usefixtures("ranks_may_be_promoted")
+
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}

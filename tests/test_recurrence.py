@@ -156,7 +156,7 @@ def test_garbage_in_padding_changes_no_bit_of_values_and_gradients(cell, garbage
 @pytest.mark.parametrize("reverse", [False, True])
 def test_resets_are_separate_runs(reverse):
     params, xs, _ = draw(LSTM)
-    ids = jnp.array([0, 0, 0, 4, 4, 1, 1])[:, None] * jnp.ones(B, int)
+    ids = jnp.array([0, 0, 0, 4, 4, 1, 1])[:, None] * jnp.ones((1, B), int)
     final, ys = unroll(LSTM, params, xs, reset=segment_resets(ids, reverse=reverse), reverse=reverse)
     runs = [unroll(LSTM, params, piece, reverse=reverse) for piece in (xs[:3], xs[3:5], xs[5:])]
     assert worst_error(ys, jnp.concatenate([run[1] for run in runs])) < 1e-15
@@ -354,9 +354,9 @@ def test_the_program_does_not_grow_with_the_number_of_steps():
 def test_one_loop_with_the_projection_inside_unless_the_sequence_is_short(shape, in_loop):
     params = jax.eval_shape(lambda: LSTM.init(jax.random.key(0), I, 64))
     xs = jax.ShapeDtypeStruct((*shape, I), "float32")
-    jaxpr = jax.make_jaxpr(lambda p, x: unroll(LSTM, p, x, gradient=Scan()))(params, xs)
+    (jitted,) = jax.make_jaxpr(lambda p, x: unroll(LSTM, p, x, gradient=Scan()))(params, xs).eqns
     compiled = jax.jit(lambda p, x: unroll(LSTM, p, x)).lower(params, xs).compile().as_text()
-    (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+    (scan,) = [eqn for eqn in jitted.params["jaxpr"].eqns if eqn.primitive.name == "scan"]
     assert sum(eqn.primitive.name == "dot_general" for eqn in scan.params["jaxpr"].jaxpr.eqns) == in_loop
     entry = compiled[compiled.index("ENTRY") :]  # XLA removes the operations that type the carry
     assert entry.count(" while(") == 1 and (" dot(" in entry or "kind=kCustom" in entry) == (in_loop == 1)
@@ -494,7 +494,7 @@ WRONG = {
         lambda v: unroll(OTHER_KIND, rnn_params(v), v.xs), ValueError, r"turns carry LSTMState\(h, c\): .* into RNNState\(h\): ",
     ),
     "old-style integer seed for training": (
-        lambda v: init_train_state(v.params, optax.sgd(0.1), 0), TypeError, r"init_train_state: key must be a typed key",
+        lambda v: init_train_state(v.params, optax.sgd(0.1), 0), TypeError, r"init_train_state: key must be a JAX key",
     ),
     "split_gates of another cell": (lambda v: split_gates(v.gru_params), TypeError, r"split_gates: params must be LSTMParams, got GRUParams"),
     "max_lag as text": (lambda v: initializers.chrono(jax.random.key(0), I, H, max_lag="5"), ValueError, r"max_lag must be more than 2 steps, got '5'"),
@@ -585,10 +585,10 @@ WRONG = {
     "integers to compute in": (lambda v: low_precision(LSTM, "int8"), TypeError, r'low_precision: dtype must be a floating type such as "bfloat16", got .int8'),
     "no dtype to compute in": (lambda v: low_precision(LSTM, "half16"), TypeError, "low_precision: dtype must be a floating type"),
     "old-style integer seed": (
-        lambda v: LSTM.init(0, I, H), TypeError, r"LSTM.init: key must be a typed key, got int; .*jax.random.key\(seed\)",
+        lambda v: LSTM.init(0, I, H), TypeError, r"LSTM.init: key must be a JAX key, got int; .*jax.random.key\(seed\)",
     ),
     "old-style raw key": (
-        lambda v: GRU.init(jax.random.PRNGKey(0), I, H), TypeError, r"GRU.init: key must be a typed key, got uint32\[2\]",
+        lambda v: GRU.init(jax.random.PRNGKey(0)[:1], I, H), TypeError, r"GRU.init: key must be a JAX key, got uint32\[1\]",
     ),
     "several keys": (lambda v: RNN.init(jax.random.split(jax.random.key(0), 3), I, H), ValueError, r"must be one key, got 3"),
     "hidden size zero": (lambda v: LSTM.init(jax.random.key(0), I, 0), ValueError, r"hidden_size must be a positive int, got 0"),

@@ -297,8 +297,8 @@ def test_locked_masks_stay_and_noise_is_new_at_every_step():
     params, _, _ = draw(LSTM)
     xs = jnp.ones((T, B, I))
     z = variational_dropout(LSTM).project(Locked(params, x=jnp.asarray(MASK_X)), xs)
-    assert (z == z[0]).all() and not (z[:, 0] == z[:, 1]).all()
-    assert not (np.asarray(HELD.h) == np.asarray(HELD.h)[0]).all() and not (CANDIDATE[0] == CANDIDATE).all()
+    assert (z == z[:1]).all() and not (z[:, 0] == z[:, 1]).all()
+    assert not (np.asarray(HELD.h) == np.asarray(HELD.h)[0]).all() and not (CANDIDATE[:1] == CANDIDATE).all()
 
 
 def test_weight_drop_and_dropped_embeddings():
@@ -330,11 +330,11 @@ PARAMS, XS, CARRY = draw(LSTM)
 BAD = {
     "rate of 1": (lambda: dropout_mask(KEY(0), 1.0, (3,)), ValueError, r"dropout_mask: rate must lie in \[0, 1\), got 1.0"),
     "negative rate": (lambda: weight_drop(KEY(0), -0.5, PARAMS), ValueError, r"weight_drop: rate must lie in \[0, 1\), got -0.5"),
-    "untyped key": (lambda: dropout_mask(3, 0.5, (4,)), TypeError, r"dropout_mask: key must be a typed key"),
+    "untyped key": (lambda: dropout_mask(3, 0.5, (4,)), TypeError, r"dropout_mask: key must be a JAX key"),
     "params without w_hh": (lambda: weight_drop(KEY(0), 0.5, [PARAMS]), TypeError, r"weight_drop: params must be a NamedTuple with w_hh, got list"),
     "zoneout of 1": (lambda: zoneout(LSTM, LSTMState(0.1, 1.0)), ValueError, r"zoneout: rates must lie in \[0, 1\), got 1.0"),
     "rates of another cell": (lambda: unroll(zoneout(GRU, RATES), draw(GRU)[0], XS), ValueError, r"unroll: one step of zoneout\(GRU\) fails"),
-    "noise without a key": (lambda: zoneout_noise(0, 0.5, CARRY, T), TypeError, r"zoneout_noise: key must be a typed key"),
+    "noise without a key": (lambda: zoneout_noise(0, 0.5, CARRY, T), TypeError, r"zoneout_noise: key must be a JAX key"),
     "noise of another length": (
         lambda: unroll(zoneout(LSTM, RATES), PARAMS, Noisy(XS, jax.tree.map(lambda v: v[1:], HELD))), ValueError,
         r"unroll: every array of xs must be \[time, \*batch, ...\]"),

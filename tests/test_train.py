@@ -192,3 +192,70 @@ def test_a_metric_that_hides_ours_is_refused():
 def test_a_state_is_a_plain_pytree_with_an_empty_carry_by_default():
     state = TrainState(jnp.ones(2), (), jnp.zeros((), jnp.int32), jax.random.key(0))
     assert state.carry == () and len(jax.tree.leaves(state)) == 3
+
+
+# What people write first, and what goes wrong.
+
+
+def square(w, batch):
+    return ((batch @ w) ** 2).sum() / 2
+
+
+LOSSES = {
+    "a number": square,
+    "metrics": lambda w, batch: (square(w, batch), {"size": jnp.abs(w).sum()}),
+    "carry and metrics": lambda w, batch: (square(w, batch), ((), {})),
+    "more arguments with defaults": lambda w, batch, train=True, rate=0.1: square(w, batch) if train else rate,
+    "all arguments": lambda w, batch, carry, key: square(w, batch),
+    "all arguments, with defaults": lambda w, batch, carry=None, key=None: square(w, batch) + 0 * (carry is None),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_may_be_written_in_several_ways(name):
+    w, x, optimizer = normal(2, 4), normal(3, 2, 3, 4), optax.sgd(0.01)
+    state = init_train_state(jnp.asarray(w), optimizer, jax.random.key(0))
+    state, metrics = fit(make_train_step(LOSSES[name], optimizer), state, x)
+    for batch in x:
+        w = w - 0.01 * batch.T @ (batch @ w)
+    np.testing.assert_allclose(state.params, w, rtol=1e-13)
+    assert ("size" in metrics) == (name == "metrics") and metrics["loss"].shape == (2,)
+
+
+W, BATCH_OF_TWO = np.ones(4), np.ones((2, 3, 4))
+
+
+def steps_of(loss_fn, w=W, batches=BATCH_OF_TWO):
+    optimizer = optax.sgd(0.01)
+    state = init_train_state(jnp.asarray(w), optimizer, jax.random.key(0))
+    return fit(make_train_step(loss_fn, optimizer), state, batches)
+
+
+# By name: what goes wrong, and the error.
+WRONG_LOSSES = {
+    r"train_step: loss_fn must return one number.*got \[3\]": lambda w, b: b @ w,
+    "train_step: loss_fn must return a floating loss, got int64": lambda w, b: (b @ w).sum().astype(int),
+    "train_step: loss_fn must return its metrics as a dict of arrays": lambda w, b: (square(w, b), w),
+    r"make_train_step: loss_fn must take \(params, batch\) or .*, got \(w, b, key\)": lambda w, b, key: square(w, b),
+    "make_train_step: loss_fn must be a function, got int": 3,
+    r"fit: train_step must return a carry like the one it is given, tuple: .*float64\[4\]. Pass the first carry": (
+        lambda w, b, carry, key: (square(w, b), (w, {}))
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_LOSSES)
+def test_a_wrong_loss_raises_one_clear_error(message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        steps_of(WRONG_LOSSES[message])
+
+
+def test_wrong_parameters_and_batches_raise_one_clear_error():
+    with pytest.raises(TypeError, match=r"train_step: params must be floating, got .*int64"):
+        steps_of(square, np.ones(4, int))
+    with pytest.raises(TypeError, match=r"fit: batches must be arrays that stack .*, got generator; stack a list"):
+        steps_of(square, batches=(b for b in BATCH_OF_TWO))
+    with pytest.raises(ValueError, match=r"fit: batches must share their first axis, .*\[2,3,4\], 1 float64\[3\]"):
+        steps_of(lambda w, b: square(w, b[0]), batches=(BATCH_OF_TWO, np.ones(3)))
+    with pytest.raises(ValueError, match="fit: batches must share their first axis"):
+        steps_of(square, batches=np.ones(()))

@@ -76,8 +76,8 @@ def _gru(gate_fn: Function, activation_fn: Function) -> Cell[GRUParams, GRUState
     def gates(params: GRUParams, state: GRUState, z: Array, a: Array) -> tuple[GRUState, Array]:
         z_r, z_u, z_n = jnp.split(z, 3, axis=-1)
         a_r, a_u, a_n = jnp.split(a, 3, axis=-1)
-        u = gate_fn(z_u + a_u)
-        h = (1 - u) * activation_fn(z_n + gate_fn(z_r + a_r) * (a_n + params.b_hn)) + u * state.h
+        r, u, b_hn = gate_fn(z_r + a_r), gate_fn(z_u + a_u), jnp.broadcast_to(params.b_hn, a_n.shape)
+        h = (1 - u) * activation_fn(z_n + r * (a_n + b_hn)) + u * state.h
         return GRUState(h), h
 
     return dataclasses.replace(GRU, gates=gates, activations=None)

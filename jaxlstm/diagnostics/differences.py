@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Key
 
 from jaxlstm.cell import PyTree, leaf_path
-from jaxlstm.checks import ArgumentValueError, border, check_number, describe, in_callback, same_structure
+from jaxlstm.checks import ArgumentValueError, border, check_number, checked_key, describe, in_callback, same_structure
 
 # Relative errors that pass: of autodiff against differences, and of a given gradient, by the gradient's dtype.
 TOLERANCE = 1e-6
@@ -172,7 +172,7 @@ def check_gradients(
       args: further arguments of the loss.
       gradients: a gradient to check, a pytree like `params`.
       num_directions: random directions per leaf.
-      key: typed key that the directions are drawn with.
+      key: a JAX key that the directions are drawn with.
 
     Returns:
       A `GradientCheck`; `print` shows it as a table.
@@ -190,6 +190,7 @@ def check_gradients(
     """
     if num_directions < 1:
         raise ArgumentValueError(f"num_directions must be at least 1, got {num_directions}.")
+    key = checked_key(key)
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         given = jax.tree.map(np.asarray, gradients)  # uncast: its dtype sets its tolerance
         params, args = cast((params, args))

@@ -237,10 +237,10 @@ def cell_state_terms(params: LSTMParams, xs: Array, carry: LSTMState | None = No
     w = LSTMGates(*jnp.split(params.w_hh, 4, axis=-1))
 
     def through(by_gate: Array, w: Array) -> Array:
-        return by_gate[..., :, None] * w.T * d[..., None, :]
+        return jnp.einsum("...j,kj,...k->...jk", by_gate, w, d)
 
     return CellStateTerms(
-        carousel=f[..., :, None] * jnp.eye(hidden, dtype=f.dtype),
+        carousel=jnp.einsum("...j,jk->...jk", f, jnp.eye(hidden, dtype=f.dtype)),
         forget_gate=through(c_prev * f * (1 - f), w.f),
         input_gate=through(g * i * (1 - i), w.i),
         candidate=through(i * (1 - g**2), w.g),
