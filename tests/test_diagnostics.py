@@ -281,7 +281,7 @@ def test_the_four_terms_are_the_jacobian_of_c_at_a_fixed_output_gate():
     each = jax.vmap(jax.vmap(jax.jacfwd(c_of)))
     want = each(recorded.start.c[1:], recorded.gates.o[:-1], xs[1:])
     assert worst_error(sum(terms)[1:], want) < 1e-12
-    assert worst_error(terms.carousel[0], recorded.gates.f[0][..., None] * jnp.eye(H)) == 0
+    assert worst_error(terms.carousel[0], recorded.gates.f[0][..., None] * jnp.eye(H)[None]) == 0
     assert not any(term[0].any() for term in terms[1:])
     assert all(term[1:].any() for term in terms)
 
