@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxlstm.cell import Cell, PyTree, num_params
 from jaxlstm.checks import ArgumentValueError, border, check_sequence, check_step_loss, checked_flags, of_one_step
 from jaxlstm.masks import Steps, hold, select
+from jaxlstm.structure import dependence
 
 # fmt: off
 __all__ = [  # noqa: RUF022
@@ -260,8 +261,8 @@ def rtrl_gradient(
 def snap1_pattern(cell: Cell[Any, Any], params: PyTree, x: PyTree) -> SnAp1Pattern:
     """Return which numbers of the carry and of y each parameter reaches within one step, for SnAp-1.
 
-    In an LSTM, the weights into a unit reach its own h and c. The pattern is found from the derivatives at random
-    parameters, carry and input, where no derivative is 0 by coincidence; only the shapes of the arguments matter.
+    In an LSTM, the weights into a unit reach its own h and c. The pattern is found by tracing, so it holds for all
+    values: only the shapes of the arguments matter.
 
     Args:
       cell, params: as in `unroll`.
@@ -270,18 +271,14 @@ def snap1_pattern(cell: Cell[Any, Any], params: PyTree, x: PyTree) -> SnAp1Patte
     Raises:
       ValueError: a parameter reaches two numbers of one leaf, as a projection of h does.
     """
-    carry = jax.eval_shape(cell.initial_carry, params)
-    leaves, treedef = jax.tree.flatten((params, carry, x))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    # Small values, since the derivative of a saturated gate rounds to 0.
-    random = [jax.random.normal(key, v.shape, v.dtype) / 10 for key, v in zip(keys, leaves, strict=True)]
-    params, carry, x = jax.tree.unflatten(treedef, random)
+    params, x = jax.tree.map(jnp.asarray, (params, x))
+    carry = cell.initial_carry(params)
     flat_params, unravel = ravel_pytree(params)
 
     def step(flat_params: Array) -> Array:
         return ravel_pytree(cell.step(unravel(flat_params), carry, x))[0]
 
-    out, pull = jax.vjp(step, flat_params)
+    out, pull = jax.vjp(dependence(step, flat_params), jnp.ones_like(flat_params))
     sizes = [leaf.size for leaf in jax.tree.leaves(carry)]
     leaf_of = np.repeat(np.arange(len(sizes) + 1), [*sizes, out.size - sum(sizes)])
 
