@@ -29,6 +29,6 @@ def test_the_tour_runs(monkeypatch):
     notebook = jupytext.read(DOCS / "tour.py")
     NotebookClient(notebook, timeout=180, kernel_name="python3", resources={"metadata": {"path": DOCS}}).execute()
     text = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
-    assert "AGREE in float64" in text and "Departure(block='gate " in text and "step=10" in text
+    assert "AGREE in float64" in text and "Departure(block='gates i, f, g, o'" in text and "step=10" in text
     assert text.count("rows add up to the gradient: True") == 3
     assert "accuracy in the last steps: 1.00" in text and text.rstrip().endswith("AGREE")

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 from jaxlstm.bptt import lstm_bptt
 from jaxlstm.cell import Cell, PyTree, leaf_path, project
 from jaxlstm.checks import ArgumentTypeError, ArgumentValueError, border, check_sequence, check_step_loss, of_one_step
-from jaxlstm.diagnostics.differences import cast, central_differences, check_alike, gradient_error
+from jaxlstm.diagnostics.differences import adaptive_differences, cast, check_alike, gradient_error
 from jaxlstm.lstm import LSTM
 from jaxlstm.recurrence import unroll
 from jaxlstm.rtrl import MAX_BYTES, influence_bytes, rtrl_gradient
@@ -35,12 +35,12 @@ STEP_SIZE = {"float64": 5e-4, "float32": 2e-2}
 
 
 class Departure(NamedTuple):
-    """Where a method departs from the reference: the latest step at which d_z_t is wrong, and the worst gate there.
+    """Where a method departs from the reference: the latest step at which d_z_t is wrong, and all wrong gates there.
 
     A backward pass reaches the latest step first, and passes its fault on to all earlier steps.
     """
 
-    block: str  # "gate f" if a step is known, else the worst leaf, as "w_hh f"
+    block: str  # "gate f" or "gates i, f, g" if a step is known, else the worst leaf, as "w_hh f"
     step: int | None  # None: every d_z_t is right or unknown, and the fault lies in what is computed from them
     error: float
 
@@ -54,6 +54,7 @@ class Comparison(NamedTuple):
     by_step: dict[str, dict[str, Float[np.ndarray, "time"]]]
     departures: dict[str, Departure | None]  # by method; None where it agrees
     gradients: dict[str, tuple[PyTree, PyTree, PyTree]]  # by method: (d_params, d_xs, d_carry)
+    floors: dict[str, float]  # by block: the error that differences cannot resolve; empty without differences
 
     @property
     def agree(self) -> bool:
@@ -75,6 +76,8 @@ class Comparison(NamedTuple):
             if departure is not None:
                 at = "" if departure.step is None else f" at step {departure.step}"
                 lines.append(f"{method} departs in {departure.block}{at}: {departure.error:.1e}")
+        coarse = [name for name, floor in self.floors.items() if floor > TOLERANCE_DIFFERENCES[self.dtype]]
+        lines += [f"differences cannot resolve {name}: floor {self.floors[name]:.1e}" for name in coarse]
         lines.append(f"{'AGREE' if self.agree else 'DISAGREE'} in {self.dtype}")
         return "\n".join(lines)
 
@@ -106,9 +109,9 @@ def compare_gradients(
       step_loss: (y_t, t) -> E_t, a number; y_t is [*batch, hidden].
       methods: the caller's methods, by name: (params, xs, carry, d_ys) -> (d_params, d_xs, d_carry).
       dtype: "float64" or "float32", used for the whole computation; the setting is restored.
-      by_step: also compute the errors of every step. This doubles the time: every method runs a second time, with extra
-        inputs that are added to z, so that its d_xs contain d_z.
-      max_differences: leave differences out if there are more numbers to differentiate by; each costs four losses.
+      by_step: also compute the errors of every step: every method gets extra inputs that are added to z, so that its
+        d_xs contain d_z.
+      max_differences: leave differences out if there are more numbers to differentiate by; each costs twelve losses.
       max_bytes: leave "rtrl" out if it needs more memory.
 
     Returns:
@@ -137,33 +140,38 @@ def compare_gradients(
         all_methods = own_methods | _library_methods(cell, mask, reset, max_bytes)
         if influence_bytes(cell, params, batch_shape) > max_bytes or not len(ys):
             del all_methods["rtrl"]
-        gradients = {
-            name: _checked_gradient(name, method(*variables, d_ys), variables) for name, method in all_methods.items()
-        }
+        gates = _gate_names(cell, variables)
+        has_z = by_step and bool(gates) and cell.project is project and hasattr(params, "_replace")
+        gradients: dict[str, Any] = {}
+        d_zs: dict[str, Any] = {}
+        for name, method in all_methods.items():
+            # Real-time recurrent learning returns no d_xs, and pays for every further input.
+            with_z = has_z and name != "rtrl"
+            gradients[name], d_zs[name] = _run_method(name, method, variables, d_ys, with_z=with_z)
+        floors = {}
         if sum(leaf.size for leaf in jax.tree.leaves(variables)) <= max_differences:
 
             def loss(variables: Any) -> Array:
                 ys = unroll(cell, *variables, mask=mask, reset=reset)[1]
                 return jax.vmap(step_loss)(ys, times).sum()
 
-            by_differences = functools.partial(central_differences, loss, step_size=STEP_SIZE[dtype])
-            gradients[DIFFERENCES] = jax.jit(by_differences)(variables)
+            by_differences = functools.partial(adaptive_differences, loss, step_size=STEP_SIZE[dtype])
+            gradients[DIFFERENCES], spread = jax.jit(by_differences)(variables)
+            floors = _relative_norms(spread, gradients[REFERENCE], gates)
 
-        gates = _gate_names(cell, variables)
         errors = {name: _errors(own, gradients[REFERENCE], gates) for name, own in gradients.items()}
-        of_steps = {}
-        if by_step and gates and cell.project is project and hasattr(params, "_replace"):
-            # d_z is read from d_xs, so a method without d_xs has no errors by step.
-            with_d_xs = {name: method for name, method in all_methods.items() if gradients[name][1] is not None}
-            d_zs = {name: _d_z(method, variables, d_ys) for name, method in with_d_xs.items()}
-            of_steps = {name: _errors_by_step(own, d_zs[REFERENCE], gates) for name, own in d_zs.items()}
-    tolerances = dict.fromkeys(gradients, TOLERANCE[dtype]) | {DIFFERENCES: TOLERANCE_DIFFERENCES[dtype]}
+        of_steps = {name: _errors_by_step(own, d_zs[REFERENCE], gates) for name, own in d_zs.items() if own is not None}
     departures = {
-        name: _departure(errors[name], of_steps.get(name, {}), tolerances[name])
+        name: _departure(errors[name], of_steps.get(name, {}), TOLERANCE[dtype])
         for name in gradients
-        if name != REFERENCE
+        if name not in (REFERENCE, DIFFERENCES)
     }
-    return Comparison(dtype, errors, of_steps, departures, jax.device_get(gradients))
+    if DIFFERENCES in gradients:
+        # An error below the floor is no departure: there the differences are wrong, whatever the gradient is.
+        allowed = TOLERANCE_DIFFERENCES[dtype]
+        resolved = {name: error for name, error in errors[DIFFERENCES].items() if not error <= 3 * floors[name]}
+        departures[DIFFERENCES] = _departure(resolved, {}, allowed)
+    return Comparison(dtype, errors, of_steps, departures, jax.device_get(gradients), floors)
 
 
 def _checked_methods(methods: Any) -> dict[str, Method]:
@@ -244,19 +252,37 @@ def _blocks(gradient: Any, gates: tuple[str, ...]) -> dict[str, Array]:
     return cut | {f"{leaf_path(path)}_0": leaf for path, leaf in jax.tree.leaves_with_path(d_carry)}
 
 
+def _relative_norms(spread: Any, reference: Any, gates: tuple[str, ...]) -> dict[str, float]:
+    """Return ‖spread‖ / ‖reference‖ for every block, or ‖spread‖ where the reference is 0."""
+    own, want = _blocks(spread, gates), _blocks(reference, gates)
+    scales = {name: float(jnp.linalg.norm(leaf.ravel())) or 1.0 for name, leaf in want.items()}
+    return {name: float(jnp.linalg.norm(leaf.ravel())) / scales[name] for name, leaf in own.items()}
+
+
 def _errors(gradient: Any, reference: Any, gates: tuple[str, ...]) -> dict[str, float]:
     own, want = _blocks(gradient, gates), _blocks(reference, gates)
     return {name: float(gradient_error(leaf, want[name])) for name, leaf in own.items()}
 
 
-def _d_z(method: Method, variables: Any, d_ys: Array) -> Array:
-    """Return the derivative by every z_t: by further inputs that an identity matrix in w_ih adds to z_t unchanged."""
+def _run_method(name: str, method: Method, variables: Any, d_ys: Array, *, with_z: bool) -> tuple[Any, Any]:
+    """Return a gradient, and the derivative by every z_t, or None.
+
+    For d_z, the method gets further inputs, all 0, that an identity matrix in w_ih adds to z_t unchanged.
+    """
     params, xs, carry = variables
+    if not with_z:
+        return _checked_gradient(name, method(params, xs, carry, d_ys), variables), None
     num_features, width = params.w_ih.shape
     wider = params._replace(w_ih=jnp.concatenate([params.w_ih, jnp.eye(width, dtype=xs.dtype)]))
     zeros = jnp.zeros((*xs.shape[:-1], width), xs.dtype)
-    d_xs: Array = method(wider, jnp.concatenate([xs, zeros], axis=-1), carry, d_ys)[1]
-    return d_xs[..., num_features:]
+    wide_xs = jnp.concatenate([xs, zeros], axis=-1)
+    gradient = method(wider, wide_xs, carry, d_ys)
+    d_params, d_xs, d_carry = _checked_gradient(name, gradient, (wider, wide_xs, carry))
+    if d_params is not None:
+        d_params = d_params._replace(w_ih=d_params.w_ih[:num_features])
+    if d_xs is None:
+        return (d_params, None, d_carry), None
+    return (d_params, d_xs[..., :num_features], d_carry), d_xs[..., num_features:]
 
 
 def _errors_by_step(d_z: Array, reference: Any, gates: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -277,7 +303,9 @@ def _departure(errors: dict[str, float], by_step: dict[str, np.ndarray], toleran
     # If only d_xs are wrong, the fault may lie in how they are computed from d_z, which is known from d_xs alone.
     if steps and not all(name.startswith("xs") for name in wrong):
         t = max(steps)
-        return _worst({f"gate {gate}": float(own[t]) for gate, own in by_step.items()}, t)
+        of_gates = {gate: float(own[t]) for gate, own in by_step.items() if not own[t] <= tolerance}
+        block = ("gate " if len(of_gates) == 1 else "gates ") + ", ".join(of_gates)
+        return Departure(block, t, float(np.max(list(of_gates.values()))))
     return _worst(errors, None)
 
 
