@@ -40,7 +40,7 @@ define GPU_HINT
   echo "An NVIDIA GPU is visible but JAX does not use it; ACCEL=cuda12 or ACCEL=cuda13 installs what it needs."; fi
 endef
 
-check: $(STAMP)  ## half a minute: check the gradient on this machine
+check: $(STAMP)  ## ten seconds: check the gradient on this machine
 	$(GPU_HINT)
 	@$(BIN)/python -m jaxlstm
 

@@ -83,7 +83,7 @@ def write(
         )  # fmt: skip
         log.info("pictures: %s", ", ".join(map(str, pictures)))
         log.info("result: %s", folder / "result.json")
-        log.info("write with this model: %s", runs.command("experiments.sample", folder))
+        log.info("write with this model: %s", runs.command("experiments.sample", "--workdir", folder))
     devices.wait("the report is written")
     return result
 

@@ -2,18 +2,17 @@
 
 The last line that char_lm logs is the command to paste:
 
-    python -m experiments.sample runs/char_lm/20260102-030405-678 --prompt "The "
+    python -m experiments.sample --workdir runs/char_lm/20260102-030405-678 --prompt "The "
 """
 
 import functools
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from experiments import text
 from experiments.char_lm import Model, init_model, initial_carries, predict, write_next
@@ -25,10 +24,7 @@ def load(run: Path, best: bool = False) -> tuple[Model, str]:
     config = runs.read_config(run)
     if not {"symbols", "hidden_size", "num_layers"} <= config.keys():
         sys.exit(f"sample: the run in {run} is not a run of experiments.char_lm.")
-    found = checkpoints.intact(run / "checkpoints")
-    checkpoint = min(found, key=_score, default=None) if best else next(found, None)
-    if checkpoint is None:
-        sys.exit(f"sample: the run in {run} has no intact checkpoint.")
+    found = sorted(runs.intact(run), key=_score) if best else runs.intact(run)
     init = functools.partial(
         init_model,
         num_symbols=len(config["symbols"]),
@@ -36,10 +32,14 @@ def load(run: Path, best: bool = False) -> tuple[Model, str]:
         num_layers=config["num_layers"],
     )
     like = {"params": jax.eval_shape(init, jax.random.key(0))}
-    try:
-        return checkpoints.restore(checkpoint, like, partial=True)["params"], config["symbols"]
-    except checkpoints.Mismatch as error:
-        sys.exit(f"sample: {error}")
+    for checkpoint in found:
+        try:
+            return checkpoints.restore(checkpoint, like, partial=True)["params"], config["symbols"]
+        except checkpoints.Damaged as damage:
+            checkpoints.warn(checkpoint.path, damage)
+        except checkpoints.Mismatch as error:
+            sys.exit(f"sample: {error}")
+    sys.exit(f"sample: the run in {run} has no intact checkpoint.")
 
 
 def _score(checkpoint: checkpoints.Checkpoint) -> float:
@@ -47,8 +47,8 @@ def _score(checkpoint: checkpoints.Checkpoint) -> float:
 
 
 def main(
-    run: Annotated[Path, tyro.conf.Positional],
     *,
+    workdir: Path,
     prompt: str | None = None,
     num_characters: int = 1000,
     temperature: float = 0.7,
@@ -58,14 +58,14 @@ def main(
     """Write text with the model of a run.
 
     Args:
-      run: folder of a run of experiments.char_lm.
+      workdir: folder of a run of experiments.char_lm.
       prompt: text that the model reads first; by default a newline, the start of a line.
       num_characters: how many characters to write.
       temperature: sampling temperature; values below 1 make likely characters more likely, values above 1 less likely.
       best: use the checkpoint with the best score on the held-out text instead of the newest one.
       seed: random seed of the characters.
     """
-    model, symbols = load(run, best)
+    model, symbols = load(workdir, best)
     prompt = text.first_symbol(symbols) if prompt is None else prompt
     check_flags(prompt, symbols, num_characters, temperature)
     step = jax.jit(functools.partial(write_next, model, temperature=temperature))

@@ -239,7 +239,9 @@ def checked_flags(mask: Any, reset: Any, num_steps: int | None, batch_shape: tup
     axes, shape = ("[*batch]", batch_shape) if num_steps is None else ("[time, *batch]", (num_steps, *batch_shape))
     for name, flags in (("mask", mask), ("reset", reset)):
         if flags is not None and flags.dtype != jnp.bool_:
-            raise ArgumentTypeError(f"{name} must be bool, got {flags.dtype}; write {name} != 0.")
+            lengths = name == "mask" and flags.shape == batch_shape and jnp.issubdtype(flags.dtype, jnp.integer)
+            cure = "length_mask(lengths, num_steps) makes it from lengths" if lengths else f"write {name} != 0"
+            raise ArgumentTypeError(f"{name} must be bool, got {flags.dtype}{list(flags.shape)}; {cure}.")
         if flags is not None and flags.shape != shape:
             raise ArgumentValueError(f"{name} must be {axes} = {list(shape)}, got {list(flags.shape)}.")
     return mask, reset

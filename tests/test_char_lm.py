@@ -257,7 +257,7 @@ def test_a_run_never_writes_into_the_folder_of_another(run, corpus_file):
 
 
 def test_sampled_text_equals_the_arg_max_of_the_whole_sequence(run, capsys):
-    sample.main(run[0], prompt="the ", num_characters=50, temperature=1e-4)
+    sample.main(workdir=run[0], prompt="the ", num_characters=50, temperature=1e-4)
     written = capsys.readouterr().out
     assert written.startswith("the ") and len(written) == 4 + 50 + 1
     # A temperature near 0 always draws the most likely character.
@@ -273,7 +273,7 @@ def test_sample_names_the_wrong_argument(run, tmp_path):
         (run[0], {"prompt": "the #"}, r"characters that the model does not know: \['#'\]"),
         (run[0], {"temperature": 0.0}, "--temperature must be above 0"),
     ):
-        assert re.search(message, error_line(sample.main, folder, **flags))
+        assert re.search(message, error_line(sample.main, workdir=folder, **flags))
 
 
 @pytest.mark.ci

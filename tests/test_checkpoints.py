@@ -331,3 +331,92 @@ def test_a_failed_save_raises_one_oserror_and_leaves_older_checkpoints_untouched
         checkpoints.save(run / "checkpoints", make_state(40), step=40, keep=1)
     assert "\n" not in str(failed.value)
     assert contents(run) == before
+
+
+# Folders that agree with themselves, and still are not what was saved.
+
+
+def seal(path):
+    """Make the checksums of a checkpoint agree with its files again."""
+    (path / "SHA256SUMS").write_bytes(checkpoints._sums(path))
+
+
+def replaced_by(text):
+    return lambda path: (path / "about.json").write_text(text)
+
+
+def a_pipe(name):
+    def replace(path):
+        (path / name).unlink(missing_ok=True)
+        os.mkfifo(path / name)
+
+    return replace
+
+
+def undecodable(path):
+    for file in (path / "arrays").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"nothing that Orbax knows")
+
+
+UNREADABLE = {
+    "an empty about.json": replaced_by(""),
+    "no JSON": replaced_by("{"),
+    "a list": replaced_by("[]"),
+    "a number": replaced_by("7"),
+    "no step": replaced_by('{"score": 1, "leaves": {}}'),
+    "leaves that are a list": replaced_by('{"step": 30, "score": 1, "leaves": [1]}'),
+    "a score that is text": replaced_by('{"step": 30, "score": "low", "leaves": {}}'),
+    "no UTF-8": lambda path: (path / "about.json").write_bytes(b"\xff\xfe"),
+    "arrays that cannot be decoded": undecodable,
+    "no arrays": lambda path: shutil.rmtree(path / "arrays"),
+    "a pipe for a manifest": a_pipe("SHA256SUMS"),
+    "a pipe for about.json": a_pipe("about.json"),
+    "a pipe more": a_pipe("arrays/more"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_checkpoint_that_agrees_with_its_checksums_and_cannot_be_read_is_named_and_skipped(name, run, caplog):
+    newest = run / "checkpoints" / "step-00000030"
+    UNREADABLE[name](newest)
+    if "manifest" not in name:
+        seal(newest)
+    assert bits(runs.restore(run, LIKE)) == bits(make_state(20))
+    assert "step-00000030 is damaged and was skipped: " in caplog.text
+    checkpoints.save(run / "checkpoints", make_state(40), step=40, keep=9)
+    assert bits(runs.restore(run, LIKE)) == bits(make_state(40))
+
+
+def test_a_checkpoint_of_another_run_is_refused(run, tmp_path, caplog):
+    runs.write_json(run / "config.json", {"seed": 0, "keep": 3})
+    folder = run / "checkpoints"
+    for step, seed in ((50, 0), (60, 1)):
+        other = tmp_path / str(seed)
+        (other / "checkpoints").mkdir(parents=True)
+        runs.write_json(other / "config.json", {"seed": seed, "keep": 9})
+        name = runs.identity(other)
+        checkpoints.save(other / "checkpoints", make_state(step), step=step, keep=1, run=name)
+        shutil.copytree(other / "checkpoints" / f"step-{step:08d}", folder / f"step-{step:08d}")
+    assert bits(runs.restore(run, LIKE)) == bits(make_state(50)), "another --keep makes no other run"
+    assert "step-00000060 is of another run and was skipped: its run has other settings" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "7", '"text"', "null", "{", ""])
+def test_a_config_of_the_wrong_kind_is_called_damaged(content, run):
+    (run / "config.json").write_text(content)
+    with pytest.raises(SystemExit, match=r"does not contain a readable run: config.json: ") as stopped:
+        runs.open_folder("test", str(run), {"seed": 0, "steps": 3}, resume=True)
+    assert "\n" not in str(stopped.value) and "other settings" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_a_pipe_in_place_of_a_file_does_not_hang_the_run(name, run):
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with pytest.raises(SystemExit, match="is not a file"):
+        if name == "config.json":
+            runs.read_config(run)
+        else:
+            with runs.metrics_writer(run, after=0, tensorboard=False):
+                pass

@@ -18,7 +18,7 @@ BLOCKS = [f"{name} {gate}" for name in ("w_ih", "w_hh", "b") for gate in "ifgo"]
 
 @pytest.mark.ci  # half a minute on two cores
 def test_the_gradients_agree_on_this_machine():
-    done = subprocess.run([sys.executable, "-m", "jaxlstm"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "jaxlstm", "--all"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.match(r"jaxlstm \S+, jax \S+, jaxlib \S+, numpy \S+, Python \S+\ndevices: ", done.stdout)
     rows = [re.match(r"((?:w_ih|w_hh|b) [ifgo]|xs|h_0|c_0) +\S+e", line) for line in done.stdout.splitlines()]
@@ -32,6 +32,19 @@ def test_the_gradients_agree_on_this_machine():
         ("LSTM", "float64"), ("GRU", "float64"), ("RNN(tanh)", "float64"), ("LSTM", "float32")
     ]  # fmt: skip
     assert re.search(r"from float64 by \S+ with matmuls pinned to float32, .*\n\n\d+ s\nAGREE\n$", done.stdout, re.S)
+
+
+def test_by_default_only_the_lstm_is_checked_and_help_checks_nothing(monkeypatch, capsys):
+    agreeing = check.compare(RNN, "float64")
+    compared = []
+    monkeypatch.setattr(check, "compare", lambda cell, dtype: compared.append((cell, dtype)) or agreeing)
+    monkeypatch.setattr(check, "worst_errors", None)
+    monkeypatch.setattr(check, "default_precision", lambda: (1e-7, 1e-7))
+    assert check.main() == 0 and compared == [(LSTM, "float64")]
+    assert capsys.readouterr().out.endswith("AGREE\n")
+    with pytest.raises(SystemExit) as stopped:
+        check.main(["--help"])
+    assert stopped.value.code == 0 and "usage: python -m jaxlstm" in capsys.readouterr().out and len(compared) == 1
 
 
 @pytest.fixture
@@ -70,7 +83,7 @@ def test_a_disagreement_sets_the_exit_code_and_a_nan_is_a_disagreement(monkeypat
     monkeypatch.setattr(check, "compare", lambda *args: agreeing)
     monkeypatch.setattr(check, "worst_errors", lambda *args: {"bulk sum": np.nan})
     monkeypatch.setattr(check, "default_precision", lambda: (1e-3, 1e-7))
-    assert check.main() == 1
+    assert check.main(["--all"]) == 1
     out = capsys.readouterr().out
     assert "LSTM per example, eager, bulk sum: nan, allowed 1e-05\n" in out
     assert 'jax.default_matmul_precision("highest") restores the digits' in out

@@ -534,8 +534,12 @@ WRONG = {
     "reset of the wrong shape": (
         lambda v: unroll(LSTM, v.params, v.xs, reset=v.flags[:, 0]), ValueError, r"reset must be .* = \[7, 3\], got \[7\]",
     ),
+    "lengths for a mask": (
+        lambda v: unroll(LSTM, v.params, v.xs, mask=jnp.array([7, 4, 5])), TypeError,
+        r"unroll: mask must be bool, got int64\[3\]; length_mask\(lengths, num_steps\) makes it from lengths",
+    ),
     "mask of floats": (
-        lambda v: unroll(LSTM, v.params, v.xs, mask=v.flags.astype(float)), TypeError, r"mask must be bool, got float64; write mask != 0",
+        lambda v: unroll(LSTM, v.params, v.xs, mask=v.flags.astype(float)), TypeError, r"mask must be bool, got float64\[7, 3\]; write mask != 0",
     ),
     "reset_carry without reset": (
         lambda v: unroll(LSTM, v.params, v.xs, reset_carry=v.carry), ValueError, r"reset_carry is given without reset",

@@ -2,7 +2,7 @@
 
     step-00000300/
       arrays/        the state's leaves, saved by Orbax under their paths, such as `params.layers.0.w_hh`
-      about.json     the step, the score, and the dtype and shape of every leaf
+      about.json     the run, the step, the score, and the dtype and shape of every leaf
       SHA256SUMS     the checksum of every other file, in the format of `sha256sum -c`
 
 A checkpoint is written under a temporary name (`.part`), flushed to disk, and renamed. A process that is killed at any
@@ -47,14 +47,22 @@ class Checkpoint(NamedTuple):
 
 
 class Damaged(Exception):
-    """The files on disk differ from what was saved."""
+    """The files on disk differ from what was saved, or cannot be read."""
+
+    kind = "damaged"
+
+
+class Foreign(Damaged):
+    """The checkpoint belongs to another run."""
+
+    kind = "of another run"
 
 
 class Mismatch(ValueError):
     """A checkpoint's tree differs from the requested one."""
 
 
-def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | None = None) -> Path:
+def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | None = None, run: str = "") -> Path:
     """Save a state, then delete all checkpoints up to this step except the newest `keep` and the best one.
 
     Args:
@@ -63,6 +71,7 @@ def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | No
       step: the step of the state.
       keep: how many of the newest checkpoints to keep.
       score: ranks checkpoints, lower being better; None if the run was not evaluated at this step.
+      run: names the run that the state belongs to.
 
     Returns:
       The checkpoint's folder.
@@ -82,7 +91,8 @@ def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | No
         _try_room(beside, sum(array.nbytes + 4096 for array in arrays.values()) + 32 * 4096)
         with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
             checkpointer.save(beside.absolute() / "arrays", arrays)
-        about = {"step": step, "score": score, "leaves": {name: _describe(leaf) for name, leaf in leaves.items()}}
+        described = {name: _describe(leaf) for name, leaf in leaves.items()}
+        about = {"run": run, "step": step, "score": score, "leaves": described}
         (beside / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         (beside / SUMS).write_bytes(_sums(beside))
         for item in (beside, *beside.rglob("*")):
@@ -108,33 +118,50 @@ def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | No
     return path
 
 
-def intact(folder: Path) -> Iterator[Checkpoint]:
-    """Yield the intact checkpoints of a folder, newest first; log a warning for each damaged one."""
+def intact(folder: Path, run: str = "") -> Iterator[Checkpoint]:
+    """Yield the intact checkpoints of a folder, newest first; log a warning for each damaged one.
+
+    If a run is named, skip the checkpoints of all other runs likewise.
+    """
     for path in reversed(_paths(folder)):
         try:
-            yield verify(path)
+            yield verify(path, run)
         except Damaged as damage:
-            log.warning("checkpoint %s is damaged and was skipped: %s.", path, damage)
+            warn(path, damage)
 
 
-def verify(path: Path) -> Checkpoint:
-    """Compare every file of a checkpoint with its checksum.
+def warn(path: Path, damage: Damaged) -> None:
+    """Log that a checkpoint was skipped, and why."""
+    log.warning("checkpoint %s is %s and was skipped: %s.", path, damage.kind, damage)
+
+
+def verify(path: Path, run: str = "") -> Checkpoint:
+    """Compare every file of a checkpoint with its checksum, and its run with the one named.
 
     Returns:
       The checkpoint.
 
     Raises:
-      Damaged: a file is missing, changed, or was added. The message names it.
+      Damaged: a file is missing, changed, or was added, or cannot be read. The message names it.
+      Foreign: the checkpoint belongs to another run.
     """
     try:
+        for item in path.rglob("*"):
+            if not (item.is_file() or item.is_dir()):  # reading a pipe would wait forever
+                raise Damaged(f"{item.relative_to(path).as_posix()!r} is not a file")
         if (noted := (path / SUMS).read_bytes()) != (found := _sums(path)):
             raise Damaged(_difference(noted, found))
         about = json.loads((path / "about.json").read_bytes())
+        checkpoint = Checkpoint(path, int(about["step"]), _finite(about["score"]), dict(about["leaves"]))
     except OSError as error:
         raise Damaged(f"{Path(error.filename or path).name}: {error.strerror}") from error
+    except (ValueError, TypeError, LookupError) as error:
+        raise Damaged(f"'about.json' does not describe a checkpoint: {type(error).__name__}: {error}") from error
+    if run and about.get("run") != run:
+        raise Foreign("its run has other settings than this one")
     if about["step"] != _step(path):
         raise Damaged(f"it is the checkpoint of step {about['step']}, renamed")
-    return Checkpoint(path, about["step"], _finite(about["score"]), about["leaves"])
+    return checkpoint
 
 
 def restore(checkpoint: Checkpoint, like: PyTree, *, partial: bool = False) -> PyTree:
@@ -149,6 +176,7 @@ def restore(checkpoint: Checkpoint, like: PyTree, *, partial: bool = False) -> P
       A pytree with the structure of `like`.
 
     Raises:
+      Damaged: Orbax cannot decode the arrays, or they differ from their description.
       Mismatch: the trees differ. The message lists every difference in a line of its own.
     """
     wanted = _leaves(like)
@@ -164,10 +192,17 @@ def restore(checkpoint: Checkpoint, like: PyTree, *, partial: bool = False) -> P
     targets = {name: _data(leaf) for name, leaf in wanted.items() if leaf.size}
     restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in targets}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
-        arrays = checkpointer.restore(
-            checkpoint.path.absolute() / "arrays",
-            args=ocp.args.PyTreeRestore(targets, restore_args=restore_args, partial_restore=partial),
-        )
+        try:
+            arrays = checkpointer.restore(
+                checkpoint.path.absolute() / "arrays",
+                args=ocp.args.PyTreeRestore(targets, restore_args=restore_args, partial_restore=partial),
+            )
+        except Exception as error:  # Orbax raises many types
+            reason = (str(error).splitlines() or [""])[0]
+            raise Damaged(f"'arrays' cannot be decoded: {type(error).__name__}: {reason}") from error
+    for name, target in targets.items():
+        if (arrays[name].shape, arrays[name].dtype) != (target.shape, target.dtype):
+            raise Damaged(f"{name!r} is not what 'about.json' says")
     restored = [
         _placed(arrays[name], leaf) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items()
     ]
@@ -228,9 +263,10 @@ def _step(path: Path) -> int:
 
 
 def _score(path: Path) -> float:
+    about = path / "about.json"
     try:
-        return _finite(json.loads((path / "about.json").read_bytes())["score"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return _finite(json.loads(about.read_bytes())["score"]) if about.is_file() else math.inf
+    except (OSError, ValueError, LookupError, TypeError):
         return math.inf
 
 

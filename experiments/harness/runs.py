@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import functools
+import hashlib
 import inspect
 import json
 import logging
@@ -56,7 +57,7 @@ def cli(experiment: str, main: Callable[..., Any], log_to: TextIO = sys.stdout) 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax also prints the errors it raises
     logging.raiseExceptions = False  # Ctrl-C may kill the `tee` that reads this output; the run must save anyway
     try:
-        tyro.cli(functools.partial(main, **_saved_flags(main)))
+        tyro.cli(functools.partial(main, **_saved_flags(experiment, main)), prog=f"python -m experiments.{experiment}")
     except KeyboardInterrupt:
         print(f"{experiment}: interrupted.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -69,12 +70,14 @@ def cli(experiment: str, main: Callable[..., Any], log_to: TextIO = sys.stdout) 
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _saved_flags(main: Callable[..., Any]) -> Row:
+def _saved_flags(experiment: str, main: Callable[..., Any]) -> Row:
     """Return the flags in the config.json of --workdir if --resume is given."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--resume", action="store_true")
     given, _ = parser.parse_known_args()
+    if given.resume and not given.workdir:
+        sys.exit(f"{experiment}: --resume needs --workdir, the folder of the run to continue.")
     if not (given.resume and given.workdir and (given.workdir / "config.json").exists()):
         return {}
     flags = inspect.signature(main).parameters.keys() - {"workdir", "resume", "cluster"}
@@ -195,10 +198,30 @@ def _compare(experiment: str, folder: Path, before: Row, now: Row) -> None:
 
 def read_config(folder: Path) -> Row:
     """Read config.json, or exit with one line that says why it cannot be read."""
+    path = folder / "config.json"
     try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or not config:
+            raise ValueError(f"it is damaged: expected a JSON object with the flags of a run, got {str(config)[:40]}")
+    except (OSError, ValueError) as error:
         sys.exit(f"{folder} does not contain a readable run: config.json: {error}")
+    return config
+
+
+def identity(folder: Path) -> str:
+    """Return the name that a run's checkpoints carry: a hash of all settings that change what it computes."""
+    if not (folder / "config.json").exists():
+        return ""
+    config = read_config(folder)
+    settings = {name: value for name, value in config.items() if name not in FREE | {"versions", "devices", "symbols"}}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def intact(folder: Path) -> Iterator[checkpoints.Checkpoint]:
+    """Yield a run's intact checkpoints, newest first; log a warning for each one that is damaged or of another run."""
+    return checkpoints.intact(folder / "checkpoints", identity(folder))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -235,6 +258,8 @@ def metrics_writer(folder: Path, *, after: int, tensorboard: bool) -> Iterator[C
         yield lambda rows: None
         return
     path = folder / "metrics.jsonl"
+    if path.exists() and not path.is_file():
+        sys.exit(f"{path} is not a file; move it away to continue the run.")
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("ab", buffering=0))
         try:
@@ -296,9 +321,14 @@ def restore(folder: Path, state: PyTree) -> PyTree:
       SystemExit: no checkpoint is intact, or the checkpoint's tree differs from `state`.
     """
     try:
-        for checkpoint in checkpoints.intact(folder / "checkpoints"):
+        for checkpoint in intact(folder):
+            try:
+                restored = checkpoints.restore(checkpoint, state)
+            except checkpoints.Damaged as damage:
+                checkpoints.warn(checkpoint.path, damage)
+                continue
             log.info("resuming from %s", checkpoint.path)
-            return checkpoints.restore(checkpoint, state)
+            return restored
     except checkpoints.Mismatch as error:
         sys.exit(str(error))
     if any((folder / "checkpoints").glob("step-*[0-9]")):
@@ -314,5 +344,5 @@ def how_to_resume(experiment: str, folder: Path) -> str:
 
 def last_good(folder: Path) -> str:
     """Name the newest intact checkpoint."""
-    last = next(checkpoints.intact(folder / "checkpoints"), None)
+    last = next(intact(folder), None)
     return f"the last good checkpoint is {last.path}" if last else "no checkpoint has been saved"

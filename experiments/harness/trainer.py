@@ -96,7 +96,8 @@ def train(
     steps, block, evaluate_every, save_every, keep = schedule
     # `train_step` is static, so that another call of `train` with the same step reuses the compiled blocks.
     train_block = jax.jit(fit, static_argnums=0, donate_argnums=1, out_shardings=_shardings(state, mesh))
-    done = first = int(state.step)
+    run, done = runs.identity(folder), int(state.step)
+    first = done
     if devices.agree(first) + devices.agree(-first):
         sys.exit(f"{experiment}: the processes found different checkpoints in {folder}; use a folder they all share.")
     quiet = None if devices.is_first() else True  # None hides the bar only if there is no terminal
@@ -129,7 +130,7 @@ def train(
                     row = {"step": done, **examine(whole, metrics, (done - first) / seconds)}
                     write([row])
                 if saving and devices.is_first():
-                    checkpoints.save(folder / "checkpoints", whole, step=done, keep=keep, score=row.get(score))
+                    checkpoints.save(folder / "checkpoints", whole, step=done, keep=keep, score=row.get(score), run=run)
                 if stopping:
                     break
             # A signal in the last block stops the run too: --resume then does what comes after the training.
