@@ -1,6 +1,5 @@
 """Cells to compare an LSTM with: the simple recurrent network (Elman 1990) and the GRU (Cho et al. 2014)."""
 
-import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -11,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from jaxlstm.cell import Cell, glorot_orthogonal
-from jaxlstm.checks import ArgumentValueError, border, checked_init
+from jaxlstm.checks import ArgumentValueError, border, cached, checked_init, shown
 
 
 class RNNParams(NamedTuple):
@@ -54,7 +53,7 @@ NONLINEARITIES: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Arra
 }
 
 
-@functools.cache
+@cached
 @border("make_rnn")
 def make_rnn(nonlinearity: Literal["tanh", "relu", "sigmoid"] = "tanh") -> Cell[RNNParams, RNNState]:
     """Make the cell h_t = φ(x_t W_ih + h_{t-1} W_hh + b); equal φ give the same cell, which compiles once.
@@ -68,8 +67,8 @@ def make_rnn(nonlinearity: Literal["tanh", "relu", "sigmoid"] = "tanh") -> Cell[
     >>> jaxlstm.make_rnn("tanh") is jaxlstm.make_rnn("tanh")
     True
     """
-    if nonlinearity not in NONLINEARITIES:
-        raise ArgumentValueError(f"nonlinearity must be one of {', '.join(NONLINEARITIES)}, got {nonlinearity!r}.")
+    if not isinstance(nonlinearity, str) or nonlinearity not in NONLINEARITIES:
+        raise ArgumentValueError(f"nonlinearity must be one of {', '.join(NONLINEARITIES)}, got {shown(nonlinearity)}.")
     phi, slope = NONLINEARITIES[nonlinearity]
 
     def activations(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxlstm.checks import ArgumentTypeError, border, check_sequence, checked_flags
+from jaxlstm.checks import ArgumentTypeError, as_arrays, border, check_sequence, checked_flags
 from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState
 
 
@@ -157,7 +157,7 @@ def lstm_bptt(
 
 
 def _checked(params: Any, xs: Any, carry: Any, mask: Any) -> Any:
-    params, xs, carry = jax.tree.map(jnp.asarray, (params, xs, carry))
+    params, xs, carry = as_arrays(params=params, xs=xs, carry=carry)
     if carry is None:
         raise ArgumentTypeError("carry must be LSTMState(h, c), got None; LSTM.initial_carry(...) makes one.")
     batch_shape = check_sequence(LSTM, params, xs, carry)

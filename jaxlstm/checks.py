@@ -5,6 +5,7 @@ the name of the public function: `unroll_stack, layer 1, backward: xs has 7 feat
 """
 
 import contextlib
+import functools
 import inspect
 import math
 import operator
@@ -12,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
@@ -73,17 +76,112 @@ def in_callback() -> Iterator[None]:
         raise
 
 
-# Initializers, keys, numbers.
+# Values, functions, numbers.
+
+
+def shown(value: Any) -> str:
+    """Describe any value in one short line."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype}[{_dims(value)}]"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def as_arrays(**trees: PyTree) -> list[Any]:
+    """Turn the leaves of arguments into JAX arrays, or say which argument holds something else."""
+    return [jax.tree.map(functools.partial(as_array, name), tree) for name, tree in trees.items()]
+
+
+def as_array(name: str, leaf: Any) -> Array:
+    """Turn one value into a JAX array, or say that it cannot be one."""
+    # JAX takes text for an object, and the shape of an array for an array.
+    if not isinstance(leaf, str | bytes | jax.ShapeDtypeStruct):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return jnp.asarray(leaf)
+    raise ArgumentTypeError(f"{name} must hold arrays of numbers, got {shown(leaf)}.")
+
+
+def check_function(name: str, function: Any) -> None:
+    """Check that an argument can be called."""
+    if not callable(function):
+        raise ArgumentTypeError(f"{name} must be a function, got {shown(function)}.")
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Check that an argument is an Optax optimizer."""
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ArgumentTypeError(
+            f"optimizer must be an Optax optimizer, such as optax.adam(1e-3), got {shown(optimizer)}."
+        )
+
+
+def check_count(name: str, value: Any, low: int = 0, high: float = math.inf) -> None:
+    """Check that a number of things is an int in a range, or a symbolic dimension."""
+    if jax.export.is_symbolic_dim(value):
+        return
+    if not _is_int(value) or not low <= operator.index(value) <= high:
+        most = f" and at most {high}" if high < math.inf else ""
+        raise ArgumentValueError(f"{name} must be an int of at least {low}{most}, got {shown(value)}.")
+
+
+def check_float(name: str, value: Any) -> None:
+    """Check that an argument is one finite number, or one that `jit` traces."""
+    is_number = isinstance(value, int | float | np.number | jax.Array) and not isinstance(value, bool)
+    if not is_number or jnp.ndim(value) or not (isinstance(value, jax.core.Tracer) or math.isfinite(value)):
+        raise ArgumentValueError(f"{name} must be one finite number, got {shown(value)}.")
+
+
+def check_flag(name: str, flag: Any) -> None:
+    """Check that an argument is True or False."""
+    if not isinstance(flag, bool | np.bool_):
+        raise ArgumentValueError(f"{name} must be True or False, got {shown(flag)}.")
+
+
+def checked_shape(name: str, shape: Any) -> tuple[int, ...]:
+    """Return a shape as a tuple of sizes."""
+    if (
+        not isinstance(shape, Sequence)
+        or isinstance(shape, str | bytes)
+        or not all(_is_int(n) and n >= 0 for n in shape)
+    ):
+        raise ArgumentTypeError(f"{name} must be a shape, a tuple of sizes, got {shown(shape)}.")
+    return tuple(map(operator.index, shape))
+
+
+def checked_dtype(dtype: Any) -> Any:
+    """Check that `dtype` names a floating type, and return it."""
+    with contextlib.suppress(Exception):  # NumPy raises many types
+        is_name = dtype is not None and not isinstance(dtype, jax.Array | np.ndarray)
+        if is_name and jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+            return jnp.dtype(dtype)
+    raise ArgumentTypeError(f'dtype must be a floating type, such as "float32", got {shown(dtype)}.')
+
+
+def cached(function: Any) -> Any:
+    """Do what `functools.cache` does, but leave it to the function's checks to refuse what cannot be hashed."""
+    remembered = functools.cache(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            hash((args, tuple(kwargs.values())))
+        except TypeError:
+            return function(*args, **kwargs)
+        return remembered(*args, **kwargs)
+
+    return call
+
+
+# Initializers, keys, rates.
 
 
 def checked_init(key: Any, input_size: Any, hidden_size: Any, dtype: DTypeLike = jnp.float32) -> Key[Array, ""]:
     """Check the arguments of an initializer: one key, positive sizes, a floating dtype; return the key."""
     key = checked_key(key)
     for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-        if not _is_positive(size):
-            raise ArgumentValueError(f"{name} must be a positive int, got {size!r}.")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ArgumentTypeError(f"dtype must be a floating type, got {jnp.dtype(dtype).name}.")
+        if not _is_int(size) or size < 1:
+            raise ArgumentValueError(f"{name} must be a positive int, got {shown(size)}.")
+    checked_dtype(dtype)
     return key
 
 
@@ -93,7 +191,7 @@ def checked_key(key: Any) -> Key[Array, ""]:
         with contextlib.suppress(TypeError, ValueError):  # it does not have the shape of a key
             key = jax.random.wrap_key_data(jnp.asarray(key))
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        got = f"{key.dtype}[{_dims(key)}]" if hasattr(key, "dtype") else type(key).__name__
+        got = shown(key) if hasattr(key, "dtype") else type(key).__name__
         raise ArgumentTypeError(f"key must be a JAX key, got {got}; make one with jax.random.key(seed).")
     if key.shape != ():
         raise ArgumentValueError(f"key must be one key, got {math.prod(key.shape)} of them; use jax.vmap for many.")
@@ -105,30 +203,21 @@ def checked_rate(name: str, rate: Any) -> Any:
     if isinstance(rate, jax.core.Tracer):
         return rate
     # A Python float in the end, so that a NumPy rate gives the same cached cell and no second compilation.
-    is_number = not isinstance(rate, bool) and hasattr(rate, "__float__") and getattr(rate, "ndim", 0) == 0
+    is_number = not isinstance(rate, bool | type) and hasattr(rate, "__float__") and getattr(rate, "ndim", 0) == 0
     if not is_number or not 0 <= float(rate) < 1:
-        raise ArgumentValueError(f"{name} must lie in [0, 1), got {rate!r}.")
+        raise ArgumentValueError(f"{name} must lie in [0, 1), got {shown(rate)}.")
     return float(rate)
 
 
 def check_size(name: str, size: Any) -> None:
     """Check that a number of steps is None or a positive integer."""
-    if size is not None and not _is_positive(size):
-        raise ArgumentValueError(f"{name} must be a positive int or None, got {size!r}.")
+    if size is not None and not (_is_int(size) and size >= 1):
+        raise ArgumentValueError(f"{name} must be a positive int or None, got {shown(size)}.")
 
 
-def check_low_dtype(dtype: Any) -> None:
-    """Check that matmuls can read a dtype: it must be floating."""
-    try:
-        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        floating = False
-    if not floating:
-        raise ArgumentTypeError(f'dtype must be a floating type such as "bfloat16", got {dtype!r}.')
-
-
-def _is_positive(size: Any) -> bool:
-    return not isinstance(size, bool) and hasattr(size, "__index__") and operator.index(size) >= 1
+def _is_int(value: Any) -> bool:
+    # An array of one integer has __index__ too, but a traced one has no value.
+    return hasattr(value, "__index__") and not isinstance(value, bool | type | jax.Array | np.ndarray)
 
 
 # Sequences.
@@ -138,6 +227,10 @@ def check_cell(cell: Any) -> None:
     """Check that `cell` is a Cell."""
     if not isinstance(cell, Cell):
         raise ArgumentTypeError(f"cell must be a Cell, such as jaxlstm.LSTM, got {kind_of(cell)}.")
+    try:
+        hash(cell)
+    except TypeError as error:
+        raise ArgumentTypeError(f"the functions of {cell.name} must be hashable: {error}.") from error
 
 
 def check_sequence(
@@ -235,9 +328,11 @@ def checked_reset_carry(
 
 def checked_flags(mask: Any, reset: Any, num_steps: int | None, batch_shape: tuple[int, ...]) -> tuple[Any, Any]:
     """Check and return a mask and resets: bool, one flag per batch element and, if `num_steps` is given, per step."""
-    mask, reset = (None if flags is None else jnp.asarray(flags) for flags in (mask, reset))
+    mask, reset = as_arrays(mask=mask, reset=reset)
     axes, shape = ("[*batch]", batch_shape) if num_steps is None else ("[time, *batch]", (num_steps, *batch_shape))
     for name, flags in (("mask", mask), ("reset", reset)):
+        if flags is not None and not hasattr(flags, "dtype"):
+            raise ArgumentTypeError(f"{name} must be one array {axes}, got {kind_of(flags)}.")
         if flags is not None and flags.dtype != jnp.bool_:
             lengths = name == "mask" and flags.shape == batch_shape and jnp.issubdtype(flags.dtype, jnp.integer)
             cure = "length_mask(lengths, num_steps) makes it from lengths" if lengths else f"write {name} != 0"
@@ -268,6 +363,21 @@ def check_sharding(params: PyTree, xs: PyTree, *, by_scan: bool) -> None:
 def is_sharded(array: Any) -> bool:
     """Return whether the type of an array says that it is spread over devices, along Explicit axes of a mesh."""
     return any(jax.typeof(array).sharding.spec)
+
+
+def check_initial_carry(cell: Cell[Any, Any], params: PyTree) -> None:
+    """Check that a cell can make a carry from parameters."""
+    try:
+        jax.eval_shape(cell.initial_carry, params)
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise ArgumentTypeError(
+            f"{cell.name} makes no carry from params {kind_of(params)}; use its own params."
+        ) from error
+
+
+def as_sequence(x: PyTree) -> PyTree:
+    """Return the shapes and dtypes of a sequence of one step."""
+    return jax.tree.map(lambda v: jax.ShapeDtypeStruct((1, *v.shape), v.dtype), x)
 
 
 def of_one_step(xs: PyTree) -> PyTree:
@@ -359,6 +469,7 @@ def one_per_layer(name: str, entries: Any, num_layers: int) -> Sequence[Any]:
 
 def check_step_loss(step_loss: Any, y: Any) -> None:
     """Check that a loss of one step is a function (y_t, t) -> E_t that returns one number."""
+    check_function("step_loss", step_loss)
     # The dtype that a scan over `jnp.arange(T)` will pass, with x64 enabled or not.
     time = jax.ShapeDtypeStruct((), jnp.arange(0).dtype)
     try:
@@ -373,6 +484,8 @@ def check_number(name: str, out: Any, which: str = "") -> None:
     if getattr(out, "shape", None) != ():
         got = list(out.shape) if hasattr(out, "shape") else type(out).__name__
         raise ArgumentValueError(f"{name} must return one number{which}, got {got}.")
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise ArgumentTypeError(f"{name} must return a floating number{which}, got {out.dtype}.")
 
 
 # Describing pytrees.

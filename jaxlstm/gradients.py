@@ -7,7 +7,7 @@ same gradient, up to rounding; `Chunked` does unless it truncates.
 import dataclasses
 from typing import Any, Literal
 
-from jaxlstm.checks import ArgumentValueError, check_size
+from jaxlstm.checks import ArgumentValueError, check_flag, check_size, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,21 +71,18 @@ def checked_gradient(gradient: Any) -> Gradient:
     """
     named = NAMED.get(gradient) if isinstance(gradient, str) else gradient
     if not isinstance(named, Gradient):
-        raise ArgumentValueError(f'gradient must be Bulk(), Scan(), Chunked(), "bulk" or "scan", got {gradient!r}.')
+        raise ArgumentValueError(
+            f'gradient must be Bulk(), Scan(), Chunked(), "bulk" or "scan", got {shown(gradient)}.'
+        )
     inner = named
     if isinstance(named, Chunked):
         check_size("chunk_size", named.chunk_size)
         inner = named.within
-        _check_flag("truncate", named.truncate)
+        check_flag("truncate", named.truncate)
         if not isinstance(inner, Bulk | Scan):
-            raise ArgumentValueError(f"gradient: within must be Bulk() or Scan(), got {inner!r}.")
+            raise ArgumentValueError(f"gradient: within must be Bulk() or Scan(), got {shown(inner)}.")
     if isinstance(inner, Bulk):
         check_size("block_size", inner.block_size)
         if inner.keep_gates is not None:
-            _check_flag("keep_gates", inner.keep_gates)
+            check_flag("keep_gates", inner.keep_gates)
     return named
-
-
-def _check_flag(name: str, flag: Any) -> None:
-    if not isinstance(flag, bool):
-        raise ArgumentValueError(f"{name} must be True or False, got {flag!r}.")

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from jaxlstm.cell import glorot_orthogonal, per_gate
-from jaxlstm.checks import ArgumentValueError, border, checked_init
+from jaxlstm.checks import ArgumentValueError, border, check_float, checked_init
 from jaxlstm.lstm import LSTMParams, gate_bias
 
 __all__ = ["chrono", "flax", "keras", "torch"]
@@ -81,8 +81,9 @@ def chrono(
       TypeError, ValueError: as `LSTM.init`; ValueError if `max_lag` is 2 or less.
     """
     key = checked_init(key, input_size, hidden_size, dtype)
-    if not isinstance(max_lag, int | float) or max_lag <= 2:
-        raise ArgumentValueError(f"max_lag must be more than 2 steps, got {max_lag!r}.")
+    check_float("max_lag", max_lag)
+    if not max_lag > 2:
+        raise ArgumentValueError(f"max_lag must be more than 2 steps, got {max_lag}.")
     key_weights, key_bias = jax.random.split(key)
     w_ih, w_hh = glorot_orthogonal(key_weights, input_size, hidden_size, 4, dtype)
     b_f = jnp.log(jax.random.uniform(key_bias, (hidden_size,), jnp.float32, 1.0, max_lag - 1.0))

@@ -4,12 +4,12 @@ A stack is a list of the layers' parameters: the cell's own, or `Bidirectional` 
 too. So the pytree is the model: slice it, reverse it, put a layer of another kind between two.
 """
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Key
 
@@ -19,9 +19,14 @@ from jaxlstm.checks import (
     ArgumentTypeError,
     ArgumentValueError,
     alike,
+    as_arrays,
+    as_sequence,
     at,
     border,
     check_cell,
+    check_count,
+    check_flag,
+    check_function,
     check_sequence,
     checked_flags,
     checked_init,
@@ -33,6 +38,7 @@ from jaxlstm.checks import (
     in_callback,
     kind_of,
     one_per_layer,
+    shown,
 )
 from jaxlstm.gradients import GradientOrName
 from jaxlstm.masks import Steps, hold, start_of, zeros_where_masked
@@ -80,8 +86,10 @@ def init_stack(
     (14, 12)
     """
     check_cell(cell)
-    if not hasattr(hidden_sizes, "__len__"):
-        raise ArgumentTypeError(f"hidden_sizes must be a sequence, one size per layer, got {hidden_sizes!r}.")
+    if not isinstance(hidden_sizes, Sequence | np.ndarray) or isinstance(hidden_sizes, str | bytes):
+        raise ArgumentTypeError(f"hidden_sizes must be a sequence, one size per layer, got {shown(hidden_sizes)}.")
+    check_flag("bidirectional", bidirectional)
+    check_function("merge", merge)
     for hidden_size in (1, *hidden_sizes):  # 1: check the key and the input size even if there is no layer
         key = checked_init(key, input_size, hidden_size)
     layers: list[Any] = []
@@ -164,7 +172,7 @@ def unroll_stack(
     drops = num_layers > 1 and not (isinstance(dropout, float) and dropout == 0)
     if drops:
         if key is None:
-            raise ArgumentValueError(f"dropout={dropout!r} needs a key; pass key=..., or dropout=0 for evaluation.")
+            raise ArgumentValueError(f"dropout={dropout} needs a key; pass key=..., or dropout=0 for evaluation.")
         key = checked_key(key)
     last_carries = []
     each = _layers(params, carries=carries, reset_carries=reset_carries, noise=noise)
@@ -223,7 +231,7 @@ def step_stack(
     checked_layers(params)
     if carries is None:
         raise ArgumentTypeError("carries must be a list with one entry per layer, such as cell.initial_carry makes.")
-    carries, reset_carries, x = jax.tree.map(jnp.asarray, (carries, reset_carries, x))
+    params, carries, reset_carries, x = as_arrays(params=params, carries=carries, reset_carries=reset_carries, x=x)
     stepped = []
     each = _layers(params, carries=carries, reset_carries=reset_carries, noise=noise)
     for depth, (layer, carry, reset_carry, layer_noise) in enumerate(each):
@@ -242,7 +250,7 @@ def _step_layer(
         raise ArgumentTypeError("a bidirectional layer has no step, because its backward half starts at the end.")
     if carry is None:
         raise ArgumentTypeError(f"carry is None; {cell.name}.initial_carry(params, batch_shape) makes one.")
-    batch_shape = check_sequence(cell, params, jax.tree.map(_as_sequence, x), carry, one_step=True)
+    batch_shape = check_sequence(cell, params, as_sequence(x), carry, one_step=True)
     mask, reset = checked_flags(options.mask, options.reset, None, batch_shape)
     initial_carry = cell.initial_carry(params, batch_shape)
     reset_carry, _ = checked_reset_carry(cell, reset, options.reset_carry, initial_carry, None)
@@ -251,10 +259,6 @@ def _step_layer(
     start = start_of(now, carry, reset_carry)
     carry, y = cell.step(params, start, x)
     return hold(now, start, carry, y)
-
-
-def _as_sequence(x: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
 
 
 @border("generate")
@@ -288,10 +292,10 @@ def generate(
     [ 8  9 10]
     """
     key = checked_key(key)
+    check_function("step_fn", step_fn)
     step_fn = in_callback()(step_fn)
-    if not hasattr(num_steps, "__index__") or operator.index(num_steps) < 0:
-        raise ArgumentValueError(f"num_steps must be an int and not negative, got {num_steps!r}.")
-    carry, x0 = jax.tree.map(jnp.asarray, (carry, x0))
+    check_count("num_steps", num_steps)
+    carry, x0 = as_arrays(carry=carry, x0=x0)
     for name, given, got in zip(("carry", "x"), (carry, x0), jax.eval_shape(step_fn, carry, x0, key), strict=True):
         if not alike(given, got):
             like, came = (f"{kind_of(tree)}: {describe(tree)}" for tree in (given, got))

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from jaxlstm.cell import Cell, glorot_orthogonal
-from jaxlstm.checks import ArgumentTypeError, border, checked_init
+from jaxlstm.checks import ArgumentTypeError, border, check_float, checked_init
 
 Gate = TypeVar("Gate")
 
@@ -119,6 +119,7 @@ def init(
       ValueError: a size is not a positive integer.
     """
     key = checked_init(key, input_size, hidden_size, dtype)
+    check_float("forget_bias", forget_bias)
     w_ih, w_hh = glorot_orthogonal(key, input_size, hidden_size, 4, dtype)
     return LSTMParams(w_ih, w_hh, gate_bias(hidden_size, dtype, f=forget_bias))
 

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
 from jaxlstm.cell import PyTree
-from jaxlstm.checks import ArgumentTypeError, ArgumentValueError, border
+from jaxlstm.checks import ArgumentTypeError, ArgumentValueError, as_array, border, check_count, check_flag, shown
 from jaxlstm.tangents import leaves_like
 
 
@@ -40,9 +40,15 @@ def length_mask(lengths: ArrayLike | Sequence[int], num_steps: int) -> Bool[Arra
      [1 0 0]
      [1 0 0]]
     """
-    # NumPy's values, not JAX's: this must also work while `jit` traces something else.
+    check_count("num_steps", num_steps)
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(lengths))
-    known = np.zeros(0, int) if traced else np.asarray(lengths)
+    # NumPy's values, not JAX's: this must also work while `jit` traces something else.
+    try:
+        known = np.zeros(0, int) if traced else np.asarray(lengths)
+    except (TypeError, ValueError) as error:
+        raise ArgumentTypeError(f"lengths must be an array of integers, got {shown(lengths)}.") from error
+    if known.dtype.kind not in "biuf" or (known.dtype.kind == "f" and known.size):
+        raise ArgumentTypeError(f"lengths must be integers, got {shown(lengths)}; cast with lengths.astype(int).")
     # An empty list has no integers that could tell its dtype.
     lengths = jnp.asarray(lengths, int if not traced and known.size == 0 else None)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
@@ -73,7 +79,8 @@ def segment_resets(segment_ids: Int[Array, "time *batch"], *, reverse: bool = Fa
     >>> print(1 * jaxlstm.segment_resets(jnp.array([7, 7, 8, 8, 8])))
     [0 0 1 0 0]
     """
-    segment_ids = jnp.asarray(segment_ids)
+    check_flag("reverse", reverse)
+    segment_ids = as_array("segment_ids", segment_ids)
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.ndim < 1:
         got = f"{segment_ids.dtype}{list(segment_ids.shape)}"
         raise ArgumentTypeError(f"segment_ids must be integers [time, *batch], got {got}.")

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import border, check_cell, check_low_dtype
+from jaxlstm.checks import border, check_cell, checked_dtype
 from jaxlstm.tangents import jvp, present
 
 Params = TypeVar("Params")
@@ -42,8 +42,7 @@ def low_precision(cell: Cell[Params, Carry], dtype: DTypeLike) -> Cell[Params, C
     dtype('float32')
     """
     check_cell(cell)
-    check_low_dtype(dtype)
-    return _low_precision(cell, jnp.dtype(dtype))
+    return _low_precision(cell, checked_dtype(dtype))
 
 
 @functools.cache

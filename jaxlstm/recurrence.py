@@ -13,8 +13,10 @@ from jaxlstm.bulk import How, run, run_in_bulk
 from jaxlstm.cell import Cell, PyTree
 from jaxlstm.checks import (
     ArgumentValueError,
+    as_arrays,
     border,
     check_cell,
+    check_flag,
     check_sequence,
     check_sharding,
     checked_flags,
@@ -94,9 +96,10 @@ def run_sequence(
     """Do what `unroll` does. Outside of `jit`, compile once per cell, shapes and options."""
     check_cell(cell)
     gradient = checked_gradient(options.gradient)
-    steps = Steps(xs, options.mask, options.reset)
-    arrays = jax.tree.map(jnp.asarray, (params, steps, carry, options.reset_carry))
-    return _run_checked(cell, gradient, bool(options.reverse), *arrays)
+    check_flag("reverse", options.reverse)
+    given = {"params": params, "xs": xs, "mask": options.mask, "reset": options.reset, "carry": carry}
+    params, xs, mask, reset, carry, reset_carry = as_arrays(**given, reset_carry=options.reset_carry)
+    return _run_checked(cell, gradient, bool(options.reverse), params, Steps(xs, mask, reset), carry, reset_carry)
 
 
 # Inlined, so that under the caller's own `jit` no trace of this one is left.

@@ -22,7 +22,22 @@ from jaxtyping import Array, Bool, Float, Key
 from jaxlstm import baselines, lstm
 from jaxlstm.baselines import GRUParams, GRUState
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import ArgumentTypeError, ArgumentValueError, border, check_cell, checked_key, checked_rate, kind_of
+from jaxlstm.checks import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    as_arrays,
+    border,
+    cached,
+    check_cell,
+    check_count,
+    check_function,
+    checked_dtype,
+    checked_key,
+    checked_rate,
+    checked_shape,
+    kind_of,
+    same_structure,
+)
 from jaxlstm.lstm import LSTMParams, LSTMState
 from jaxlstm.masks import where
 
@@ -78,6 +93,7 @@ def dropout_mask(
     """
     key = checked_key(key)
     rate = checked_rate("rate", rate)
+    shape, dtype = checked_shape("shape", shape), checked_dtype(dtype)
     return _flags(key, 1 - rate, shape).astype(dtype) / jnp.asarray(1 - rate, dtype)
 
 
@@ -89,7 +105,7 @@ def _flags(key: Key[Array, ""], rate: float, shape: Sequence[int]) -> Bool[Array
 # Masks that stay for the whole sequence.
 
 
-@functools.cache
+@cached
 @border("variational_dropout")
 def variational_dropout(cell: Cell[Params, Carry]) -> Cell[Any, Carry]:
     """Make the cell that drops the same inputs and units of h at every step: x ⊙ m_x and h ⊙ m_h in its matmuls.
@@ -178,7 +194,7 @@ def _masked(name: str, value: Array, mask: Array | None) -> Array:
 # Noise that is drawn anew at every step.
 
 
-@functools.cache
+@cached
 @border("recurrent_dropout")
 def recurrent_dropout(cell: Cell[Params, Carry]) -> Cell[Params, Carry]:
     """Make the cell that drops units of the candidate, new information, never memory: m_t ⊙ g in place of g.
@@ -266,6 +282,7 @@ def zoneout(cell: Cell[Params, Carry], rates: Any, *, output: Callable[[Carry], 
     >>> _, ys = jaxlstm.unroll(zoneout(jaxlstm.LSTM, rates), params, Noisy(xs, d))
     """
     check_cell(cell)
+    check_function("output", output)
     if any(isinstance(rate, jax.core.Tracer) for rate in jax.tree.leaves(rates)):
         raise ArgumentTypeError("rates must be known before tracing, because they are part of the cell.")
     rates = jax.tree.map(functools.partial(checked_rate, "rates"), rates)
@@ -319,7 +336,11 @@ def zoneout_noise(
       ValueError: a rate is not in [0, 1).
     """
     key = checked_key(key)
+    check_count("num_steps", num_steps)
     rates = jax.tree.map(functools.partial(checked_rate, "rates"), rates)
+    (carry,) = as_arrays(carry=carry)
+    if not isinstance(rates, float) and not same_structure(rates, carry):
+        raise ArgumentTypeError(f"rates must be one number or {kind_of(carry)}, like the carry, got {kind_of(rates)}.")
     # One key per leaf: h and c keep their values independently.
     treedef: Any = jax.tree.structure(carry)
     keys = treedef.unflatten(jax.random.split(key, treedef.num_leaves))

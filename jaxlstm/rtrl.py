@@ -28,7 +28,21 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlstm.cell import Cell, PyTree, num_params
-from jaxlstm.checks import ArgumentValueError, border, check_sequence, check_step_loss, checked_flags, of_one_step
+from jaxlstm.checks import (
+    ArgumentValueError,
+    as_arrays,
+    as_sequence,
+    border,
+    cached,
+    check_cell,
+    check_count,
+    check_initial_carry,
+    check_sequence,
+    check_step_loss,
+    checked_flags,
+    checked_shape,
+    of_one_step,
+)
 from jaxlstm.masks import Steps, hold, select
 from jaxlstm.structure import dependence
 
@@ -79,6 +93,11 @@ def init_rtrl(
     Raises:
       ValueError: the influence would take more.
     """
+    check_cell(cell)
+    batch_shape = checked_shape("batch_shape", batch_shape)
+    check_count("max_bytes", max_bytes)
+    (params,) = as_arrays(params=params)
+    check_initial_carry(cell, params)
     num_bytes = influence_bytes(cell, params, batch_shape, pattern)
     if num_bytes > max_bytes:
         raise ArgumentValueError(
@@ -235,7 +254,7 @@ def rtrl_gradient(
     >>> gradient.w_hh.shape
     (7, 28)
     """
-    params, xs, carry = jax.tree.map(jnp.asarray, (params, xs, carry))
+    params, xs, carry = as_arrays(params=params, xs=xs, carry=carry)
     batch_shape = check_sequence(cell, params, xs, carry)
     num_steps = jax.tree.leaves(xs)[0].shape[0]
     mask, reset = checked_flags(mask, reset, num_steps, batch_shape)
@@ -271,7 +290,9 @@ def snap1_pattern(cell: Cell[Any, Any], params: PyTree, x: PyTree) -> SnAp1Patte
     Raises:
       ValueError: a parameter reaches two numbers of one leaf, as a projection of h does.
     """
-    params, x = jax.tree.map(jnp.asarray, (params, x))
+    check_cell(cell)
+    params, x = as_arrays(params=params, x=x)
+    check_sequence(cell, params, as_sequence(x), None, one_step=True)
     carry = cell.initial_carry(params)
     flat_params, unravel = ravel_pytree(params)
 
@@ -298,12 +319,14 @@ def snap1_pattern(cell: Cell[Any, Any], params: PyTree, x: PyTree) -> SnAp1Patte
     return SnAp1Pattern(places[:-1], jnp.where(places[-1] >= 0, places[-1] - sum(sizes), -1))
 
 
-@functools.cache
+@cached
+@border("cut_recurrence")
 def cut_recurrence(cell: Cell[Any, Any]) -> Cell[Any, Any]:
     """Make the cell whose gradient does not flow through `recur`: for an LSTM, it flows along c alone.
 
     Any method then computes the truncated gradient of 1997 (Hochreiter & Schmidhuber, Long short-term memory).
     """
+    check_cell(cell)
 
     def recur(params: PyTree, carry: PyTree) -> PyTree:
         return cell.recur(params, lax.stop_gradient(carry))

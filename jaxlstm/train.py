@@ -16,8 +16,11 @@ from jaxlstm.checks import (
     ArgumentTypeError,
     ArgumentValueError,
     alike,
+    as_arrays,
     border,
+    check_function,
     check_number,
+    check_optimizer,
     checked_key,
     describe,
     in_callback,
@@ -52,6 +55,8 @@ def init_train_state(
     Raises:
       TypeError: `key` is not a JAX key.
     """
+    check_optimizer(optimizer)
+    (params,) = as_arrays(params=params)
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), checked_key(key), carry)
 
 
@@ -76,6 +81,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) ->
         if a metric has a name that the step adds.
     """
     loss_fn = _full_loss(loss_fn)
+    check_optimizer(optimizer)
     optimizer = optax.with_extra_args_support(optimizer)
 
     @border("train_step")
@@ -131,7 +137,10 @@ def fit(train_step: TrainStep, state: TrainState, batches: PyTree) -> tuple[Trai
             f"batches must be arrays that stack the batches along axis 0, got {type(batches).__name__}; stack a list "
             "of them with jax.tree.map(lambda *leaves: jnp.stack(leaves), *list_of_batches)."
         )
-    state, batches = jax.tree.map(jnp.asarray, (state, batches))
+    check_function("train_step", train_step)
+    if not isinstance(state, TrainState):
+        raise ArgumentTypeError(f"state must be a TrainState, from init_train_state, got {kind_of(state)}.")
+    state, batches = as_arrays(state=state, batches=batches)
     if len({leaf.shape[:1] for leaf in jax.tree.leaves(batches)} | {()}) != 2:
         raise ArgumentValueError(f"batches must share their first axis, the number of steps, got {describe(batches)}.")
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)

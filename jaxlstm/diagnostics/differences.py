@@ -12,7 +12,18 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Key
 
 from jaxlstm.cell import PyTree, leaf_path
-from jaxlstm.checks import ArgumentValueError, border, check_number, checked_key, describe, in_callback, same_structure
+from jaxlstm.checks import (
+    ArgumentValueError,
+    as_arrays,
+    border,
+    check_count,
+    check_function,
+    check_number,
+    checked_key,
+    describe,
+    in_callback,
+    same_structure,
+)
 
 # Relative errors that pass: of autodiff against differences, and of a given gradient, by the gradient's dtype.
 TOLERANCE = 1e-6
@@ -41,7 +52,7 @@ def gradient_error(gradients: PyTree, reference: PyTree) -> PyTree:
     >>> print(gradient_error({"w": jnp.array([3.0, 4.1])}, {"w": jnp.array([3.0, 4.0])})["w"].round(4))
     0.02
     """
-    gradients, reference = jax.tree.map(jnp.asarray, (gradients, reference))
+    gradients, reference = as_arrays(gradients=gradients, reference=reference)
     check_alike("gradients", gradients, "reference", reference)
     return jax.tree.map(_relative_error, gradients, reference)
 
@@ -216,8 +227,8 @@ def check_gradients(
     >>> check_gradients(loss, jnp.ones((3, 2)), jnp.eye(3), key=jax.random.key(0)).agree
     True
     """
-    if num_directions < 1:
-        raise ArgumentValueError(f"num_directions must be at least 1, got {num_directions}.")
+    check_function("loss_fn", loss_fn)
+    check_count("num_directions", num_directions, low=1)
     key = checked_key(key)
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         given = jax.tree.map(np.asarray, gradients)  # uncast: its dtype sets its tolerance

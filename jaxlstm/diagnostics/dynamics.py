@@ -16,7 +16,17 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import ArgumentValueError, border, check_cell, check_number, check_sequence, in_callback
+from jaxlstm.checks import (
+    ArgumentValueError,
+    as_arrays,
+    border,
+    check_cell,
+    check_count,
+    check_function,
+    check_number,
+    check_sequence,
+    in_callback,
+)
 from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState
 from jaxlstm.masks import where
 from jaxlstm.recurrence import unroll
@@ -173,7 +183,7 @@ def lyapunov_exponents(
     Raises:
       TypeError, ValueError: as `unroll`; ValueError if the carry is smaller than `num_exponents`, or no step is left.
     """
-    xs, carry = jax.tree.map(jnp.asarray, (xs, carry))
+    params, xs, carry = as_arrays(params=params, xs=xs, carry=carry)
     batch_shape = check_sequence(cell, params, xs, carry)
     num_steps = jax.tree.leaves(xs)[0].shape[0]
     carry = cell.initial_carry(params, batch_shape) if carry is None else carry
@@ -182,8 +192,7 @@ def lyapunov_exponents(
         ("num_exponents", num_exponents, 1, size),
         ("num_warmup", num_warmup, 0, num_steps - 1),
     ):
-        if not low <= value <= high:
-            raise ArgumentValueError(f"{name} must be {low} to {high}, got {value}.")
+        check_count(name, value, low, high)
 
     def of_one_sequence(carry: PyTree, xs: PyTree) -> Array:
         flat, unravel = ravel_pytree(carry)
@@ -282,6 +291,9 @@ def truncated_gradient(
       TypeError, ValueError: as `unroll`; ValueError if `loss_fn` does not return a number.
     """
     check_cell(cell)
+
+    check_function("loss_fn", loss_fn)
+    (params,) = as_arrays(params=params)
 
     def loss(params: PyTree) -> Array:
         return in_callback()(loss_fn)(unroll(cut_recurrence(cell), params, xs, carry, **options)[1])

@@ -11,7 +11,15 @@ from jax.extend.core import Literal
 from jaxtyping import Array
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import ArgumentValueError, border, check_number, check_sequence, in_callback
+from jaxlstm.checks import (
+    ArgumentValueError,
+    as_arrays,
+    border,
+    check_function,
+    check_number,
+    check_sequence,
+    in_callback,
+)
 from jaxlstm.recurrence import unroll
 
 
@@ -51,12 +59,14 @@ def gradient_flow(
     >>> d.c.shape
     (11, 3, 7)
     """
-    xs, carry = jax.tree.map(jnp.asarray, (xs, carry))
+    params, xs, carry = as_arrays(params=params, xs=xs, carry=carry)
     # Checked here, since `unroll` sees only the probed cell with its unusual inputs.
     batch_shape = check_sequence(cell, params, xs, carry)
     num_steps = jax.tree.leaves(xs)[0].shape[0]
     initial = cell.initial_carry(params, batch_shape)
     probes = jax.tree.map(lambda leaf: jnp.zeros((num_steps, *leaf.shape), leaf.dtype), initial)
+
+    check_function("loss_fn", loss_fn)
 
     def loss(probes: PyTree) -> Array:
         return in_callback()(loss_fn)(unroll(_probed(cell), params, (xs, probes), carry, **options)[1])

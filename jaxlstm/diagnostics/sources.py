@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import border, check_sequence, check_step_loss, checked_flags, of_one_step
+from jaxlstm.checks import as_arrays, border, check_sequence, check_step_loss, checked_flags, of_one_step
 from jaxlstm.recurrence import unroll
 
 
@@ -68,7 +68,7 @@ def gradient_sources(
     >>> found.norms.w_hh.shape, found.by_lag.w_hh.shape
     ((11, 11), (11, 7, 28))
     """
-    params, xs, carry = jax.tree.map(jnp.asarray, (params, xs, carry))
+    params, xs, carry = as_arrays(params=params, xs=xs, carry=carry)
     batch_shape = check_sequence(cell, params, xs, carry)
     num_steps = jax.tree.leaves(xs)[0].shape[0]
     mask, reset = checked_flags(mask, reset, num_steps, batch_shape)
