@@ -117,11 +117,10 @@ def check_optimizer(optimizer: Any) -> None:
 
 def check_count(name: str, value: Any, low: int = 0, high: float = math.inf) -> None:
     """Check that a number of things is an int in a range, or a symbolic dimension."""
-    if jax.export.is_symbolic_dim(value):
+    if jax.export.is_symbolic_dim(value) or (_is_int(value) and low <= operator.index(value) <= high):
         return
-    if not _is_int(value) or not low <= operator.index(value) <= high:
-        most = f" and at most {high}" if high < math.inf else ""
-        raise ArgumentValueError(f"{name} must be an int of at least {low}{most}, got {shown(value)}.")
+    expected = f"{low} to {high}" if high < math.inf else f"at least {low}" if low else "an int and not negative"
+    raise ArgumentValueError(f"{name} must be {expected}, got {shown(value)}.")
 
 
 def check_float(name: str, value: Any) -> None:
@@ -148,13 +147,15 @@ def checked_shape(name: str, shape: Any) -> tuple[int, ...]:
     return tuple(map(operator.index, shape))
 
 
-def checked_dtype(dtype: Any) -> Any:
+def checked_dtype(dtype: Any, such_as: str = "") -> Any:
     """Check that `dtype` names a floating type, and return it."""
+    got = shown(dtype)
     with contextlib.suppress(Exception):  # NumPy raises many types
-        is_name = dtype is not None and not isinstance(dtype, jax.Array | np.ndarray)
-        if is_name and jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-            return jnp.dtype(dtype)
-    raise ArgumentTypeError(f'dtype must be a floating type, such as "float32", got {shown(dtype)}.')
+        if dtype is not None and not isinstance(dtype, jax.Array | np.ndarray):
+            got = jnp.dtype(dtype).name
+            if jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+                return jnp.dtype(dtype)
+    raise ArgumentTypeError(f"dtype must be a floating type{such_as}, got {got}.")
 
 
 def cached(function: Any) -> Any:

@@ -4,13 +4,15 @@ Each is a function (key, input_size, hidden_size, *, dtype) -> LSTMParams, like 
 wherever a cell is expected, replace the cell's own: `dataclasses.replace(LSTM, init=initializers.torch)`.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from jaxlstm.cell import glorot_orthogonal, per_gate
-from jaxlstm.checks import ArgumentValueError, border, check_float, checked_init
+from jaxlstm.checks import ArgumentValueError, border, checked_init, shown
 from jaxlstm.lstm import LSTMParams, gate_bias
 
 __all__ = ["chrono", "flax", "keras", "torch"]
@@ -81,9 +83,8 @@ def chrono(
       TypeError, ValueError: as `LSTM.init`; ValueError if `max_lag` is 2 or less.
     """
     key = checked_init(key, input_size, hidden_size, dtype)
-    check_float("max_lag", max_lag)
-    if not max_lag > 2:
-        raise ArgumentValueError(f"max_lag must be more than 2 steps, got {max_lag}.")
+    if not isinstance(max_lag, int | float) or isinstance(max_lag, bool) or not 2 < max_lag < math.inf:
+        raise ArgumentValueError(f"max_lag must be more than 2 steps, got {shown(max_lag)}.")
     key_weights, key_bias = jax.random.split(key)
     w_ih, w_hh = glorot_orthogonal(key_weights, input_size, hidden_size, 4, dtype)
     b_f = jnp.log(jax.random.uniform(key_bias, (hidden_size,), jnp.float32, 1.0, max_lag - 1.0))

@@ -48,7 +48,7 @@ def length_mask(lengths: ArrayLike | Sequence[int], num_steps: int) -> Bool[Arra
     except (TypeError, ValueError) as error:
         raise ArgumentTypeError(f"lengths must be an array of integers, got {shown(lengths)}.") from error
     if known.dtype.kind not in "biuf" or (known.dtype.kind == "f" and known.size):
-        raise ArgumentTypeError(f"lengths must be integers, got {shown(lengths)}; cast with lengths.astype(int).")
+        raise ArgumentTypeError(f"lengths must be integers, got {known.dtype}; cast with lengths.astype(int).")
     # An empty list has no integers that could tell its dtype.
     lengths = jnp.asarray(lengths, int if not traced and known.size == 0 else None)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):

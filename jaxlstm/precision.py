@@ -42,7 +42,7 @@ def low_precision(cell: Cell[Params, Carry], dtype: DTypeLike) -> Cell[Params, C
     dtype('float32')
     """
     check_cell(cell)
-    return _low_precision(cell, checked_dtype(dtype))
+    return _low_precision(cell, checked_dtype(dtype, ' such as "bfloat16"'))
 
 
 @functools.cache

@@ -96,7 +96,6 @@ def init_rtrl(
     check_cell(cell)
     batch_shape = checked_shape("batch_shape", batch_shape)
     check_count("max_bytes", max_bytes)
-    (params,) = as_arrays(params=params)
     check_initial_carry(cell, params)
     num_bytes = influence_bytes(cell, params, batch_shape, pattern)
     if num_bytes > max_bytes:
@@ -105,6 +104,7 @@ def init_rtrl(
             f"{list(batch_shape)}, more than max_bytes={max_bytes:,}; use fewer units or examples, "
             "pattern=snap1_pattern(...), or backpropagation through time."
         )
+    (params,) = as_arrays(params=params)
     initial = _initial_state(cell, params, batch_shape, pattern)
     return initial if carry is None else RTRLState(carry, jnp.zeros_like(initial.influence))
 

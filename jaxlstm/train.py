@@ -173,8 +173,6 @@ def _full_loss(loss_fn: LossFn) -> LossFn:
         check_number("loss_fn", loss, ", (loss, metrics) or (loss, (carry, metrics)), with a number as the loss")
         if not isinstance(metrics, dict):
             raise ArgumentTypeError(f"loss_fn must return its metrics as a dict of arrays, got {kind_of(metrics)}.")
-        if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-            raise ArgumentTypeError(f"loss_fn must return a floating loss, got {jnp.result_type(loss)}.")
         return loss, (carry, metrics)
 
     return full

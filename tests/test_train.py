@@ -234,7 +234,7 @@ def steps_of(loss_fn, w=W, batches=BATCH_OF_TWO):
 # By name: what goes wrong, and the error.
 WRONG_LOSSES = {
     r"train_step: loss_fn must return one number.*got \[3\]": lambda w, b: b @ w,
-    "train_step: loss_fn must return a floating loss, got int64": lambda w, b: (b @ w).sum().astype(int),
+    "train_step: loss_fn must return a floating number.*, got int64": lambda w, b: (b @ w).sum().astype(int),
     "train_step: loss_fn must return its metrics as a dict of arrays": lambda w, b: (square(w, b), w),
     r"make_train_step: loss_fn must take \(params, batch\) or .*, got \(w, b, key\)": lambda w, b, key: square(w, b),
     "make_train_step: loss_fn must be a function, got int": 3,

@@ -1,0 +1,168 @@
+"""Mutations: small mechanical changes of the package, put into a copy of the project one at a time.
+
+Nobody chose them, so the share that the tests catch says what they would notice of the faults to come.
+
+    python tests/mutations.py --count 60              draw 60 from the whole package
+    python tests/mutations.py --count 9 masks tuning  from these modules
+    python tests/mutations.py --list masks            only list them
+
+Each runs the test files that aim at its module; with `--whole`, a survivor also runs the whole suite.
+"""
+
+import argparse
+import ast
+import collections
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from faults import ROOT, copy_of_the_project, first_failure
+
+PACKAGE = ROOT / "jaxlstm"
+# Modules with nothing to compute, or whose every line is a message.
+LEFT_OUT = {"__init__", "moved"}
+# The test files that aim at a module; they run in this order until one fails.
+AIMED = {
+    "cell": "cell recurrence lstm", "lstm": "lstm recurrence bptt", "baselines": "recurrence cell",
+    "initializers": "lstm fuzz", "masks": "recurrence layers fuzz habits", "tangents": "derivative recurrence rtrl",
+    "gradients": "recurrence derivative layers", "bulk": "derivative recurrence",
+    "tuning": "derivative recurrence habits", "recurrence": "recurrence derivative habits meshes",
+    "precision": "precision", "checks": "recurrence layers train fuzz habits",
+    "layers": "layers regularize", "bidirectional": "layers regularize", "regularize": "regularize",
+    "bptt": "bptt", "rtrl": "rtrl structure", "structure": "structure rtrl", "train": "train", "__main__": "main",
+    "diagnostics/comparison": "comparison", "diagnostics/differences": "differences bptt comparison main",
+    "diagnostics/sources": "sources", "diagnostics/flow": "diagnostics", "diagnostics/dynamics": "diagnostics",
+    "adapters/conventions": "adapters", "adapters/linen": "adapters", "adapters/nnx": "adapters",
+}  # fmt: skip
+
+COMPARISONS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not",
+               ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in"}  # fmt: skip
+OPERATORS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*", ast.Pow: "*",
+             ast.BitAnd: "|", ast.BitOr: "&"}  # fmt: skip
+
+
+class Mutation(NamedTuple):
+    """A module, a line of it, and the source of the whole module with the change."""
+
+    module: str
+    line: int
+    what: str
+    source: str
+
+
+def mutations(module: str) -> Iterator[Mutation]:
+    """Yield every mutation of a module."""
+    source = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    lines = source.splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line.encode()))
+    raw = source.encode()
+
+    def span(node: ast.AST) -> tuple[int, int]:
+        return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+
+    def text(node: ast.AST) -> str:
+        begin, end = span(node)
+        return raw[begin:end].decode()
+
+    def change(node: ast.AST, new: str) -> Mutation:
+        begin, end = span(node)
+        what = f"{' '.join(text(node).split())[:60]}  ->  {' '.join(new.split())[:60]}"
+        return Mutation(module, node.lineno, what, (raw[:begin] + new.encode() + raw[end:]).decode())
+
+    for node in _code(ast.parse(source)):
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            new = COMPARISONS[type(node.ops[0])]
+            yield change(node, f"{text(node.left)} {new} {text(node.comparators[0])}")
+        elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            yield change(node, f"({text(node.left)}) {OPERATORS[type(node.op)]} ({text(node.right)})")
+        elif isinstance(node, ast.BoolOp):
+            other = " or " if isinstance(node.op, ast.And) else " and "
+            yield change(node, other.join(f"({text(value)})" for value in node.values))
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub | ast.Invert):
+            yield change(node, f"({text(node.operand)})")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
+            value = not node.value if isinstance(node.value, bool) else node.value + 1
+            yield change(node, repr(value))
+        elif isinstance(node, ast.IfExp | ast.If):
+            yield change(node.test, f"not ({text(node.test)})")
+        elif isinstance(node, ast.Call):
+            for keyword in node.keywords:
+                if keyword.arg:  # drop it, with the comma before or after it
+                    begin, end = span(keyword)
+                    before, after = raw[:begin].rstrip(), raw[end:].lstrip()
+                    cut = before.removesuffix(b",") if before.endswith(b",") else before
+                    after = after if cut != before else after.removeprefix(b",")
+                    yield Mutation(module, keyword.lineno, f"without {text(keyword)}"[:90], (cut + after).decode())
+            if len(node.args) >= 2 and not any(isinstance(arg, ast.Starred) for arg in node.args[:2]):
+                one, two = node.args[:2]
+                if text(one) != text(two):
+                    (begin, middle), (start, end) = span(one), span(two)
+                    swapped = raw[:begin] + text(two).encode() + raw[middle:start] + text(one).encode() + raw[end:]
+                    yield Mutation(module, node.lineno, f"swapped in {text(node)}"[:90], swapped.decode())
+
+
+def _code(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes that compute: no annotations, no docstrings, no messages of errors, no class attributes."""
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list", "bases") or isinstance(node, ast.Raise | ast.JoinedStr):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield child
+                yield from _code(child)
+
+
+def survives(mutation: Mutation, *, whole: bool) -> str:
+    """Return the first test that fails with a mutation, or "" if none does."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_of_the_project(Path(folder))
+        (copy / "jaxlstm" / f"{mutation.module}.py").write_text(mutation.source, encoding="utf-8")
+        fast = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        for name in AIMED[mutation.module].split():
+            if found := first_failure(copy, f"tests/test_{name}.py", marks="not slow and not ci", **fast):
+                return found
+        return (first_failure(copy, marks="not slow and not ci", **fast) or "") if whole else ""
+
+
+def main() -> int:
+    """Draw mutations, run them two at a time, print the survivors and the share caught per module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", default=list(AIMED))
+    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--results", type=Path, help="write the outcome to this JSON file")
+    flags = parser.parse_args()
+    every = [mutation for module in flags.modules for mutation in mutations(module)]
+    if flags.list:
+        print(*(f"{m.module}:{m.line}  {m.what}" for m in every), sep="\n")
+        return 0
+    drawn = random.Random(flags.seed).sample(every, min(flags.count, len(every)))
+    caught, survivors = collections.Counter(), []
+    with ThreadPoolExecutor(2) as pool:
+        for mutation, found in zip(drawn, pool.map(lambda m: survives(m, whole=flags.whole), drawn), strict=True):
+            caught[mutation.module] += bool(found)
+            line = f"{mutation.module}:{mutation.line}  {mutation.what}"
+            survivors += [] if found else [line]
+            print(f"{line}: {found or 'SURVIVES'}", flush=True)
+    of_module = collections.Counter(mutation.module for mutation in drawn)
+    for module, number in of_module.items():
+        print(f"{module:28} {caught[module]:4} of {number}")
+    print(f"{sum(caught.values())} of {len(drawn)} caught, out of {len(every)} mutations")
+    if flags.results:
+        content = {"drawn": len(drawn), "of": len(every), "seed": flags.seed, "survivors": survivors}
+        content["modules"] = {module: [caught[module], number] for module, number in of_module.items()}
+        flags.results.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
