@@ -152,7 +152,7 @@ def checked_dtype(dtype: Any, such_as: str = "") -> Any:
     got = shown(dtype)
     with contextlib.suppress(Exception):  # NumPy raises many types
         if dtype is not None and not isinstance(dtype, jax.Array | np.ndarray):
-            got = jnp.dtype(dtype).name
+            got = got if such_as else jnp.dtype(dtype).name
             if jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
                 return jnp.dtype(dtype)
     raise ArgumentTypeError(f"dtype must be a floating type{such_as}, got {got}.")
