@@ -20,14 +20,21 @@ from jaxlstm import (
     LSTMGates,
     LSTMState,
     Scan,
+    diagnostics,
+    fit,
     generate,
     init_bidirectional,
     init_stack,
     init_train_state,
     initializers,
     length_mask,
+    low_precision,
+    lstm_bptt,
+    make_train_step,
     regularize,
     rtrl,
+    segment_resets,
+    step_stack,
     unroll,
     unroll_stack,
 )
@@ -339,6 +346,76 @@ def test_nothing_in_gives_nothing_out_and_a_gradient_of_0(shape, gradient):
     assert ys.shape == (*shape, 2 * H) and carries[0].backward.c.shape == (*shape[1:], H)
     gradients = jax.grad(lambda params, xs: run(params, xs)[1].sum(), (0, 1))(both, xs)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients))
+
+
+def step_loss(y, t):
+    return (y**2).sum()
+
+
+def loss_of(ys):
+    return (ys**2).sum()
+
+
+def of_unroll(cell, params, xs):
+    return jax.grad(lambda params: unroll(cell, params, xs)[1].sum())(params)
+
+
+def trained(p, xs):
+    step = make_train_step(lambda p, xs: loss_of(unroll(LSTM, p, xs)[1]), optax.sgd(0.1))
+    return fit(step, init_train_state(p, optax.sgd(0.1), jax.random.key(0)), jnp.stack([xs, xs]))[0].params
+
+
+# By name: a function of the parameters p of an LSTM, inputs xs, its carry c, and a mask m.
+OF_NOTHING = {
+    "lstm_bptt": lambda p, xs, c, m: jax.grad(lambda p: lstm_bptt(p, xs, c, mask=m)[1].sum())(p),
+    "step_stack": lambda p, xs, c, m: step_stack(LSTM, [p], [c], jnp.ones((*c.h.shape[:-1], I))),
+    "generate": lambda p, xs, c, m: generate(lambda s, x, k: (s, x), c, c.h, jax.random.key(0), len(xs)),
+    "segment_resets": lambda p, xs, c, m: segment_resets(m.astype(int)),
+    "dropout_mask": lambda p, xs, c, m: regularize.dropout_mask(jax.random.key(0), 0.5, m.shape),
+    "zoneout": lambda p, xs, c, m: of_unroll(
+        regularize.zoneout(LSTM, 0.1),
+        p,
+        regularize.Noisy(xs, regularize.zoneout_noise(jax.random.key(0), 0.1, c, len(xs))),
+    ),
+    "variational_dropout": lambda p, xs, c, m: of_unroll(
+        regularize.variational_dropout(LSTM), regularize.Locked(p, h=jnp.ones_like(c.h)), xs
+    ),
+    "low_precision": lambda p, xs, c, m: of_unroll(low_precision(LSTM, "bfloat16"), p, xs),
+    "rtrl_gradient": lambda p, xs, c, m: rtrl.rtrl_gradient(LSTM, p, xs, step_loss, mask=m),
+    "snap1": lambda p, xs, c, m: rtrl.rtrl_gradient(
+        LSTM, p, xs, step_loss, pattern=rtrl.snap1_pattern(LSTM, p, jnp.ones(I))
+    ),
+    "trace": lambda p, xs, c, m: diagnostics.trace(LSTM, p, xs),
+    "jacobians": lambda p, xs, c, m: diagnostics.jacobian_products(diagnostics.carry_jacobians(LSTM, p, xs)),
+    "term_shares": lambda p, xs, c, m: diagnostics.term_shares(diagnostics.cell_state_terms(p, xs)),
+    "truncated_gradient": lambda p, xs, c, m: diagnostics.truncated_gradient(LSTM, p, xs, loss_of),
+    "gradient_flow": lambda p, xs, c, m: diagnostics.gradient_flow(LSTM, p, xs, loss_of),
+    "gradient_sources": lambda p, xs, c, m: diagnostics.gradient_sources(LSTM, p, xs, step_loss)[:4],
+    "compare_gradients": lambda p, xs, c, m: diagnostics.compare_gradients(LSTM, p, xs, step_loss).gradients["bulk"],
+    "gradient_error": lambda p, xs, c, m: diagnostics.gradient_error(xs, xs),
+    "check_gradients": lambda p, xs, c, m: (
+        diagnostics.check_gradients(lambda p: unroll(LSTM, p, xs)[1].sum(), p, key=jax.random.key(0)).worst.autodiff
+    ),
+    "fit": lambda p, xs, c, m: trained(p, xs),
+}
+
+
+@pytest.mark.parametrize("name", OF_NOTHING)
+@jax.debug_key_reuse(False)
+@jax.debug_nans(False)  # a relative error of nothing is 0 / 0 on the way
+def test_every_function_takes_no_steps_and_an_empty_batch(name):
+    params = draw(LSTM)[0]
+    for shape in ((0, B), (T, 0)):
+        xs, mask = jnp.ones((*shape, I)), jnp.ones(shape, bool)
+        result = OF_NOTHING[name](params, xs, LSTM.initial_carry(params, shape[1:]), mask)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result) if np.asarray(leaf).dtype.kind == "f")
+
+
+@jax.debug_nans(False)
+def test_what_has_no_value_without_steps_says_so():
+    with pytest.raises(ValueError, match="lyapunov_exponents: xs must have at least one step"):
+        diagnostics.lyapunov_exponents(LSTM, draw(LSTM)[0], jnp.ones((0, B, I)))
+    assert np.isnan(diagnostics.gradient_cosine(jnp.ones((0, 2)), jnp.ones((0, 2))))
 
 
 @pytest.mark.parametrize("lengths", [[], (), np.array([]), np.zeros((0, 2), int), jnp.zeros(0, int)], ids=str)

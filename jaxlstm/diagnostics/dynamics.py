@@ -188,6 +188,8 @@ def lyapunov_exponents(
     num_steps = jax.tree.leaves(xs)[0].shape[0]
     carry = cell.initial_carry(params, batch_shape) if carry is None else carry
     size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(cell.initial_carry, params)))
+    if num_steps == 0:
+        raise ArgumentValueError("xs must have at least one step, got none.")
     for name, value, low, high in (
         ("num_exponents", num_exponents, 1, size),
         ("num_warmup", num_warmup, 0, num_steps - 1),

@@ -133,7 +133,7 @@ def gradient_cosine(gradient: PyTree, reference: PyTree) -> Array:
 
 def _scaled(tree: PyTree) -> PyTree:
     """Divide by the largest entry, so that squares of small entries do not underflow to 0."""
-    largest = functools.reduce(jnp.maximum, [jnp.abs(leaf).max() for leaf in jax.tree.leaves(tree)])
+    largest = functools.reduce(jnp.maximum, [jnp.abs(leaf).max(initial=0) for leaf in jax.tree.leaves(tree)])
     return jax.tree.map(lambda leaf: leaf / largest, tree)
 
 
