@@ -5,6 +5,8 @@ check and take gradients apart), `jaxlstm.regularize`, `jaxlstm.rtrl` (learning 
 `jaxlstm.initializers`.
 """
 
+import contextlib
+
 from jax import export
 
 from jaxlstm import diagnostics, initializers, regularize, rtrl
@@ -42,7 +44,8 @@ for _kind in (
     *(regularize.Locked, regularize.Noisy, rtrl.RTRLState, rtrl.SnAp1Pattern, rtrl.OnlineState),
     *(diagnostics.Trace, diagnostics.CellStateTerms),
 ):
-    export.register_namedtuple_serialization(_kind, serialized_name=f"jaxlstm.{_kind.__name__}")
+    with contextlib.suppress(ValueError):  # registered before this module was reloaded
+        export.register_namedtuple_serialization(_kind, serialized_name=f"jaxlstm.{_kind.__name__}")
 
 
 def __getattr__(name: str) -> object:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import ArgumentTypeError, at, border, check_cell, checked_key
+from jaxlstm.checks import ArgumentTypeError, at, border, check_cell, check_function, checked_key
 from jaxlstm.gradients import GradientOrName
 from jaxlstm.masks import where
 from jaxlstm.recurrence import Options, run_sequence
@@ -91,6 +91,7 @@ def unroll_bidirectional(
     ((11, 3, 14), (3, 7))
     """
     _check_pair("params", params)
+    check_function("merge", merge)
     return run_layer(cell, params, xs, carry, Options(mask, reset, reset_carry, gradient=gradient), merge=merge)
 
 

@@ -25,7 +25,7 @@ PyTree = Any
 def project(params: Any, xs: Float[Array, "*time_batch input"]) -> Float[Array, "*time_batch gates"]:
     """Return z = x W_ih + b, for one step or for all steps."""
     z = matmul(xs, params.w_ih, params.b.dtype)
-    return z + jnp.broadcast_to(params.b, z.shape)  # some programs forbid JAX to broadcast by itself
+    return z + jnp.broadcast_to(params.b, z.shape)  # some programs forbid implicit rank promotion
 
 
 def recur(params: Any, carry: Any) -> Float[Array, "*batch gates"]:

@@ -81,7 +81,7 @@ def in_callback() -> Iterator[None]:
 
 def shown(value: Any) -> str:
     """Describe any value in one short line."""
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
+    if hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, type):
         return f"{value.dtype}[{_dims(value)}]"
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -96,8 +96,12 @@ def as_array(name: str, leaf: Any) -> Array:
     """Turn one value into a JAX array, or say that it cannot be one."""
     # JAX takes text for an object, and the shape of an array for an array.
     if not isinstance(leaf, str | bytes | jax.ShapeDtypeStruct):
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
+        try:
             return jnp.asarray(leaf)
+        except jax.errors.UnexpectedTracerError:
+            raise  # JAX's own message explains best where an array escaped from
+        except (TypeError, ValueError, OverflowError):
+            pass
     raise ArgumentTypeError(f"{name} must hold arrays of numbers, got {shown(leaf)}.")
 
 
@@ -125,8 +129,9 @@ def check_count(name: str, value: Any, low: int = 0, high: float = math.inf) -> 
 
 def check_float(name: str, value: Any) -> None:
     """Check that an argument is one finite number, or one that `jit` traces."""
-    is_number = isinstance(value, int | float | np.number | jax.Array) and not isinstance(value, bool)
-    if not is_number or jnp.ndim(value) or not (isinstance(value, jax.core.Tracer) or math.isfinite(value)):
+    is_number = isinstance(value, int | float | np.number | np.ndarray | jax.Array) and not isinstance(value, bool)
+    is_real = is_number and jnp.ndim(value) == 0 and not jnp.iscomplexobj(value)
+    if not is_real or not (isinstance(value, jax.core.Tracer) or math.isfinite(value)):
         raise ArgumentValueError(f"{name} must be one finite number, got {shown(value)}.")
 
 
@@ -136,15 +141,15 @@ def check_flag(name: str, flag: Any) -> None:
         raise ArgumentValueError(f"{name} must be True or False, got {shown(flag)}.")
 
 
-def checked_shape(name: str, shape: Any) -> tuple[int, ...]:
+def checked_shape(name: str, shape: Any) -> tuple[Any, ...]:
     """Return a shape as a tuple of sizes."""
     if (
         not isinstance(shape, Sequence)
         or isinstance(shape, str | bytes)
-        or not all(_is_int(n) and n >= 0 for n in shape)
+        or not all(jax.export.is_symbolic_dim(n) or (_is_int(n) and n >= 0) for n in shape)
     ):
         raise ArgumentTypeError(f"{name} must be a shape, a tuple of sizes, got {shown(shape)}.")
-    return tuple(map(operator.index, shape))
+    return tuple(size if jax.export.is_symbolic_dim(size) else operator.index(size) for size in shape)
 
 
 def checked_dtype(dtype: Any, such_as: str = "") -> Any:
@@ -217,8 +222,10 @@ def check_size(name: str, size: Any) -> None:
 
 
 def _is_int(value: Any) -> bool:
-    # An array of one integer has __index__ too, but a traced one has no value.
-    return hasattr(value, "__index__") and not isinstance(value, bool | type | jax.Array | np.ndarray)
+    if isinstance(value, bool | type | jax.core.Tracer):  # a traced array has no value
+        return False
+    is_array = isinstance(value, jax.Array | np.ndarray)
+    return hasattr(value, "__index__") and (not is_array or (value.ndim == 0 and value.dtype.kind in "iu"))
 
 
 # Sequences.
@@ -343,15 +350,15 @@ def checked_flags(mask: Any, reset: Any, num_steps: int | None, batch_shape: tup
     return mask, reset
 
 
-def check_sharding(params: PyTree, xs: PyTree, *, by_scan: bool) -> None:
+def check_sharding(params: PyTree, steps: PyTree, *, by_scan: bool) -> None:
     """Check that arrays sharded on Explicit axes are sharded in a way that JAX can differentiate."""
-    leaves = jax.tree.leaves(xs)
+    leaves = jax.tree.leaves(steps)
     if any(is_sharded(x) and jax.typeof(x).sharding.spec[0] is not None for x in leaves):
         raise ArgumentValueError(
-            "xs is sharded along its time axis, but a recurrence runs one step after another; shard a batch axis "
-            "instead, with jax.sharding.reshard."
+            "xs, mask or reset is sharded along its time axis, but a recurrence runs one step after another; shard a "
+            "batch axis instead, with jax.sharding.reshard."
         )
-    leaves += jax.tree.leaves(params)
+    leaves = [leaf for leaf in [*leaves, *jax.tree.leaves(params)] if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     mesh_unknown = jax.sharding.get_abstract_mesh().empty and any(map(is_sharded, leaves))
     # JAX would then not know how to shard the gradient of the weights.
     if mesh_unknown and (by_scan or any(jax.typeof(leaf).sharding.mesh.empty for leaf in leaves)):

@@ -165,6 +165,7 @@ def unroll_stack(
     ((11, 2, 3), (2, 7))
     """
     num_layers = checked_layers(params)
+    check_function("merge", merge)
     if isinstance(xs, Noisy) and num_layers > 1:
         raise ArgumentValueError("xs is Noisy, which only the first layer would read; pass noise=[...], one per layer.")
     dropout = checked_rate("dropout", dropout)
@@ -296,7 +297,10 @@ def generate(
     step_fn = in_callback()(step_fn)
     check_count("num_steps", num_steps)
     carry, x0 = as_arrays(carry=carry, x0=x0)
-    for name, given, got in zip(("carry", "x"), (carry, x0), jax.eval_shape(step_fn, carry, x0, key), strict=True):
+    result = jax.eval_shape(step_fn, carry, x0, key)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ArgumentTypeError(f"step_fn must return (carry, x), got {kind_of(result)}.")
+    for name, given, got in zip(("carry", "x"), (carry, x0), result, strict=True):
         if not alike(given, got):
             like, came = (f"{kind_of(tree)}: {describe(tree)}" for tree in (given, got))
             raise ArgumentTypeError(f"step_fn must return a {name} like the one it is given, {like}; got {came}.")

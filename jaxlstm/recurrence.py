@@ -102,7 +102,7 @@ def run_sequence(
     return _run_checked(cell, gradient, bool(options.reverse), params, Steps(xs, mask, reset), carry, reset_carry)
 
 
-# Inlined, so that under the caller's own `jit` no trace of this one is left.
+# Compiled once per cell, shapes and options, also where nothing else is compiled.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run_checked(
     cell: Cell[Params, Carry],
@@ -117,7 +117,7 @@ def _run_checked(
     batch_shape = check_sequence(cell, params, xs, carry)
     num_steps = jax.tree.leaves(xs)[0].shape[0]
     mask, reset = checked_flags(mask, reset, num_steps, batch_shape)
-    check_sharding(params, xs, by_scan=isinstance(getattr(gradient, "within", gradient), Scan))
+    check_sharding(params, steps, by_scan=isinstance(getattr(gradient, "within", gradient), Scan))
     # Even with a carry given, a reset needs the initial one.
     initial_carry = cell.initial_carry(params, batch_shape)
     carry = initial_carry if carry is None else carry

@@ -35,13 +35,13 @@ from jaxlstm.checks import (
     border,
     cached,
     check_cell,
-    check_count,
     check_initial_carry,
     check_sequence,
     check_step_loss,
     checked_flags,
     checked_shape,
     of_one_step,
+    shown,
 )
 from jaxlstm.masks import Steps, hold, select
 from jaxlstm.structure import dependence
@@ -95,7 +95,8 @@ def init_rtrl(
     """
     check_cell(cell)
     batch_shape = checked_shape("batch_shape", batch_shape)
-    check_count("max_bytes", max_bytes)
+    if not isinstance(max_bytes, int | float) or not max_bytes >= 0:
+        raise ArgumentValueError(f"max_bytes must be a number of bytes, got {shown(max_bytes)}.")
     check_initial_carry(cell, params)
     num_bytes = influence_bytes(cell, params, batch_shape, pattern)
     if num_bytes > max_bytes:
@@ -288,11 +289,12 @@ def snap1_pattern(cell: Cell[Any, Any], params: PyTree, x: PyTree) -> SnAp1Patte
       x: one input without batch axes, [input].
 
     Raises:
-      ValueError: a parameter reaches two numbers of one leaf, as a projection of h does.
+      ValueError: a parameter reaches two numbers of one leaf, as a projection of h does, or only the initial carry.
     """
     check_cell(cell)
     params, x = as_arrays(params=params, x=x)
-    check_sequence(cell, params, as_sequence(x), None, one_step=True)
+    if batch_shape := check_sequence(cell, params, as_sequence(x), None, one_step=True):
+        raise ArgumentValueError(f"x must be one input without batch axes, got batch axes {list(batch_shape)}.")
     carry = cell.initial_carry(params)
     flat_params, unravel = ravel_pytree(params)
 
@@ -315,6 +317,16 @@ def snap1_pattern(cell: Cell[Any, Any], params: PyTree, x: PyTree) -> SnAp1Patte
         raise ArgumentValueError(
             f"a parameter of {cell.name} reaches two numbers of one leaf of the carry within one step, but SnAp-1 "
             "keeps only one; use exact RTRL (no pattern)."
+        )
+
+    def initial_carry(flat_params: Array) -> Array:
+        return ravel_pytree(cell.initial_carry(unravel(flat_params)))[0]
+
+    in_carry = jax.jacrev(dependence(initial_carry, flat_params))(flat_params).any(axis=0)
+    if (in_carry & (places[:-1] < 0).all(axis=0)).any():
+        raise ArgumentValueError(
+            f"the initial carry of {cell.name} is learned from parameters that no step reads, and SnAp-1 would lose "
+            "their gradient; use exact RTRL (no pattern)."
         )
     return SnAp1Pattern(places[:-1], jnp.where(places[-1] >= 0, places[-1] - sum(sizes), -1))
 

@@ -3,6 +3,9 @@
 A derivative may be 0 at one point and not at another: a ReLU is flat where its input is negative. So `dependence`
 builds a linear map with the structure of the derivative, in which every coefficient is positive. Where the map is 0,
 the derivative is 0 at every point. An operation that it does not know makes every result depend on every input.
+
+Inside a `custom_jvp` or `custom_vjp`, whose derivative may be anything, flags and integers pass a dependence on: the
+surrogate gradient of a step function depends on what the step compares.
 """
 
 from collections.abc import Callable
@@ -18,7 +21,8 @@ from jaxtyping import Array
 ELEMENTWISE = set(
     "abs acos acosh add add_any asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos cosh digamma "
     "div erf erf_inv erfc exp exp2 expm1 floor integer_pow lgamma log log1p logistic max min mul neg nextafter pow "
-    "reduce_precision rem round rsqrt select_n sign sin sinh sqrt square sub tan tanh".split()
+    "reduce_precision rem round rsqrt select_n sign sin sinh sqrt square sub tan tanh "
+    "and eq ge gt is_finite le lt ne not or xor".split()
 )
 # Linear in all operands: the operation moves numbers or adds them up.
 LINEAR = set(
@@ -47,8 +51,8 @@ def dependence(function: Callable[[Array], Array], x: Array) -> Callable[[Array]
     return structure
 
 
-def _through(closed: Any, d_inputs: list[Any]) -> list[Any]:
-    """Pass tangents, None for zero, through a jaxpr."""
+def _through(closed: Any, d_inputs: list[Any], *, custom: bool = False) -> list[Any]:
+    """Pass tangents, None for zero, through a jaxpr; `custom`: it is inside of a custom derivative."""
     jaxpr = getattr(closed, "jaxpr", closed)
     known = dict(zip(jaxpr.invars, d_inputs, strict=True))
 
@@ -58,17 +62,19 @@ def _through(closed: Any, d_inputs: list[Any]) -> list[Any]:
     for equation in jaxpr.eqns:
         d_values = [read(v) for v in equation.invars]
         shapes = [v.aval.shape for v in equation.outvars]
-        real = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in equation.outvars]
-        if all(d is None for d in d_values) or not any(real) or equation.primitive.name in CONSTANT:
+        real = [custom or jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in equation.outvars]
+        stopped = equation.primitive.name in CONSTANT and not custom
+        if all(d is None for d in d_values) or not any(real) or stopped:
             continue
-        d_outs = _through_one(equation, d_values, shapes)
+        d_outs = _through_one(equation, d_values, shapes, custom)
         known.update((v, d) for v, d, is_real in zip(equation.outvars, d_outs, real, strict=True) if is_real)
     return [read(v) for v in jaxpr.outvars]
 
 
-def _through_one(equation: Any, d_values: list[Any], shapes: list[tuple[int, ...]]) -> list[Any]:
+def _through_one(equation: Any, d_values: list[Any], shapes: list[tuple[int, ...]], custom: bool) -> list[Any]:
     name, settings = equation.primitive.name, equation.params
-    if name in ELEMENTWISE:
+    custom = custom or name.startswith("custom_")
+    if name in ELEMENTWISE or name in CONSTANT:
         return [_total([jnp.broadcast_to(d, shapes[0]) for d in d_values if d is not None])]
     if name in LINEAR:
         (dtype,) = {d.dtype for d in d_values if d is not None}
@@ -88,9 +94,9 @@ def _through_one(equation: Any, d_values: list[Any], shapes: list[tuple[int, ...
         return [_total([lax.dot_general(a, b, settings["dimension_numbers"]) for a, b in products])]
     for inner in (settings.get(key) for key in ("jaxpr", "call_jaxpr", "fun_jaxpr")):
         if name != "scan" and inner is not None:
-            return _through(inner, d_values)
+            return _through(inner, d_values, custom=custom)
     if name == "cond":
-        by_branch = [_through(branch, d_values[1:]) for branch in settings["branches"]]
+        by_branch = [_through(branch, d_values[1:], custom=custom) for branch in settings["branches"]]
         return [_total([d for d in of_one if d is not None]) for of_one in zip(*by_branch, strict=True)]
     everything = _total([d.sum() for d in d_values if d is not None])
     return [jnp.broadcast_to(everything, shape) for shape in shapes]

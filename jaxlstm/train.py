@@ -25,6 +25,7 @@ from jaxlstm.checks import (
     describe,
     in_callback,
     kind_of,
+    shown,
 )
 
 PyTree = Any
@@ -141,10 +142,14 @@ def fit(train_step: TrainStep, state: TrainState, batches: PyTree) -> tuple[Trai
     if not isinstance(state, TrainState):
         raise ArgumentTypeError(f"state must be a TrainState, from init_train_state, got {kind_of(state)}.")
     state, batches = as_arrays(state=state, batches=batches)
-    if len({leaf.shape[:1] for leaf in jax.tree.leaves(batches)} | {()}) != 2:
+    firsts = {leaf.shape[:1] for leaf in jax.tree.leaves(batches)}
+    if len(firsts) != 1 or firsts == {()}:
         raise ArgumentValueError(f"batches must share their first axis, the number of steps, got {describe(batches)}.")
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
-    after, _ = jax.eval_shape(in_callback()(train_step), state, batch)
+    result = jax.eval_shape(in_callback()(train_step), state, batch)
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], TrainState):
+        raise ArgumentTypeError(f"train_step must return (TrainState, metrics), got {kind_of(result)}.")
+    after, _ = result
     if not alike(after, state):
         changed = [name for name in TrainState._fields if not alike(getattr(after, name), getattr(state, name))]
         given, got = (
@@ -182,10 +187,14 @@ def _num_arguments(loss_fn: Any) -> int:
     """Return how many of (params, batch, carry, key) a loss takes: 2 or 4."""
     if not callable(loss_fn):
         raise ArgumentTypeError(f"loss_fn must be a function, got {kind_of(loss_fn)}.")
-    signature = inspect.signature(loss_fn)
+    try:
+        signature = inspect.signature(loss_fn)
+    except ValueError as error:
+        raise ArgumentTypeError(f"loss_fn must be a function of (params, batch), got {shown(loss_fn)}.") from error
     required = [p for p in signature.parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    names = [*signature.parameters][2:4]
-    for number in (2, 4) if len(required) == 2 and names != ["carry", "key"] else (4, 2):
+    # Further arguments with defaults are the loss's own, unless their names say that they are these two.
+    own = len(required) == 2 and not {"carry", "key", "rng"} & set([*signature.parameters][2:4])
+    for number in (2, 4) if own else (4, 2):
         with contextlib.suppress(TypeError):
             signature.bind(*range(number))
             return number

@@ -68,7 +68,7 @@ def make_plan(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree,
     is_short = known and num_bytes <= SHORT_BYTES
 
     # If the caller gives a block size or shards the batch, use that; do not merge axes or cut z.
-    block_size = gradient.block_size if gradient.block_size and known else num_steps
+    block_size = gradient.block_size if gradient.block_size and isinstance(num_steps, int) else num_steps
     if in_blocks and num_bytes > 2 * BLOCK_BYTES:
         block_size = size_without_remainder(num_steps, max(4, BLOCK_BYTES * num_steps // num_bytes))
     # Accelerators are fastest with one large matmul; a CPU would write z to memory and read it back.

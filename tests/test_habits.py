@@ -315,7 +315,8 @@ def test_one_export_serves_every_batch_and_every_length():
 
     def run(params, xs, lengths, gradient):
         mask = length_mask(lengths, xs.shape[0])
-        return unroll_stack(LSTM, params, xs, mask=mask, reset=~mask, gradient=gradient)[1]
+        drops = {"dropout": 0.5, "key": jax.random.key(3)}
+        return unroll_stack(LSTM, params, xs, mask=mask, reset=~mask, gradient=gradient, **drops)[1]
 
     for time, gradient in ((t, Bulk()), (t, Bulk(block_size=2)), (t, Scan()), (T, Chunked(2)), (T, Chunked())):
         loss = lambda *args, gradient=gradient: (run(*args, gradient) ** 2).sum()

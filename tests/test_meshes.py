@@ -46,7 +46,7 @@ def test_arrays_on_an_explicit_mesh_need_no_mesh_in_use(params, run):
 
 def test_errors_say_how_to_shard():
     params, time_sharded = draw(LSTM)[0], on_mesh(normal(9, 4, B, I), "data")
-    with pytest.raises(ValueError, match=r"unroll: xs is sharded along its time axis.*shard a batch axis"):
+    with pytest.raises(ValueError, match=r"unroll: xs, mask or reset is sharded along its time axis"):
         unroll(LSTM, params, time_sharded)
     xs = on_mesh(XS, None, "data")
     for own, gradient in ((params, "bulk"), (on_mesh(params), "scan"), (on_mesh(params), Chunked(within=Scan()))):

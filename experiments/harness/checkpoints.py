@@ -107,7 +107,7 @@ def save(folder: Path, state: PyTree, *, step: int, keep: int, score: float | No
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise OSError(f"{path} could not be saved: {reason}") from error
 
-    upto = [old for old in _paths(folder) if _step(old) <= step]
+    upto = [old for old in _paths(folder) if _step(old) <= step and not _is_foreign(old, run)]
     scores = sorted((_score(old), old) for old in upto)
     best = next((old for score, old in scores if score < math.inf and _is_intact(old)), None)
     for old in upto[:-keep]:
@@ -157,7 +157,7 @@ def verify(path: Path, run: str = "") -> Checkpoint:
         raise Damaged(f"{Path(error.filename or path).name}: {error.strerror}") from error
     except (ValueError, TypeError, LookupError) as error:
         raise Damaged(f"'about.json' does not describe a checkpoint: {type(error).__name__}: {error}") from error
-    if run and about.get("run") != run:
+    if run and (about.get("run") or run) != run:
         raise Foreign("its run has other settings than this one")
     if about["step"] != _step(path):
         raise Damaged(f"it is the checkpoint of step {about['step']}, renamed")
@@ -260,6 +260,16 @@ def _paths(folder: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
+
+
+def _is_foreign(path: Path, run: str) -> bool:
+    try:
+        verify(path, run)
+    except Foreign:
+        return True
+    except Damaged:
+        return False
+    return False
 
 
 def _score(path: Path) -> float:

@@ -78,7 +78,7 @@ def _saved_flags(experiment: str, main: Callable[..., Any]) -> Row:
     given, _ = parser.parse_known_args()
     if given.resume and not given.workdir:
         sys.exit(f"{experiment}: --resume needs --workdir, the folder of the run to continue.")
-    if not (given.resume and given.workdir and (given.workdir / "config.json").exists()):
+    if not (given.resume and (given.workdir / "config.json").exists()):
         return {}
     flags = inspect.signature(main).parameters.keys() - {"workdir", "resume", "cluster"}
     return {name: value for name, value in read_config(given.workdir).items() if name in flags}

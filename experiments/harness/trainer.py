@@ -96,8 +96,8 @@ def train(
     steps, block, evaluate_every, save_every, keep = schedule
     # `train_step` is static, so that another call of `train` with the same step reuses the compiled blocks.
     train_block = jax.jit(fit, static_argnums=0, donate_argnums=1, out_shardings=_shardings(state, mesh))
-    run, done = runs.identity(folder), int(state.step)
-    first = done
+    done = first = int(state.step)
+    run = runs.identity(folder)
     if devices.agree(first) + devices.agree(-first):
         sys.exit(f"{experiment}: the processes found different checkpoints in {folder}; use a folder they all share.")
     quiet = None if devices.is_first() else True  # None hides the bar only if there is no terminal

@@ -19,7 +19,17 @@ from jaxtyping import Array, Bool, Float
 
 from jaxlstm.bptt import lstm_bptt
 from jaxlstm.cell import Cell, PyTree, leaf_path, project
-from jaxlstm.checks import ArgumentTypeError, ArgumentValueError, border, check_sequence, check_step_loss, of_one_step
+from jaxlstm.checks import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    as_arrays,
+    border,
+    check_count,
+    check_sequence,
+    check_step_loss,
+    of_one_step,
+    shown,
+)
 from jaxlstm.diagnostics.differences import adaptive_differences, cast, check_alike, gradient_error
 from jaxlstm.lstm import LSTM
 from jaxlstm.recurrence import unroll
@@ -122,12 +132,14 @@ def compare_gradients(
       ValueError: as `unroll`; or the name of a method is taken, a method returns a tree unlike the gradient, or
         `step_loss` does not return a number.
     """
-    dtype = jnp.dtype(dtype).name
-    if dtype not in TOLERANCE:
-        raise ArgumentValueError(f'dtype must be "float64" or "float32", got {dtype!r}.')
+    name = shown(dtype) if dtype is None else getattr(dtype, "__name__", str(dtype))
+    if name not in TOLERANCE:
+        raise ArgumentValueError(f'dtype must be "float64" or "float32", got {name!r}.')
+    dtype = name
+    check_count("max_differences", max_differences)
     own_methods = _checked_methods(methods)
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        params, xs, carry = cast((params, xs, carry), dtype)
+        params, xs, carry = cast(as_arrays(params=params, xs=xs, carry=carry), dtype)
         batch_shape = check_sequence(cell, params, xs, carry)
         carry = cell.initial_carry(params, batch_shape) if carry is None else carry
         variables = (params, xs, carry)
@@ -167,7 +179,7 @@ def compare_gradients(
         if name not in (REFERENCE, DIFFERENCES)
     }
     if DIFFERENCES in gradients:
-        # An error below the floor is no departure: there the differences are wrong, whatever the gradient is.
+        # An error below three floors is no departure: there the differences are wrong, whatever the gradient is.
         allowed = TOLERANCE_DIFFERENCES[dtype]
         resolved = {name: error for name, error in errors[DIFFERENCES].items() if not error <= 3 * floors[name]}
         departures[DIFFERENCES] = _departure(resolved, {}, allowed)
@@ -255,8 +267,8 @@ def _blocks(gradient: Any, gates: tuple[str, ...]) -> dict[str, Array]:
 def _relative_norms(spread: Any, reference: Any, gates: tuple[str, ...]) -> dict[str, float]:
     """Return ‖spread‖ / ‖reference‖ for every block, or ‖spread‖ where the reference is 0."""
     own, want = _blocks(spread, gates), _blocks(reference, gates)
-    scales = {name: float(jnp.linalg.norm(leaf.ravel())) or 1.0 for name, leaf in want.items()}
-    return {name: float(jnp.linalg.norm(leaf.ravel())) / scales[name] for name, leaf in own.items()}
+    norm = lambda leaf: float(np.linalg.norm(np.ravel(leaf).astype("float64")))
+    return {name: norm(leaf) / (norm(want[name]) or 1.0) for name, leaf in own.items()}
 
 
 def _errors(gradient: Any, reference: Any, gates: tuple[str, ...]) -> dict[str, float]:

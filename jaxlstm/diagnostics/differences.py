@@ -113,17 +113,17 @@ def adaptive_differences(loss: Callable[[Any], Array], variables: PyTree, step_s
       step_size: the largest ε.
 
     Returns:
-      The gradient, and for every entry what differences cannot resolve: how far these step sizes, and smaller ones,
-      disagree.
+      The gradient, and for every entry what differences cannot resolve: how far the two smallest step sizes disagree.
     """
     # In a loop, so that the loss compiles once.
-    step_sizes = step_size / jnp.array([1, 8, 64], jax.tree.leaves(variables)[0].dtype)
+    dtype = jax.tree.leaves(variables)[0].dtype
+    # In float32, rounding leaves little room below the largest step.
+    step_sizes = step_size / jnp.array([1, 8, 64] if dtype == "float64" else [1, 2, 4], dtype)
     by_step = jax.lax.map(functools.partial(_flat_differences, loss, variables), step_sizes)
     spreads = jnp.abs(by_step[1:] - by_step[:-1])
     coarse_is_best = ~(spreads[1] < spreads[0])
-    floor = jnp.where(coarse_is_best, jnp.maximum(*spreads), spreads[1])
     unravel = ravel_pytree(variables)[1]
-    return unravel(jnp.where(coarse_is_best, by_step[1], by_step[2])), unravel(floor)
+    return unravel(jnp.where(coarse_is_best, by_step[1], by_step[2])), unravel(spreads[1])
 
 
 def _entries(loss: Callable[[Array], Array], flat: Array, entries: np.ndarray, step_size: float | Array) -> Array:
