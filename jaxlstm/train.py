@@ -145,21 +145,28 @@ def fit(train_step: TrainStep, state: TrainState, batches: PyTree) -> tuple[Trai
     firsts = {leaf.shape[:1] for leaf in jax.tree.leaves(batches)}
     if len(firsts) != 1 or firsts == {()}:
         raise ArgumentValueError(f"batches must share their first axis, the number of steps, got {describe(batches)}.")
+    try:
+        return lax.scan(in_callback()(train_step), state, batches)
+    except TypeError as error:
+        if not isinstance(error, ArgumentTypeError):
+            _check_step(train_step, state, batches)  # only now, since it traces the step again
+        raise
+
+
+def _check_step(train_step: Any, state: TrainState, batches: PyTree) -> None:
+    """Check that a step returns a state like the one it is given, and metrics."""
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
-    result = jax.eval_shape(in_callback()(train_step), state, batch)
+    result = jax.eval_shape(train_step, state, batch)
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], TrainState):
         raise ArgumentTypeError(f"train_step must return (TrainState, metrics), got {kind_of(result)}.")
     after, _ = result
     if not alike(after, state):
-        changed = [name for name in TrainState._fields if not alike(getattr(after, name), getattr(state, name))]
-        given, got = (
-            f"{kind_of(tree)}: {describe(tree)}" for tree in (getattr(state, changed[0]), getattr(after, changed[0]))
-        )
+        name = next(name for name in TrainState._fields if not alike(getattr(after, name), getattr(state, name)))
+        given, got = (f"{kind_of(tree)}: {describe(tree)}" for tree in (getattr(state, name), getattr(after, name)))
         raise ArgumentTypeError(
-            f"train_step must return a {changed[0]} like the one it is given, {given}; got {got}. "
-            "Pass the first carry to init_train_state."
+            f"train_step must return a {name} like the one it is given, {given}; got {got}. Pass the first carry to "
+            "init_train_state."
         )
-    return lax.scan(train_step, state, batches)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -279,7 +279,7 @@ def test_sample_names_the_wrong_argument(run, tmp_path):
 @pytest.mark.ci
 def test_sample_skips_damaged_checkpoints_and_says_when_none_is_left(run, tmp_path):
     folder = Path(shutil.copytree(run[0], tmp_path / "copy"))
-    args = (folder, "--num-characters", 20)
+    args = ("--workdir", folder, "--num-characters", 20)
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
         "step-00000050", "step-00000100", "step-00000110",
     ]  # fmt: skip

@@ -61,7 +61,7 @@ def test_a_nan_in_a_masked_single_step_reaches_no_gradient():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)) and (gradients[1][1] == 0).all()
 
 
-@pytest.mark.parametrize("init", [LSTM.init, GRU.init, initializers.torch, initializers.flax], ids=str)
+@pytest.mark.parametrize("init", [LSTM.init, GRU.init, initializers.torch, initializers.flax])
 def test_every_gate_of_every_matrix_has_a_draw_of_its_own(init):
     params = init(jax.random.key(0), H, H)
     blocks = [block for w in params[:2] for block in jnp.split(w, w.shape[1] // H, axis=1)]

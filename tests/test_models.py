@@ -32,6 +32,8 @@ def default_settings():
         yield
 
 
+pytestmark = pytest.mark.usefixtures("ranks_may_be_promoted")
+
 # Dates.
 
 
