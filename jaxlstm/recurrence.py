@@ -99,7 +99,15 @@ def run_sequence(
     check_flag("reverse", options.reverse)
     given = {"params": params, "xs": xs, "mask": options.mask, "reset": options.reset, "carry": carry}
     params, xs, mask, reset, carry, reset_carry = as_arrays(**given, reset_carry=options.reset_carry)
-    return _run_checked(cell, gradient, bool(options.reverse), params, Steps(xs, mask, reset), carry, reset_carry)
+    run_checked = _run_checked.__wrapped__ if _holds_tracers(cell) else _run_checked
+    return run_checked(cell, gradient, bool(options.reverse), params, Steps(xs, mask, reset), carry, reset_carry)
+
+
+def _holds_tracers(cell: Cell[Any, Any]) -> bool:
+    """Return whether a cell's functions close over traced arrays, which a compiled function must not remember."""
+    functions = [getattr(f, "__wrapped__", f) for f in (cell.initial_carry, cell.project, cell.recur, cell.gates)]
+    closures = [variable for f in functions for variable in getattr(f, "__closure__", None) or ()]
+    return any(isinstance(leaf, jax.core.Tracer) for c in closures for leaf in jax.tree.leaves(c.cell_contents))
 
 
 # Compiled once per cell, shapes and options, also where nothing else is compiled.
