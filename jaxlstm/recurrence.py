@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -99,19 +100,32 @@ def run_sequence(
     check_flag("reverse", options.reverse)
     given = {"params": params, "xs": xs, "mask": options.mask, "reset": options.reset, "carry": carry}
     params, xs, mask, reset, carry, reset_carry = as_arrays(**given, reset_carry=options.reset_carry)
-    run_checked = _run_checked.__wrapped__ if _holds_tracers(cell) else _run_checked
-    return run_checked(cell, gradient, bool(options.reverse), params, Steps(xs, mask, reset), carry, reset_carry)
+    # A compiled function must not remember arrays that JAX is tracing.
+    call = _run_checked if _closes_over_tracers(cell) else _run_compiled
+    return call(cell, gradient, bool(options.reverse), params, Steps(xs, mask, reset), carry, reset_carry)
 
 
-def _holds_tracers(cell: Cell[Any, Any]) -> bool:
-    """Return whether a cell's functions close over traced arrays, which a compiled function must not remember."""
-    functions = [getattr(f, "__wrapped__", f) for f in (cell.initial_carry, cell.project, cell.recur, cell.gates)]
-    closures = [variable for f in functions for variable in getattr(f, "__closure__", None) or ()]
-    return any(isinstance(leaf, jax.core.Tracer) for c in closures for leaf in jax.tree.leaves(c.cell_contents))
+def _closes_over_tracers(cell: Cell[Any, Any]) -> bool:
+    """Return whether a function of a cell, or a function inside of one, closes over traced arrays."""
+    seen: set[int] = set()
+
+    def search(value: Any) -> bool:
+        if id(value) in seen:
+            return False
+        seen.add(id(value))
+        if isinstance(value, Cell):
+            return any(map(search, vars(value).values()))
+        if isinstance(value, functools.partial):
+            return any(map(search, (value.func, value.args, value.keywords)))
+        if not callable(value):
+            return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+        closure = getattr(value, "__closure__", None) or ()
+        inside = [variable.cell_contents for variable in closure if variable != types.CellType()]  # the empty one
+        return search(getattr(value, "__wrapped__", None)) or any(map(search, inside))
+
+    return search(cell)
 
 
-# Compiled once per cell, shapes and options, also where nothing else is compiled.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run_checked(
     cell: Cell[Params, Carry],
     gradient: Gradient,
@@ -139,6 +153,10 @@ def _run_checked(
     if isinstance(gradient, Chunked):
         return _run_in_chunks(cell, params, steps, carry, reset_carry, gradient, reverse)
     return _run(cell, params, steps, carry, reset_carry, gradient, reverse)
+
+
+# Calls outside of `jit` compile once per cell, shapes and options.
+_run_compiled = jax.jit(_run_checked, static_argnums=(0, 1, 2))
 
 
 def _run(

@@ -263,21 +263,23 @@ def _step(path: Path) -> int:
 
 
 def _is_foreign(path: Path, run: str) -> bool:
-    try:
-        verify(path, run)
-    except Foreign:
-        return True
-    except Damaged:
-        return False
-    return False
+    return bool(run) and (_about(path).get("run") or run) != run
 
 
 def _score(path: Path) -> float:
-    about = path / "about.json"
     try:
-        return _finite(json.loads(about.read_bytes())["score"]) if about.is_file() else math.inf
-    except (OSError, ValueError, LookupError, TypeError):
+        return _finite(_about(path)["score"])
+    except (LookupError, TypeError):
         return math.inf
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """Return what about.json says, without checking anything; nothing if it cannot be read."""
+    try:
+        about = json.loads((path / "about.json").read_bytes()) if (path / "about.json").is_file() else {}
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _finite(score: float | None) -> float:

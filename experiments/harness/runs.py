@@ -39,6 +39,8 @@ FREE = {
     "cluster",
     "corpus",  # the config also holds the corpus's hash, which is compared
 }
+# What a config also holds, and what is compared in another way or follows from the flags.
+DERIVED = {"versions", "devices", "symbols"}
 
 log = logging.getLogger("runs")
 
@@ -181,7 +183,7 @@ def _compare(experiment: str, folder: Path, before: Row, now: Row) -> None:
     changed = [
         f"{name} was {before.get(name)}, is {now.get(name)}"
         for name in now
-        if name not in FREE | {"versions", "devices", "symbols"} and before.get(name) != now.get(name)
+        if name not in FREE | DERIVED and before.get(name) != now.get(name)
     ]
     if changed:
         sys.exit(
@@ -215,7 +217,7 @@ def identity(folder: Path) -> str:
     if not (folder / "config.json").exists():
         return ""
     config = read_config(folder)
-    settings = {name: value for name, value in config.items() if name not in FREE | {"versions", "devices", "symbols"}}
+    settings = {name: value for name, value in config.items() if name not in FREE | DERIVED}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
