@@ -2,10 +2,9 @@
 
 Tests run in float64 on two simulated CPU devices, with JAX's debugging checks on: implicit promotion of dtypes and
 ranks, NaNs, reused keys and all warnings are errors. A test that makes a NaN on purpose is marked
-`@jax.debug_nans(False)`. CI on
-its second version of JAX, and `make test-full`, also check for leaked tracers, which makes JAX trace every function
-anew. `make test` compiles without XLA's optimizations; `make test-full`, and CI on its first version of JAX, use them.
-All test processes share one compilation cache.
+`@jax.debug_nans(False)`. CI on its second version of JAX, and `make test-full`, also check for leaked tracers, which
+makes JAX trace every function anew. `make test` compiles without XLA's optimizations; `make test-full`, and CI on its
+first version of JAX, use them. All test processes share one compilation cache.
 
 Hypothesis tries 5 examples of each property in `make test`, 20 in CI and 200 in `make test-full`, always the same ones.
 

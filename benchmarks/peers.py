@@ -118,6 +118,7 @@ def scan_lstm(params: Any, xs: Any) -> Any:
 
 
 def fifteen_lines(given: Arrays) -> Layer:
+    """Make a layer of `scan_lstm`."""
     return of_jax(scan_lstm, [given[name] for name in ("w_ih", "w_hh", "b")], given, tuple)
 
 

@@ -213,7 +213,7 @@ def _typed_for_scan(
     """
 
     def after_a_step(carry: PyTree) -> PyTree:
-        # The first step, or zeros if there are no steps; only the type of the result is used.
+        # Only the type of the result matters, so zeros will do if there are no steps.
         now = jax.tree.map(_first, steps)
         start = start_of(now, carry, reset_carry)
         return hold(now, start, *cell.step(params, start, now.x))[0]

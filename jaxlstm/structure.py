@@ -102,5 +102,10 @@ def _through_one(equation: Any, d_values: list[Any], shapes: list[tuple[int, ...
     return [jnp.broadcast_to(everything, shape) for shape in shapes]
 
 
+def is_jaxpr(value: Any) -> bool:
+    """Return whether a setting of an operation is a program that runs inside it."""
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
 def _total(tangents: list[Any]) -> Any:
     return sum(tangents[1:], tangents[0]) if tangents else None

@@ -90,7 +90,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) ->
         for path, leaf in jax.tree.leaves_with_path(state.params):
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
                 got = f"{leaf_path(path)} {jnp.result_type(leaf)}"
-                raise ArgumentTypeError(f"params must be floating, got {got}; keep what is not trained in the carry.")
+                raise ArgumentTypeError(f"params must be floating, got {got}; move untrained leaves into the carry.")
         # A function of the step alone, so that a resumed run draws the same noise.
         key = jax.random.fold_in(state.key, state.step)
         (loss, (carry, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(

@@ -28,6 +28,7 @@ from jaxlstm.cell import Cell, PyTree
 from jaxlstm.checks import is_sharded, of_one_step
 from jaxlstm.gradients import Bulk
 from jaxlstm.masks import Steps
+from jaxlstm.structure import is_jaxpr
 
 # A block of z of this size stays in cache while the rest of the block is computed from it.
 BLOCK_BYTES = 3 << 20
@@ -133,13 +134,9 @@ def _primitives(jaxpr: Any) -> Iterator[str]:
     """Yield the name of every operation of a jaxpr, also of those inside another operation."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(inner):
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
                 yield from _primitives(getattr(inner, "jaxpr", inner))
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 def _on_devices(arrays: PyTree) -> bool:

@@ -1,6 +1,6 @@
 """Mutations: small mechanical changes of the package, put into a copy of the project one at a time.
 
-Nobody chose them, so the share that the tests catch says what they would notice of the faults to come.
+Nobody picked them, so the share that the tests catch estimates how many future faults they would catch.
 
     python tests/mutations.py --count 60              draw 60 from the whole package
     python tests/mutations.py --count 9 masks tuning  from these modules

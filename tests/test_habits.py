@@ -153,7 +153,7 @@ def test_a_cell_with_other_derivatives_in_it_has_the_gradient_of_the_scan(name):
 
 
 def learned_temperature(t, part):
-    """A cell made inside the loss, one of whose functions closes over what is differentiated."""
+    """Make a cell inside the loss; one of its functions closes over t, which is differentiated."""
     if part == "gates":
         gates = lambda p, s, z, a: LSTM.gates(p, s, t * z, a)
         return dataclasses.replace(LSTM, gates=gates, **OPEN)

@@ -213,7 +213,7 @@ def read_config(folder: Path) -> Row:
 
 
 def identity(folder: Path) -> str:
-    """Return the name that a run's checkpoints carry: a hash of all settings that change what it computes."""
+    """Return a hash of all settings that change what a run computes; its checkpoints are labelled with it."""
     if not (folder / "config.json").exists():
         return ""
     config = read_config(folder)

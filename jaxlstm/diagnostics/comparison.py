@@ -179,7 +179,7 @@ def compare_gradients(
         if name not in (REFERENCE, DIFFERENCES)
     }
     if DIFFERENCES in gradients:
-        # An error below three floors is no departure: there the differences are wrong, whatever the gradient is.
+        # Ignore errors below three times the floor: there, the differences are too coarse to judge the gradient.
         allowed = TOLERANCE_DIFFERENCES[dtype]
         resolved = {name: error for name, error in errors[DIFFERENCES].items() if not error <= 3 * floors[name]}
         departures[DIFFERENCES] = _departure(resolved, {}, allowed)

@@ -21,6 +21,7 @@ from jaxlstm.checks import (
     in_callback,
 )
 from jaxlstm.recurrence import unroll
+from jaxlstm.structure import is_jaxpr
 
 
 @border("gradient_flow")
@@ -122,7 +123,7 @@ def _evaluate(closed: Any, arguments: list[Any], to_add: list[Any]) -> list[Any]
         several = len(own) > 1 and any(probe is not None for probe in own)
         if several and equation.primitive.name in ("jit", "pjit"):
             results = _evaluate(equation.params["jaxpr"], values, own)
-        elif several and any(map(_is_jaxpr, equation.params.values())):
+        elif several and any(map(is_jaxpr, equation.params.values())):
             raise ArgumentValueError(
                 f"the cell computes its carry inside a {equation.primitive.name}, where no probe can be added; remove "
                 "it for this analysis, or compute one leaf at a time in it."
@@ -134,7 +135,3 @@ def _evaluate(closed: Any, arguments: list[Any], to_add: list[Any]) -> list[Any]
             results = [r if probe is None else r + probe for r, probe in zip(results, own, strict=True)]
         known.update(zip(equation.outvars, results, strict=True))
     return [read(v) if probe is None else read(v) + probe for v, probe in zip(jaxpr.outvars, late, strict=True)]
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
