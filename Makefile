@@ -55,12 +55,12 @@ bench: $(STAMP)  ## a quarter of an hour: compare speed with other libraries
 tour: $(STAMP)  ## two minutes: run docs/tour.py and write docs/tour.ipynb
 	@cd docs && ../$(BIN)/jupytext --quiet --to ipynb tour.py && ../$(BIN)/jupyter execute --inplace tour.ipynb
 
-# Tests run most programs once or twice, so optimizing them costs more time than it saves. CI and test-full do.
 test: $(STAMP)  ## five minutes
-	@XLA_FLAGS="$${XLA_FLAGS---xla_backend_optimization_level=0}" $(BIN)/python -m pytest -n 2 -m "not slow and not ci" $(ARGS)
+	@$(BIN)/python -m pytest -n 2 -m "not slow and not ci" $(ARGS)
 
+# With XLA's optimizations, as users compile.
 test-full: $(STAMP)  ## every seed of every sweep; writes tests/results/
-	@JAX_CHECK_TRACER_LEAKS=1 $(BIN)/python -m pytest -n 2 --results tests/results $(ARGS)
+	@XLA_FLAGS="" JAX_CHECK_TRACER_LEAKS=1 $(BIN)/python -m pytest -n 2 --results tests/results $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -2,9 +2,9 @@
 
 Tests run in float64 on two simulated CPU devices, with JAX's debugging checks on: implicit promotion of dtypes and
 ranks, NaNs, reused keys and all warnings are errors. A test that makes a NaN on purpose is marked
-`@jax.debug_nans(False)`. CI on its second version of JAX, and `make test-full`, also check for leaked tracers, which
-makes JAX trace every function anew. `make test` compiles without XLA's optimizations; `make test-full`, and CI on its
-first version of JAX, use them. All test processes share one compilation cache.
+`@jax.debug_nans(False)`. `make test-full` also checks for leaked tracers, which makes JAX trace every function anew; CI
+does so for the table of keywords. Tests run most programs once or twice, so optimizing them costs more time than it
+saves: unless XLA_FLAGS is set, XLA compiles without its optimizations. All test processes share one compilation cache.
 
 Hypothesis tries 5 examples of each property in `make test`, 20 in CI and 200 in `make test-full`, always the same ones.
 
@@ -25,6 +25,11 @@ from platform import python_version
 if "JAXLSTM_TESTS_COMPILED" not in os.environ:  # the first test process; all others inherit its folder
     os.environ["JAXLSTM_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="jaxlstm-tests-")
     atexit.register(shutil.rmtree, os.environ["JAXLSTM_TESTS_COMPILED"], ignore_errors=True)
+if "XLA_FLAGS" not in os.environ:
+    # Each version of XLA refuses flags that it does not know.
+    of_jax_0_10 = version("jaxlib").startswith("0.10.")
+    fast = "--xla_cpu_use_fusion_emitters=false" if of_jax_0_10 else "--xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {fast}"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["JAXLSTM_TESTS_COMPILED"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

@@ -251,13 +251,15 @@ def copy_of_the_project(folder: Path, fault: Fault | None = None) -> Path:
     return copy
 
 
-def first_failure(copy: Path, *tests: str, marks: str = "not slow", **environment: str) -> str | None:
+def first_failure(
+    copy: Path, *tests: str, marks: str = "not slow", timeout: float | None = None, **environment: str
+) -> str | None:
     """Run tests in a copy, by default all; return the first one that fails."""
     left_out = [f"--ignore=tests/{name}" for name in LEFT_OUT]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-rfE", "-m", marks, "-p", "no:cacheprovider", "--tb=no", "--no-header",
          *left_out, *tests],
-        cwd=copy, capture_output=True, text=True, check=False,
+        cwd=copy, capture_output=True, text=True, check=False, timeout=timeout,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment},
     )  # fmt: skip
     if done.returncode == 0:

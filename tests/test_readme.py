@@ -41,7 +41,9 @@ BLOCKS |= {page: "\n".join(python_blocks(page)) for page in PAGES[1:] if python_
 
 
 @pytest.mark.documented
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(
+    "name", [name if name.startswith("README") else pytest.param(name, marks=pytest.mark.ci) for name in BLOCKS]
+)
 def test_code_blocks_run(name, capsys):
     namespace = {"__name__": "readme"}
     exec(compile(BLOCKS[name], name, "exec"), namespace)
