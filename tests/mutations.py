@@ -6,6 +6,8 @@ Nobody picked them, so the share that the tests catch estimates how many future 
     python tests/mutations.py --count 9 masks tuning  from these modules
     python tests/mutations.py --list masks            only list them
 
+    python tests/mutations.py --again FILE           run the survivors of an earlier outcome once more
+
 Each runs the test files that aim at its module; with `--whole`, a survivor also runs the whole suite.
 """
 
@@ -28,17 +30,19 @@ from faults import ROOT, copy_of_the_project, first_failure
 PACKAGE = ROOT / "jaxlstm"
 # The test files that aim at a module; they run in this order until one fails.
 AIMED = {
-    "cell": "cell recurrence lstm", "lstm": "lstm recurrence bptt", "baselines": "recurrence cell",
+    "cell": "cell recurrence lstm precision", "lstm": "lstm recurrence bptt", "baselines": "recurrence cell",
     "initializers": "lstm fuzz", "masks": "recurrence layers fuzz habits", "tangents": "derivative recurrence rtrl",
     "gradients": "recurrence derivative layers", "bulk": "derivative recurrence",
     "tuning": "derivative recurrence habits", "recurrence": "recurrence derivative habits meshes",
-    "precision": "precision", "checks": "recurrence layers train fuzz habits",
+    "precision": "precision", "checks": "recurrence layers train fuzz habits meshes comparison",
     "layers": "layers regularize", "bidirectional": "layers regularize", "regularize": "regularize",
     "bptt": "bptt", "rtrl": "rtrl structure", "structure": "structure rtrl", "train": "train", "__main__": "main",
     "diagnostics/comparison": "comparison", "diagnostics/differences": "differences bptt comparison main",
     "diagnostics/sources": "sources", "diagnostics/flow": "diagnostics", "diagnostics/dynamics": "diagnostics",
     "adapters/conventions": "adapters", "adapters/linen": "adapters", "adapters/nnx": "adapters",
 }  # fmt: skip
+
+GENERAL = "keywords escapes fuzz"  # test files that call everything
 
 COMPARISONS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not",
                ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in"}  # fmt: skip
@@ -56,6 +60,11 @@ class Mutation(NamedTuple):
     line: int
     what: str
     source: str
+
+    @property
+    def name(self) -> str:
+        """Name the mutation without its line, which other changes move."""
+        return f"{self.module}: {self.what}"
 
 
 def mutations(module: str) -> Iterator[Mutation]:
@@ -97,18 +106,21 @@ def mutations(module: str) -> Iterator[Mutation]:
             yield change(node.test, f"not ({text(node.test)})")
         elif isinstance(node, ast.Call):
             for keyword in node.keywords:
-                if keyword.arg:  # drop it, with the comma before or after it
+                # `strict` only asserts that lengths are equal. Drop others, with the comma before or after them.
+                if keyword.arg and keyword.arg != "strict":
                     begin, end = span(keyword)
                     before, after = raw[:begin].rstrip(), raw[end:].lstrip()
                     cut = before.removesuffix(b",") if before.endswith(b",") else before
                     after = after if cut != before else after.removeprefix(b",")
-                    yield Mutation(module, keyword.lineno, f"without {text(keyword)}"[:90], (cut + after).decode())
+                    what = " ".join(f"without {text(keyword)} in {text(node)}".split())[:90]
+                    yield Mutation(module, keyword.lineno, what, (cut + after).decode())
             if len(node.args) >= 2 and not any(isinstance(arg, ast.Starred) for arg in node.args[:2]):
                 one, two = node.args[:2]
                 if text(one) != text(two):
                     (begin, middle), (start, end) = span(one), span(two)
                     swapped = raw[:begin] + text(two).encode() + raw[middle:start] + text(one).encode() + raw[end:]
-                    yield Mutation(module, node.lineno, f"swapped in {text(node)}"[:90], swapped.decode())
+                    what = " ".join(f"swapped in {text(node)}".split())[:90]
+                    yield Mutation(module, node.lineno, what, swapped.decode())
 
 
 def _code(node: ast.AST) -> Iterator[ast.AST]:
@@ -122,8 +134,10 @@ def _code(node: ast.AST) -> Iterator[ast.AST]:
                 yield from _code(child)
 
 
-# What the tests cannot notice, because the mutated code computes the same, and why. Not counted.
-EQUIVALENT: dict[str, str] = {}
+# What no test can notice, because the mutated code does the same, and why. Not drawn.
+EQUIVALENT = {
+    "masks: 0  ->  1": "the array has the dtype of known lengths; its size is not read",
+}
 
 
 class Hunter:
@@ -139,12 +153,15 @@ class Hunter:
         with tempfile.TemporaryDirectory() as folder:
             copy = copy_of_the_project(Path(folder))
             (copy / "jaxlstm" / f"{mutation.module}.py").write_text(mutation.source, encoding="utf-8")
-            turns = [[test for test, _ in known.most_common(8)]] if known else []
-            turns += [[f"tests/test_{name}.py"] for name in AIMED[mutation.module].split()]
-            turns += [[]] if self.whole else []
-            for tests in turns:
+            aimed = [f"tests/test_{name}.py" for name in AIMED[mutation.module].split()]
+            quick, rest = "not slow and not ci", "ci and not slow"
+            turns = [([test for test, _ in known.most_common(8)], "not slow")] if known else []
+            turns += [([file], quick) for file in aimed]
+            turns += [([f"tests/test_{name}.py" for name in GENERAL.split()], quick), (aimed, rest)]
+            turns += [([], quick), ([], rest)] if self.whole else []
+            for tests, marks in turns:
                 try:
-                    found = first_failure(copy, *tests, marks="not slow and not ci", timeout=LONGEST)
+                    found = first_failure(copy, *tests, marks=marks, timeout=LONGEST)
                 except subprocess.TimeoutExpired:
                     return f"more than {LONGEST} s"
                 if found:
@@ -162,22 +179,26 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--again", type=Path, help="run the survivors in this JSON file")
     parser.add_argument("--results", type=Path, help="write the outcome to this JSON file")
     flags = parser.parse_args()
     every = [mutation for module in flags.modules for mutation in mutations(module)]
     if flags.list:
         print(*(f"{m.module}:{m.line}  {m.what}" for m in every), sep="\n")
         return 0
+    every = [mutation for mutation in every if mutation.name not in EQUIVALENT]
     drawn = random.Random(flags.seed).sample(every, min(flags.count, len(every)))
+    if flags.again:
+        survived = json.loads(flags.again.read_text(encoding="utf-8"))["survivors"]
+        drawn = [mutation for mutation in every if mutation.name in survived]
     caught, survivors = collections.Counter(), []
     hunter = Hunter(whole=flags.whole)
     with tempfile.TemporaryDirectory() as compiled, ThreadPoolExecutor(2) as pool:
         os.environ["JAXLSTM_TESTS_COMPILED"] = compiled  # one compilation cache for all
         for mutation, found in zip(drawn, pool.map(hunter.first_failure, drawn), strict=True):
             caught[mutation.module] += bool(found)
-            line = f"{mutation.module}:{mutation.line}  {mutation.what}"
-            survivors += [] if found else [line]
-            print(f"{line}: {found or 'SURVIVES'}", flush=True)
+            survivors += [] if found else [mutation.name]
+            print(f"{mutation.module}:{mutation.line}  {mutation.what}: {found or 'SURVIVES'}", flush=True)
     of_module = collections.Counter(mutation.module for mutation in drawn)
     for module, number in of_module.items():
         print(f"{module:28} {caught[module]:4} of {number}")

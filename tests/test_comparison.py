@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlstm import LSTM, LSTMState, bptt
+from jaxlstm import LSTM, LSTMState, bptt, unroll
 from jaxlstm.bptt import lstm_forward
 from jaxlstm.diagnostics import compare_gradients
 
@@ -75,7 +75,7 @@ FAULTS = {
                           tuple(f"w_hh {gate}" for gate in "ifgo"), None),
     "w_ih one step off": ("tensordot(xs, d_zs", "tensordot(jnp.roll(xs, 1, 0), d_zs",
                           tuple(f"w_ih {gate}" for gate in "ifgo"), None),
-    "the bias misses the first step": ("d_zs.sum(steps)", "d_zs[1:].sum(steps)",
+    "the bias misses the first step": ("d_zs.sum(time_and_batch)", "d_zs[1:].sum(time_and_batch)",
                                       tuple(f"b {gate}" for gate in "ifgo"), None),
     "d_xs scaled": ("d_zs @ w_ih.T", "1.5 * d_zs @ w_ih.T", ("xs",), None),
     "h_0 and c_0 swapped": ("return d_params, d_xs, d_carry\n", "return d_params, d_xs, LSTMState(*d_carry[::-1])\n",
@@ -129,6 +129,11 @@ def assert_named(compared, faults):
 
 def test_some_faults_are_found_and_their_gates_and_steps_are_named(compared):
     assert_named(compared, list(FAULTS)[1::6])
+
+
+def test_every_fault_has_one_place():
+    source = inspect.getsource(bptt)
+    assert [name for name, (old, *_) in FAULTS.items() if source.count(old) != 1] == []
 
 
 @pytest.mark.slow
@@ -238,6 +243,19 @@ def test_wrong_arguments_are_refused(change, message):
     arguments = {"xs": xs, "step_loss": step_loss} | change
     with pytest.raises((ValueError, TypeError), match=f"compare_gradients: {message}"):
         compare_gradients(LSTM, params, **arguments)
+
+
+def test_the_error_is_relative_to_the_reference():
+    params, xs, carry = draw(LSTM)
+
+    def threefold(params, xs, carry, d_ys):
+        loss = lambda *variables: (unroll(LSTM, *variables)[1] * d_ys).sum()
+        return jax.tree.map(lambda v: 3 * v, jax.grad(loss, (0, 1, 2))(params, xs, carry))
+
+    found = compare_gradients(
+        LSTM, params, xs, step_loss, carry=carry, methods={"threefold": threefold}, by_step=False, max_differences=0
+    )
+    np.testing.assert_allclose(list(found.errors["threefold"].values()), 2, rtol=1e-9)
 
 
 def test_a_comparison_holds_the_gradients(compared):

@@ -111,6 +111,34 @@ def test_integer_leaves_are_skipped_and_settings_restored():
         assert jnp.ones(()).dtype == np.float32
 
 
+def test_an_error_where_the_differences_are_0_is_absolute():
+    @jax.custom_jvp
+    def constant(w):
+        return jnp.zeros_like(w)
+
+    constant.defjvp(lambda primals, tangents: (constant(*primals), 3 * tangents[0]))
+    found = check_gradients(lambda w: constant(w).sum(), jnp.ones(1), num_directions=4000, key=jax.random.key(3))
+    # Over many normal directions d, the norm of 3 d.
+    assert found.leaves["params"].error == pytest.approx(3 * np.sqrt(4000), rel=0.05)
+    assert found.wrong == ("params",)
+
+
+def test_a_given_gradient_near_0_is_judged_by_the_rounding_of_all_leaves():
+    params = {"large": jnp.ones(4), "small": jnp.ones(3)}
+    loss = lambda p: 1e3 * (p["large"] ** 2).sum() + 0 * p["small"].sum()
+    # In float32, the rounding of ‖(2000, 2000, 2000, 2000)‖ is 5e-4.
+    for off, wrong in ((1e-4, ()), (1e-1, ("small",))):
+        given = {"large": np.full(4, 2e3, "float32"), "small": np.full(3, off, "float32")}
+        assert check_gradients(loss, params, gradients=given, key=jax.random.key(3)).wrong == wrong
+
+
+@jax.debug_nans(False)
+def test_a_nan_in_a_large_leaf_is_its_worst_entry():
+    w = jnp.ones(3000).at[7].set(0.0)
+    found = check_gradients(lambda w: jnp.where(w > 0, jnp.sqrt(w), 0.0).sum(), w, key=jax.random.key(3))
+    assert found.worst.at == (7,) and np.isnan(found.worst.autodiff)
+
+
 def test_a_nan_is_wrong():
     with jax.debug_nans(False):
         found = check_gradients(lambda w: jnp.sqrt(w).sum(), jnp.array([1.0, 0.0]), key=jax.random.key(3))

@@ -1,5 +1,6 @@
 """Regularisers: against NumPy loops with the same masks, gradients by complex steps; statistics; every error."""
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -381,3 +382,16 @@ def test_a_cell_without_h_names_its_output():
     )
     want = oracles.loop(step, [np.asarray(v) for v in params.values()], np.asarray(xs), [np.asarray(v) for v in carry])
     assert worst_error(unroll(cell, params, xs, carry), want) < 1e-14
+
+
+def test_a_closed_form_gets_the_parameters_of_the_cell_itself():
+    seen = []
+
+    def gates_jvp(params, carry, gates):
+        seen.append(type(params))
+        return LSTM.gates_jvp(params, carry, gates)
+
+    cell = variational_dropout(dataclasses.replace(LSTM, gates_jvp=gates_jvp))
+    params, xs, _ = draw(LSTM)
+    jax.grad(lambda p: unroll(cell, Locked(p, h=jnp.ones((B, H))), xs)[1].sum())(params)
+    assert set(seen) == {type(params)}
