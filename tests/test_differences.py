@@ -129,7 +129,11 @@ def test_a_given_gradient_near_0_is_judged_by_the_rounding_of_all_leaves():
     # In float32, the rounding of ‖(2000, 2000, 2000, 2000)‖ is 5e-4.
     for off, wrong in ((1e-4, ()), (1e-1, ("small",))):
         given = {"large": np.full(4, 2e3, "float32"), "small": np.full(3, off, "float32")}
-        assert check_gradients(loss, params, gradients=given, key=jax.random.key(3)).wrong == wrong
+        found = check_gradients(loss, params, gradients=given, key=jax.random.key(3))
+        assert found.wrong == wrong
+        assert [len(row.split()) for row in str(found).splitlines()[1:3]] == [4, 4]  # with the error of what is given
+    found = check_gradients(loss, params, key=jax.random.key(3))
+    assert [len(row.split()) for row in str(found).splitlines()[1:3]] == [3, 3]
 
 
 @jax.debug_nans(False)

@@ -319,3 +319,11 @@ def test_outputs_of_a_layer_have_its_dtype(kind):
         module = ours_nnx.Recurrent(I, H, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
         outputs, params = module(inputs), nnx.state(module, nnx.Param)
     assert outputs.dtype == "bfloat16" and {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_a_layer_casts_inputs_of_another_precision_and_refuses_integers(kind):
+    layer, inputs = layers()[kind], jnp.asarray(normal(1, B, T, I))
+    assert inputs.dtype == "float64" and worst_error(layer(inputs), layer(inputs.astype("float32"))) == 0
+    with pytest.raises(TypeError, match="xs must be floating, got int"):
+        layer(inputs.astype(int))
