@@ -101,7 +101,10 @@ def _rule(how: How, primals: Any, tangents: Any) -> tuple[Any, Any]:
         now, d_now, kept = inputs
         advance, forcing = _linearize(how, params, d_params, now.x, d_now.x, kept)
 
-        # Linear in d_carry, so that JAX can transpose it into a step of the backward pass.
+        # Linear in d_carry, so that JAX can transpose it into a step of the backward pass. Without the checkpoint, JAX
+        # would compute what does not depend on d_carry in a third loop and store it for all steps: for a mask, flags
+        # broadcast to [batch, hidden].
+        @functools.partial(jax.checkpoint, prevent_cse=False)
         def step(d_carry: PyTree, inputs: Any) -> tuple[PyTree, Any]:
             now, start, advance, forcing = inputs
             d_start = start_of(now, d_carry, d_reset_carry)

@@ -182,6 +182,16 @@ def stacked_in_time(carry):
     return jax.tree.map(lambda c: jnp.stack([jnp.cos(c + t) for t in range(T)]), carry)
 
 
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "leaky"])
+def test_a_masked_gradient_has_two_loops_and_stores_no_flags_of_the_carrys_shape(name):
+    params, xs, carry = draw(ALL[name])
+    for options in ({}, {"mask": HOLES, "reset": RESET}):
+        loss = make_loss(ALL[name], "bulk", **options)
+        program = jax.jit(gradient(loss)).lower(params, xs, carry).as_text()
+        assert program.count("stablehlo.while") == 2
+        assert not re.search(rf"tensor<{T}x{B}x{H}xi1>", program)
+
+
 def test_the_comparison_notices_a_wrong_closed_form():
     def wrong(params, state, gates):
         return LSTM.gates_jvp(params, state, gates._replace(f=gates.f * (1 + 1e-9)))
