@@ -54,17 +54,18 @@ LONGEST = 900  # seconds
 
 
 class Mutation(NamedTuple):
-    """A module, a line of it, and the source of the whole module with the change."""
+    """A module, a line of it and its text, what changes there, and the source of the whole changed module."""
 
     module: str
     line: int
+    text: str
     what: str
     source: str
 
     @property
     def name(self) -> str:
         """Name the mutation without its line, which other changes move."""
-        return f"{self.module}: {self.what}"
+        return f"{self.module}: {self.what}  in  {self.text}"
 
 
 def mutations(module: str) -> Iterator[Mutation]:
@@ -83,10 +84,13 @@ def mutations(module: str) -> Iterator[Mutation]:
         begin, end = span(node)
         return raw[begin:end].decode()
 
+    def mutation(node: ast.AST, what: str, changed: bytes) -> Mutation:
+        return Mutation(module, node.lineno, lines[node.lineno - 1].strip(), what[:120], changed.decode())
+
     def change(node: ast.AST, new: str) -> Mutation:
         begin, end = span(node)
         what = f"{' '.join(text(node).split())[:60]}  ->  {' '.join(new.split())[:60]}"
-        return Mutation(module, node.lineno, what, (raw[:begin] + new.encode() + raw[end:]).decode())
+        return mutation(node, what, raw[:begin] + new.encode() + raw[end:])
 
     for node in _code(ast.parse(source)):
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
@@ -112,15 +116,13 @@ def mutations(module: str) -> Iterator[Mutation]:
                     before, after = raw[:begin].rstrip(), raw[end:].lstrip()
                     cut = before.removesuffix(b",") if before.endswith(b",") else before
                     after = after if cut != before else after.removeprefix(b",")
-                    what = " ".join(f"without {text(keyword)} in {text(node)}".split())[:90]
-                    yield Mutation(module, keyword.lineno, what, (cut + after).decode())
+                    yield mutation(keyword, f"without {' '.join(text(keyword).split())}", cut + after)
             if len(node.args) >= 2 and not any(isinstance(arg, ast.Starred) for arg in node.args[:2]):
                 one, two = node.args[:2]
                 if text(one) != text(two):
                     (begin, middle), (start, end) = span(one), span(two)
                     swapped = raw[:begin] + text(two).encode() + raw[middle:start] + text(one).encode() + raw[end:]
-                    what = " ".join(f"swapped in {text(node)}".split())[:90]
-                    yield Mutation(module, node.lineno, what, swapped.decode())
+                    yield mutation(node, f"swapped in {' '.join(text(node).split())}", swapped)
 
 
 def _code(node: ast.AST) -> Iterator[ast.AST]:
@@ -135,9 +137,19 @@ def _code(node: ast.AST) -> Iterator[ast.AST]:
 
 
 # What no test can notice, because the mutated code does the same, and why. Not drawn.
+ANY_LEAF = "all leaves have the same leading axes"
 EQUIVALENT = {
-    "masks: 0  ->  1": "the array has the dtype of known lengths; its size is not read",
-}
+    "diagnostics/dynamics: -1  ->  (1)  in  w = LSTMGates(*jnp.split(params.w_hh, 4, axis=-1))": "a matrix has two axes",
+    "masks: 0  ->  1  in  known = np.zeros(0, int) if traced else np.asarray(lengths)": "the array has the dtype of known lengths; its size is not read",
+    "tuning: 0  ->  1  in  num_steps = jax.tree.leaves(steps)[0].shape[0]": ANY_LEAF,
+    "__main__: 0.7  ->  1.7  in  several = jax.tree.map(lambda leaf: jnp.stack([0.7 * leaf, leaf]), params)":
+        "any other parameters will do",
+    "diagnostics/comparison: error <= tolerance  ->  error < tolerance  in  "
+    "wrong = {name for name, error in errors.items() if not error <= tolerance}": "no error is exactly the tolerance",
+    "diagnostics/dynamics: 1  ->  2  in  "
+    "jacobians = where(jnp.asarray(mask), jacobians, jnp.eye(jacobians.shape[-1], dtype=jacobians.dtype))":
+        "a Jacobian is square",
+}  # fmt: skip
 
 
 class Hunter:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxlstm import LSTM, unroll
-from jaxlstm.diagnostics import check_gradients
+from jaxlstm.diagnostics import central_differences, check_gradients
+from jaxlstm.diagnostics.differences import adaptive_differences
 
 from cells import normal
 
@@ -141,6 +142,20 @@ def test_a_nan_in_a_large_leaf_is_its_worst_entry():
     w = jnp.ones(3000).at[7].set(0.0)
     found = check_gradients(lambda w: jnp.where(w > 0, jnp.sqrt(w), 0.0).sum(), w, key=jax.random.key(3))
     assert found.worst.at == (7,) and np.isnan(found.worst.autodiff)
+
+
+def test_of_three_step_sizes_the_two_that_agree_best_are_trusted():
+    """One entry bends within the largest step, one has waves as short as the smallest; the others lie between."""
+    x = jnp.array([2e-4, 0.3, 0.7, 1.1])
+    scale, waves = jnp.array([5e3, 1, 1, 1]), jnp.array([0, 1e-4, 1e-6, 0])
+    loss = lambda x: (jnp.tanh(scale * x) + waves * jnp.sin(3e5 * x)).sum()
+    first, second, third = (np.asarray(central_differences(loss, x, 1e-3 / size)) for size in (1, 8, 64))
+    got, floor = adaptive_differences(loss, x, 1e-3)
+    coarse = abs(second - first) <= abs(third - second)
+    assert coarse.any() and not coarse.all()
+    # The losses are rounded alike up to the order of the operations; the step divides their rounding.
+    np.testing.assert_allclose(got, np.where(coarse, second, third), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(floor, abs(third - second), rtol=1e-9, atol=1e-9)
 
 
 def test_a_nan_is_wrong():
