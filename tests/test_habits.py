@@ -182,6 +182,14 @@ def test_a_cell_that_closes_over_what_is_differentiated_has_the_gradient_of_the_
         assert abs(derivative(0.9) - want) < 1e-13
 
 
+@pytest.mark.parametrize("part", ["gates", "recur", "project"])
+def test_no_compiled_function_remembers_what_a_cell_closes_over(part):
+    params, xs, _ = draw(LSTM)
+    loss = lambda t: (unroll(learned_temperature(t, part), params, xs[:, 0])[1] ** 2).sum()
+    with jax.checking_leaks():
+        jax.jit(jax.grad(loss))(0.9)
+
+
 # Leaves that have no gradient.
 
 
