@@ -153,7 +153,7 @@ def lstm_bptt(
 
     Args, Returns, Raises: as `lstm_forward`, without the residuals.
     """
-    return _lstm_bptt(*_checked(params, xs, carry, mask))
+    return _compiled_bptt(*_checked(params, xs, carry, mask))
 
 
 def _checked(params: Any, xs: Any, carry: Any, mask: Any) -> Any:
@@ -180,3 +180,5 @@ def _backward(kept: tuple[LSTMParams, LSTMResiduals], cotangents: Any) -> Any:
 
 
 _lstm_bptt.defvjp(_forward, _backward)
+# Calls outside of `jit` compile once per shape.
+_compiled_bptt = jax.jit(_lstm_bptt)

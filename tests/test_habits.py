@@ -292,6 +292,40 @@ def test_a_legacy_key_draws_what_the_typed_key_draws(name):
                 run(wrong)
 
 
+# Calls outside of `jit`.
+
+EAGER = {
+    "unroll": lambda p, xs, carry: unroll(LSTM, p, xs, mask=length_mask([7, 4, 5], T)),
+    "gradient": lambda p, xs, carry: jax.grad(lambda p: unroll(LSTM, p, xs)[1].sum())(p),
+    "gradient in chunks": lambda p, xs, carry: jax.grad(
+        lambda p: unroll(LSTM, p, xs, gradient=Chunked(3, truncate=True))[1].sum()
+    )(p),
+    "a stack": lambda p, xs, carry: unroll_stack(LSTM, STACK, xs),
+    "low precision": lambda p, xs, carry: unroll(low_precision(LSTM, "bfloat16"), p, xs),
+    "by hand": lambda p, xs, carry: jax.grad(lambda p: lstm_bptt(p, xs, carry)[1].sum())(p),
+}
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_a_second_eager_call_compiles_nothing(name):
+    events = []
+
+    def listen(event, *_, **__):
+        events.append(event)
+
+    first, second = draw(LSTM, seed=0), draw(LSTM, seed=1)
+    jax.clear_caches()  # other tests make such calls too
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        EAGER[name](*first)
+        assert [event for event in events if "compile" in event]
+        events.clear()
+        EAGER[name](*second)
+        assert [event for event in events if "compile" in event] == []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 # Exports.
 
 
