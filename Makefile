@@ -61,6 +61,7 @@ test: $(STAMP)  ## five minutes
 # With XLA's optimizations, as users compile.
 test-full: $(STAMP)  ## every seed of every sweep; writes tests/results/
 	@XLA_FLAGS="" JAX_CHECK_TRACER_LEAKS=1 $(BIN)/python -m pytest -n 2 --results tests/results $(ARGS)
+	@$(BIN)/python tests/mutations.py --count 300 --results tests/results/mutations.json
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

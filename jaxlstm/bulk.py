@@ -101,10 +101,7 @@ def _rule(how: How, primals: Any, tangents: Any) -> tuple[Any, Any]:
         now, d_now, kept = inputs
         advance, forcing = _linearize(how, params, d_params, now.x, d_now.x, kept)
 
-        # Linear in d_carry, so that JAX can transpose it into a step of the backward pass. Without the checkpoint, JAX
-        # would compute what does not depend on d_carry in a third loop and store it for all steps: for a mask, flags
-        # broadcast to [batch, hidden].
-        @functools.partial(jax.checkpoint, prevent_cse=False)
+        # Linear in d_carry, so that JAX can transpose it into a step of the backward pass.
         def step(d_carry: PyTree, inputs: Any) -> tuple[PyTree, Any]:
             now, start, advance, forcing = inputs
             d_start = start_of(now, d_carry, d_reset_carry)
@@ -112,6 +109,10 @@ def _rule(how: How, primals: Any, tangents: Any) -> tuple[Any, Any]:
             d_carry, d_y = hold(now, d_start, *advance(d_start, d_a, forcing))
             return d_carry, (d_y, d_start if how.returns_kept else None)
 
+        # Otherwise JAX would compute what does not depend on d_carry in a third loop and store it for all steps: for a
+        # mask, flags broadcast to [batch, hidden].
+        if how.plan.checkpoint_step:
+            step = jax.checkpoint(step, prevent_cse=False)
         each = (now._replace(x=None, reset_carry=d_now.reset_carry), kept.carry, advance, forcing)
         d_carry, (d_ys, d_starts) = lax.scan(step, d_carry, each, reverse=how.reverse)
         d_kept = _kept_tangent(how, params, d_params, now.x, d_now.x, kept.carry, d_starts)

@@ -50,6 +50,7 @@ class Plan(NamedTuple):
     pieces: int = 0  # z is computed before the loop and cut into this many; 0: inside the loop
     closed_form: bool = True  # use the cell's `gates_jvp`
     keep_gates: bool = False  # for the backward pass, which otherwise computes them again
+    checkpoint_step: bool = True  # compute all of a backward step in its loop; False: a part in a loop before it
     by_rule: bool = True  # differentiate by the rule; False: by the plain scan
 
 
@@ -93,6 +94,7 @@ def make_plan(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree,
         pieces=pieces,
         closed_form=closed_form,
         keep_gates=keep_gates and closed_form,
+        checkpoint_step=not _on_unknown_mesh((params, steps, carry)),
         by_rule=_rule_applies(project, recur, gates),
     )
 
@@ -147,6 +149,11 @@ def _on_devices(arrays: PyTree) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     in_use = any(kind != jax.sharding.AxisType.Manual for kind in mesh.axis_types)
     return in_use or any(map(is_sharded, jax.tree.leaves(arrays)))
+
+
+def _on_unknown_mesh(arrays: PyTree) -> bool:
+    """Return whether arrays are sharded while no mesh is in use; JAX 0.12 then loses a checkpoint's sharding types."""
+    return jax.sharding.get_abstract_mesh().empty and any(map(is_sharded, jax.tree.leaves(arrays)))
 
 
 # Blocks of time.

@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from faults import ROOT, copy_of_the_project, first_failure
 
@@ -110,8 +110,7 @@ def mutations(module: str) -> Iterator[Mutation]:
             yield change(node.test, f"not ({text(node.test)})")
         elif isinstance(node, ast.Call):
             for keyword in node.keywords:
-                # `strict` only asserts that lengths are equal. Drop others, with the comma before or after them.
-                if keyword.arg and keyword.arg != "strict":
+                if keyword.arg and keyword.arg != "strict":  # drop it, with the comma before or after it
                     begin, end = span(keyword)
                     before, after = raw[:begin].rstrip(), raw[end:].lstrip()
                     cut = before.removesuffix(b",") if before.endswith(b",") else before
@@ -126,7 +125,9 @@ def mutations(module: str) -> Iterator[Mutation]:
 
 
 def _code(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes that compute: no annotations, no decorators, no messages of errors."""
+    """Yield the nodes that compute: no annotations, no decorators, no messages of errors, no checks by `strict`."""
+    if isinstance(node, ast.keyword) and node.arg == "strict":
+        return
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "bases") or isinstance(node, ast.Raise | ast.JoinedStr):
             continue
@@ -183,15 +184,28 @@ class Hunter:
         return ""
 
 
+def report(outcome: dict[str, Any]) -> str:
+    """Return a table of the share caught per module, and the total before and after tests were written for survivors."""
+    survived, at_first = (
+        collections.Counter(name.partition(":")[0] for name in outcome[which])
+        for which in ("survivors", "survived at first")
+    )
+    drawn = outcome["drawn"]
+    rows = [f"{module:24} {n - survived[module]:4} of {n}" for module, n in sorted(drawn.items())]
+    total = sum(drawn.values())
+    now, before = (total - sum(counted.values()) for counted in (survived, at_first))
+    return "\n".join([*rows, f"{now} of {total} caught, {before} of them at first; {outcome['of']} mutations in all"])
+
+
 def main() -> int:
-    """Draw mutations, run them two at a time, print the survivors and the share caught per module."""
+    """Draw mutations, run them two at a time, and print what caught each and the share caught per module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", default=list(AIMED))
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--whole", action="store_true")
-    parser.add_argument("--again", type=Path, help="run the survivors in this JSON file")
+    parser.add_argument("--again", type=Path, help="run the survivors in this JSON file again and update it")
     parser.add_argument("--results", type=Path, help="write the outcome to this JSON file")
     flags = parser.parse_args()
     every = [mutation for module in flags.modules for mutation in mutations(module)]
@@ -199,26 +213,31 @@ def main() -> int:
         print(*(f"{m.module}:{m.line}  {m.what}" for m in every), sep="\n")
         return 0
     every = [mutation for mutation in every if mutation.name not in EQUIVALENT]
-    drawn = random.Random(flags.seed).sample(every, min(flags.count, len(every)))
     if flags.again:
-        survived = json.loads(flags.again.read_text(encoding="utf-8"))["survivors"]
-        drawn = [mutation for mutation in every if mutation.name in survived]
-    caught, survivors = collections.Counter(), []
+        outcome = json.loads(flags.again.read_text(encoding="utf-8"))
+        for name in EQUIVALENT.keys() & set(outcome["survived at first"]):
+            outcome["drawn"][name.partition(":")[0]] -= 1
+        for which in ("survivors", "survived at first"):
+            outcome[which] = [name for name in outcome[which] if name not in EQUIVALENT]
+        tried = [mutation for mutation in every if mutation.name in outcome["survivors"]]
+    else:
+        tried = random.Random(flags.seed).sample(every, min(flags.count, len(every)))
+        drawn = collections.Counter(mutation.module for mutation in tried)
+        outcome = {"seed": flags.seed, "of": len(every), "drawn": drawn, "survivors": [], "survived at first": []}
+
     hunter = Hunter(whole=flags.whole)
     with tempfile.TemporaryDirectory() as compiled, ThreadPoolExecutor(2) as pool:
         os.environ["JAXLSTM_TESTS_COMPILED"] = compiled  # one compilation cache for all
-        for mutation, found in zip(drawn, pool.map(hunter.first_failure, drawn), strict=True):
-            caught[mutation.module] += bool(found)
-            survivors += [] if found else [mutation.name]
+        for mutation, found in zip(tried, pool.map(hunter.first_failure, tried), strict=True):
             print(f"{mutation.module}:{mutation.line}  {mutation.what}: {found or 'SURVIVES'}", flush=True)
-    of_module = collections.Counter(mutation.module for mutation in drawn)
-    for module, number in of_module.items():
-        print(f"{module:28} {caught[module]:4} of {number}")
-    print(f"{sum(caught.values())} of {len(drawn)} caught, out of {len(every)} mutations")
-    if flags.results:
-        content = {"drawn": len(drawn), "of": len(every), "seed": flags.seed, "survivors": survivors}
-        content["modules"] = {module: [caught[module], number] for module, number in of_module.items()}
-        flags.results.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            if not found and not flags.again:
+                outcome["survivors"].append(mutation.name)
+                outcome["survived at first"].append(mutation.name)
+            elif found and flags.again:
+                outcome["survivors"].remove(mutation.name)
+    print(report(outcome))
+    if path := flags.again or flags.results:
+        path.write_text(json.dumps(outcome, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
 
 

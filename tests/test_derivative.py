@@ -100,9 +100,9 @@ TRANSFORMS = {
 }
 
 
-# z in the loop, gates computed again; z in pieces before the loop, gates kept. The sweep draws the rest.
+# z in the loop, gates computed again; z in pieces before the loop, gates kept, no checkpoint. The sweep draws the rest.
 LONG_PLAN = Plan(T, merged_axes=2)  # `closed_form` has no effect on a cell without one
-SHORT_PLAN = Plan(T, merged_axes=2, pieces=4, keep_gates=True)
+SHORT_PLAN = Plan(T, merged_axes=2, pieces=4, keep_gates=True, checkpoint_step=False)
 WITH_GATES_KEPT = ("grad", "jvp", "forward over reverse", "reverse over reverse", "vmap over both")
 
 
@@ -169,6 +169,7 @@ def test_random_configurations_are_equal(trial, request):
         pieces=choose([0, 1, params.b.shape[0] // H] if closed else [0, 1]),
         closed_form=closed,
         keep_gates=choose([False, closed]),
+        checkpoint_step=choose([True, False]),
     )
     how = choose(["bulk", Bulk(block_size=3), plan, plan, plan])
     bulk, scan = (

@@ -212,6 +212,16 @@ def test_the_full_suites_figures_equal_its_reports(request):
         }
 
 
+def test_the_figures_of_the_mutations_equal_the_committed_outcome():
+    rows = dict(re.findall(r"^\| ([^|]+) \| (\d+/\d+) \|$", TEXT["CONTRIBUTING.md"], re.M))
+    outcome = read_json("tests", "results", "mutations.json")
+    drawn = sum(outcome["drawn"].values())
+    at_first, after = (drawn - len(outcome[which]) for which in ("survived at first", "survivors"))
+    assert rows["mechanical changes, drawn at random, that a test caught at first"] == f"{at_first}/{drawn}"
+    assert rows["the same, after tests were written for those that survived"] == f"{after}/{drawn}"
+    assert set(outcome["survivors"]) <= set(outcome["survived at first"]) and drawn >= 200
+
+
 def anchors(path):
     """Return the anchors GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
