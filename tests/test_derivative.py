@@ -303,6 +303,14 @@ def test_the_plan_depends_on_size_cell_and_what_the_caller_asks_for():
     assert plan_of(LSTM, short, Bulk(block_size=10)) == Plan(10, closed_form=True, keep_gates=True)
 
 
+@pytest.mark.parametrize("num_steps, keep_gates, barrier", [(T, None, False), (9000, None, False), (T, False, True)])
+def test_a_barrier_is_only_where_nothing_else_keeps_xla_from_merging_the_passes(num_steps, keep_gates, barrier):
+    params = draw(LSTM)[0]
+    loss = lambda p, x: unroll(LSTM, p, x, gradient=Bulk(keep_gates=keep_gates))[1].sum()
+    program = jax.jit(jax.grad(loss)).lower(params, jnp.zeros((num_steps, 16, I))).as_text()
+    assert ("optimization_barrier" in program) == barrier
+
+
 def test_blocks_have_the_size_that_the_caller_names():
     params, xs, carry = draw(LSTM)
     loss = lambda p, how: unroll(LSTM, p, xs, carry, gradient=how)[1].sum()
