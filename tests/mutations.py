@@ -46,6 +46,7 @@ GENERAL = "keywords escapes fuzz"  # test files that call everything
 
 COMPARISONS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not",
                ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in"}  # fmt: skip
+COMMUTATIVE = {"max", "min", "maximum", "minimum"}  # functions whose arguments may be swapped
 OPERATORS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*", ast.Pow: "*",
              ast.BitAnd: "|", ast.BitOr: "&"}  # fmt: skip
 
@@ -116,7 +117,8 @@ def mutations(module: str) -> Iterator[Mutation]:
                     cut = before.removesuffix(b",") if before.endswith(b",") else before
                     after = after if cut != before else after.removeprefix(b",")
                     yield mutation(keyword, f"without {' '.join(text(keyword).split())}", cut + after)
-            if len(node.args) >= 2 and not any(isinstance(arg, ast.Starred) for arg in node.args[:2]):
+            symmetric = text(node.func).rpartition(".")[2] in COMMUTATIVE
+            if len(node.args) >= 2 and not symmetric and not any(isinstance(arg, ast.Starred) for arg in node.args[:2]):
                 one, two = node.args[:2]
                 if text(one) != text(two):
                     (begin, middle), (start, end) = span(one), span(two)
@@ -141,6 +143,7 @@ def _code(node: ast.AST) -> Iterator[ast.AST]:
 ANY_LEAF = "all leaves have the same leading axes"
 EQUIVALENT = {
     "diagnostics/dynamics: -1  ->  (1)  in  w = LSTMGates(*jnp.split(params.w_hh, 4, axis=-1))": "a matrix has two axes",
+    "adapters/nnx: -1  ->  (1)  in  w_ih=jnp.concatenate([gate.kernel[...] for gate in inputs], axis=-1),": "a matrix has two axes",
     "masks: 0  ->  1  in  known = np.zeros(0, int) if traced else np.asarray(lengths)": "the array has the dtype of known lengths; its size is not read",
     "tuning: 0  ->  1  in  num_steps = jax.tree.leaves(steps)[0].shape[0]": ANY_LEAF,
     "__main__: 0.7  ->  1.7  in  several = jax.tree.map(lambda leaf: jnp.stack([0.7 * leaf, leaf]), params)":

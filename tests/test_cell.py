@@ -25,6 +25,11 @@ def test_a_cell_is_static_hashable_and_has_no_leaves(cell):
     assert jax.tree.map(lambda leaf: leaf + 1, {"cell": cell, "w": 1}) == {"cell": cell, "w": 2}
 
 
+def test_the_name_of_a_cell_is_given_by_keyword():
+    with pytest.raises(TypeError, match="positional arguments"):
+        Cell(None, None, None, LSTM.project, LSTM.recur, None, None, "lstm")
+
+
 @every_cell
 def test_a_cell_crosses_jit_as_an_argument_and_compiles_once(cell):
     params, xs, carry = draw(cell)

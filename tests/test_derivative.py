@@ -294,6 +294,7 @@ def test_the_plan_depends_on_size_cell_and_what_the_caller_asks_for():
     assert plan_of(LSTM, short) == Plan(100, merged_axes=2, pieces=4, closed_form=True, keep_gates=True)
     assert plan_of(LSTM, long) == Plan(plan_of(LSTM, long).block_size, merged_axes=2, closed_form=True)
     assert 100 <= plan_of(LSTM, long).block_size <= 250  # some 3 MB
+    assert plan_of(LSTM, (450, 16)).keep_gates and not plan_of(LSTM, (550, 16)).keep_gates  # 7.4 and 9 MB
     assert plan_of(LSTM, (2000, 2), hidden=512).keep_gates and not plan_of(LSTM, (2000, 4), hidden=256).keep_gates
     gru = plan_of(ALL["GRU"], short)
     assert (gru.pieces, gru.closed_form, gru.keep_gates) == (0, False, False)

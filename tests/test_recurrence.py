@@ -525,6 +525,10 @@ WRONG = {
     "float lengths": (
         lambda v: length_mask(np.array([2.0, 3.0]), T), TypeError, r"length_mask: lengths must be integers, got float64; cast",
     ),
+    "traced float lengths": (
+        lambda v: jax.jit(lambda n: length_mask(n, T))(jnp.array([2.0, 3.0])), TypeError, r"length_mask: lengths must be integers, got float64; cast",
+    ),
+    "Boolean lengths": (lambda v: length_mask([True, False], T), TypeError, r"length_mask: lengths must be integers, got bool; cast"),
     "float segment ids": (lambda v: segment_resets(v.xs[..., 0]), TypeError, r"segment_ids must be integers .*float64\[7, 3\]"),
     "mask of the wrong shape": (
         lambda v: unroll(LSTM, v.params, v.xs, mask=v.flags.T),
