@@ -182,7 +182,7 @@ def _masked(name: str, value: Array, mask: Array | None) -> Array:
     if mask is None:
         return value
     if mask.shape[-1:] != value.shape[-1:] or (value.shape[-mask.ndim :] != mask.shape and value.size % mask.size):
-        expected = list(value.shape[-mask.ndim :] if mask.ndim <= value.ndim else value.shape)
+        expected = list(value.shape[-mask.ndim :])
         raise ArgumentValueError(f"Locked.{name} must be [*batch, features] = {expected}, got {list(mask.shape)}.")
     mask = lax.stop_gradient(mask).astype(value.dtype)
     # The derivative rule merges time and batch, in that order, so the mask repeats once per step.

@@ -143,6 +143,7 @@ def _code(node: ast.AST) -> Iterator[ast.AST]:
 ANY_LEAF = "all leaves have the same leading axes"
 EQUIVALENT = {
     "diagnostics/dynamics: -1  ->  (1)  in  w = LSTMGates(*jnp.split(params.w_hh, 4, axis=-1))": "a matrix has two axes",
+    "lstm: swapped in activations(params, state, z, a)  in  i, f, g, o = activations(params, state, z, a)": "an LSTM's gates read only z and a",
     "adapters/nnx: -1  ->  (1)  in  w_ih=jnp.concatenate([gate.kernel[...] for gate in inputs], axis=-1),": "a matrix has two axes",
     "masks: 0  ->  1  in  known = np.zeros(0, int) if traced else np.asarray(lengths)": "the array has the dtype of known lengths; its size is not read",
     "tuning: 0  ->  1  in  num_steps = jax.tree.leaves(steps)[0].shape[0]": ANY_LEAF,

@@ -72,6 +72,8 @@ def test_a_wrong_mode_is_named(how, monkeypatch, full_precision):
     reference = check.reference_gradients(RNN)
     right = check.worst_errors(RNN, "per example", how, reference)
     assert check.disagreements({}, {("RNN", "per example"): right}) == []
+    thirds = jax.tree.map(lambda v: v / 3, reference)
+    np.testing.assert_allclose(list(check.worst_errors(RNN, "per example", how, thirds).values()), 2, rtol=1e-4)
     monkeypatch.setattr(check, "unroll", wrong)
     lines = check.disagreements({}, {("RNN", "per example"): check.worst_errors(RNN, "per example", how, reference)})
     assert [line.partition(":")[0] for line in lines] == ["RNN per example, bulk sum", "RNN per example, bulk random"]
