@@ -229,7 +229,7 @@ def main() -> int:
         drawn = collections.Counter(mutation.module for mutation in tried)
         outcome = {"seed": flags.seed, "of": len(every), "drawn": drawn, "survivors": [], "survived at first": []}
 
-    hunter = Hunter(whole=flags.whole)
+    hunter, survive_again = Hunter(whole=flags.whole), set()
     with tempfile.TemporaryDirectory() as compiled, ThreadPoolExecutor(2) as pool:
         os.environ["JAXLSTM_TESTS_COMPILED"] = compiled  # one compilation cache for all
         for mutation, found in zip(tried, pool.map(hunter.first_failure, tried), strict=True):
@@ -237,8 +237,10 @@ def main() -> int:
             if not found and not flags.again:
                 outcome["survivors"].append(mutation.name)
                 outcome["survived at first"].append(mutation.name)
-            elif found and flags.again:
-                outcome["survivors"].remove(mutation.name)
+            survive_again |= set() if found else {mutation.name}
+    if flags.again:  # a mutation whose line has changed is not tried
+        tried_again = {mutation.name for mutation in tried}
+        outcome["survivors"] = [n for n in outcome["survivors"] if n in survive_again or n not in tried_again]
     print(report(outcome))
     if path := flags.again or flags.results:
         path.write_text(json.dumps(outcome, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

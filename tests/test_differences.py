@@ -144,18 +144,22 @@ def test_a_nan_in_a_large_leaf_is_its_worst_entry():
     assert found.worst.at == (7,) and np.isnan(found.worst.autodiff)
 
 
-def test_of_three_step_sizes_the_two_that_agree_best_are_trusted():
-    """One entry bends within the largest step, one has waves as short as the smallest; the others lie between."""
-    x = jnp.array([2e-4, 0.3, 0.7, 1.1])
-    scale, waves = jnp.array([5e3, 1, 1, 1]), jnp.array([0, 1e-4, 1e-6, 0])
-    loss = lambda x: (jnp.tanh(scale * x) + waves * jnp.sin(3e5 * x)).sum()
-    first, second, third = (np.asarray(central_differences(loss, x, 1e-3 / size)) for size in (1, 8, 64))
-    got, floor = adaptive_differences(loss, x, 1e-3)
+@pytest.mark.parametrize(
+    "dtype, sizes, largest, frequency, tolerance",
+    [("float64", (1, 8, 64), 1e-3, 3e5, 1e-9), ("float32", (1, 2, 4), 0.1, 100, 1e-3)],
+)
+def test_of_three_step_sizes_the_two_that_agree_best_are_trusted(dtype, sizes, largest, frequency, tolerance):
+    """One entry bends within the largest step, four have waves shorter than the smallest, four are smooth."""
+    x = jnp.array([0.2 * largest, *np.linspace(0.3, 1.1, 8)], dtype)
+    scale, waves = jnp.array([5 / largest, *[1] * 8], dtype), jnp.array([0, *[largest / 10] * 4, *[0] * 4], dtype)
+    loss = lambda x: (jnp.tanh(scale * x) + waves * jnp.sin(jnp.asarray(frequency, dtype) * x)).sum()
+    first, second, third = (np.asarray(central_differences(loss, x, largest / size)) for size in sizes)
+    got, floor = adaptive_differences(loss, x, largest)
     coarse = abs(second - first) <= abs(third - second)
     assert coarse.any() and not coarse.all()
     # The losses are rounded alike up to the order of the operations; the step divides their rounding.
-    np.testing.assert_allclose(got, np.where(coarse, second, third), rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(floor, abs(third - second), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(got, np.where(coarse, second, third), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(floor, abs(third - second), rtol=tolerance, atol=tolerance)
 
 
 def test_a_nan_is_wrong():
