@@ -32,6 +32,7 @@ from jaxlstm import (
     split_gates,
     unroll,
 )
+from jaxlstm.checks import ArgumentValueError
 
 import oracles
 from cells import CELLS, HOLES, LEAKY, RESET, B, H, I, T, draw, normal, worst_error
@@ -679,3 +680,7 @@ def test_no_steps_in_chunks():
     params, xs, carry = draw(LSTM)
     last, ys = unroll(LSTM, params, xs[:0], carry, gradient=Chunked())
     assert ys.shape == (0, B, H) and worst_error(last, carry) == 0
+
+
+def test_an_error_outside_of_any_public_function_is_its_message():
+    assert str(ArgumentValueError("no")) == "no"
