@@ -359,13 +359,17 @@ def check_sharding(params: PyTree, steps: PyTree, *, by_scan: bool) -> None:
             "batch axis instead, with jax.sharding.reshard."
         )
     leaves = [leaf for leaf in [*leaves, *jax.tree.leaves(params)] if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    mesh_unknown = jax.sharding.get_abstract_mesh().empty and any(map(is_sharded, leaves))
-    # JAX would then not know how to shard the gradient of the weights.
-    if mesh_unknown and (by_scan or any(jax.typeof(leaf).sharding.mesh.empty for leaf in leaves)):
+    # Without the mesh, JAX would not know how to shard the gradient of the weights.
+    if on_unknown_mesh(leaves) and (by_scan or any(jax.typeof(leaf).sharding.mesh.empty for leaf in leaves)):
         raise ArgumentValueError(
             "params and xs are sharded over a mesh that is not in use; call jax.set_mesh(mesh), or put all of them on "
             "the mesh and differentiate by Bulk()."
         )
+
+
+def on_unknown_mesh(arrays: PyTree) -> bool:
+    """Return whether arrays are sharded along Explicit axes while no mesh is in use."""
+    return jax.sharding.get_abstract_mesh().empty and any(map(is_sharded, jax.tree.leaves(arrays)))
 
 
 def is_sharded(array: Any) -> bool:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlstm.cell import Cell, PyTree
-from jaxlstm.checks import is_sharded, of_one_step
+from jaxlstm.checks import is_sharded, of_one_step, on_unknown_mesh
 from jaxlstm.gradients import Bulk
 from jaxlstm.masks import Steps
 from jaxlstm.structure import is_jaxpr
@@ -94,7 +94,8 @@ def make_plan(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree,
         pieces=pieces,
         closed_form=closed_form,
         keep_gates=keep_gates and closed_form,
-        checkpoint_step=not _on_unknown_mesh((params, steps, carry)),
+        # JAX 0.12 loses the sharding types inside a checkpoint if no mesh is in use.
+        checkpoint_step=not on_unknown_mesh((params, steps, carry)),
         by_rule=_rule_applies(project, recur, gates),
     )
 
@@ -149,11 +150,6 @@ def _on_devices(arrays: PyTree) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     in_use = any(kind != jax.sharding.AxisType.Manual for kind in mesh.axis_types)
     return in_use or any(map(is_sharded, jax.tree.leaves(arrays)))
-
-
-def _on_unknown_mesh(arrays: PyTree) -> bool:
-    """Return whether arrays are sharded while no mesh is in use; JAX 0.12 then loses a checkpoint's sharding types."""
-    return jax.sharding.get_abstract_mesh().empty and any(map(is_sharded, jax.tree.leaves(arrays)))
 
 
 # Blocks of time.

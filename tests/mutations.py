@@ -5,8 +5,7 @@ Nobody picked them, so the share that the tests catch estimates how many future 
     python tests/mutations.py --count 60              draw 60 from the whole package
     python tests/mutations.py --count 9 masks tuning  from these modules
     python tests/mutations.py --list masks            only list them
-
-    python tests/mutations.py --again FILE           run the survivors of an earlier outcome once more
+    python tests/mutations.py --again FILE            run the survivors of an earlier outcome once more
 
 Each runs the test files that aim at its module; with `--whole`, a survivor also runs the whole suite.
 """
@@ -140,13 +139,12 @@ def _code(node: ast.AST) -> Iterator[ast.AST]:
 
 
 # What no test can notice, because the mutated code does the same, and why. Not drawn.
-ANY_LEAF = "all leaves have the same leading axes"
 EQUIVALENT = {
     "diagnostics/dynamics: -1  ->  (1)  in  w = LSTMGates(*jnp.split(params.w_hh, 4, axis=-1))": "a matrix has two axes",
     "lstm: swapped in activations(params, state, z, a)  in  i, f, g, o = activations(params, state, z, a)": "an LSTM's gates read only z and a",
     "adapters/nnx: -1  ->  (1)  in  w_ih=jnp.concatenate([gate.kernel[...] for gate in inputs], axis=-1),": "a matrix has two axes",
     "masks: 0  ->  1  in  known = np.zeros(0, int) if traced else np.asarray(lengths)": "the array has the dtype of known lengths; its size is not read",
-    "tuning: 0  ->  1  in  num_steps = jax.tree.leaves(steps)[0].shape[0]": ANY_LEAF,
+    "tuning: 0  ->  1  in  num_steps = jax.tree.leaves(steps)[0].shape[0]": "all leaves have the same leading axes",
     "__main__: 0.7  ->  1.7  in  several = jax.tree.map(lambda leaf: jnp.stack([0.7 * leaf, leaf]), params)":
         "any other parameters will do",
     "diagnostics/comparison: error <= tolerance  ->  error < tolerance  in  "

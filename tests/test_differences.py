@@ -132,7 +132,7 @@ def test_a_given_gradient_near_0_is_judged_by_the_rounding_of_all_leaves():
         given = {"large": np.full(4, 2e3, "float32"), "small": np.full(3, off, "float32")}
         found = check_gradients(loss, params, gradients=given, key=jax.random.key(3))
         assert found.wrong == wrong
-        assert [len(row.split()) for row in str(found).splitlines()[1:3]] == [4, 4]  # with the error of what is given
+        assert [len(row.split()) for row in str(found).splitlines()[1:3]] == [4, 4]  # the given gradient has an error
     found = check_gradients(loss, params, key=jax.random.key(3))
     assert [len(row.split()) for row in str(found).splitlines()[1:3]] == [3, 3]
 
