@@ -225,20 +225,19 @@ def main() -> int:
     else:
         tried = random.Random(flags.seed).sample(every, min(flags.count, len(every)))
         drawn = collections.Counter(mutation.module for mutation in tried)
-        outcome = {"seed": flags.seed, "of": len(every), "drawn": drawn, "survivors": [], "survived at first": []}
+        outcome = {"seed": flags.seed, "of": len(every), "drawn": drawn}
 
-    hunter, survive_again = Hunter(whole=flags.whole), set()
+    hunter, survivors = Hunter(whole=flags.whole), []
     with tempfile.TemporaryDirectory() as compiled, ThreadPoolExecutor(2) as pool:
         os.environ["JAXLSTM_TESTS_COMPILED"] = compiled  # one compilation cache for all
         for mutation, found in zip(tried, pool.map(hunter.first_failure, tried), strict=True):
             print(f"{mutation.module}:{mutation.line}  {mutation.what}: {found or 'SURVIVES'}", flush=True)
-            if not found and not flags.again:
-                outcome["survivors"].append(mutation.name)
-                outcome["survived at first"].append(mutation.name)
-            survive_again |= set() if found else {mutation.name}
-    if flags.again:  # a mutation whose line has changed is not tried
-        tried_again = {mutation.name for mutation in tried}
-        outcome["survivors"] = [n for n in outcome["survivors"] if n in survive_again or n not in tried_again]
+            survivors += [] if found else [mutation.name]
+    if flags.again:  # a mutation whose line has changed is not tried, and stays
+        caught = {mutation.name for mutation in tried} - set(survivors)
+        outcome["survivors"] = [name for name in outcome["survivors"] if name not in caught]
+    else:
+        outcome |= {"survivors": survivors, "survived at first": survivors}
     print(report(outcome))
     if path := flags.again or flags.results:
         path.write_text(json.dumps(outcome, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
