@@ -31,7 +31,7 @@ from jaxtyping import Array
 from jaxlstm.cell import Cell, PyTree, leaf_path
 from jaxlstm.masks import Steps, hold, start_of
 from jaxlstm.tangents import add, as_custom_jvp_output, filled, jvp, present
-from jaxlstm.tuning import Plan, in_bulk, scan_blocks
+from jaxlstm.tuning import Plan, by_platform, in_bulk, scan_blocks
 
 
 class Kept(NamedTuple):
@@ -53,9 +53,6 @@ class How(NamedTuple):
 def run(how: How, params: PyTree, steps: Steps, carry: PyTree, reset_carry: PyTree) -> tuple[PyTree, PyTree, Any]:
     """Run a recurrence; return the last carry, the outputs and, if `how` says so, the values kept from each step."""
     cell, plan = how.cell, how.plan
-    zs: Any = cell.project(params, steps.x) if plan.pieces else None
-    if plan.pieces > 1:
-        zs = jnp.split(zs, plan.pieces, axis=-1)
 
     def step(carry: PyTree, inputs: tuple[Steps, Any]) -> tuple[PyTree, Any]:
         now, z = inputs
@@ -69,7 +66,15 @@ def run(how: How, params: PyTree, steps: Steps, carry: PyTree, reset_carry: PyTr
             return carry, (y, None)
         return carry, (y, Kept(start, _activations(cell, params, start, z, a) if plan.keep_gates else None))
 
-    carry, (ys, kept) = lax.scan(step, carry, (steps, zs), reverse=how.reverse)
+    def block(carry: PyTree, steps: Steps) -> tuple[PyTree, Any]:
+        zs: Any = cell.project(params, steps.x) if plan.pieces else None
+        if plan.pieces > 1:
+            zs = jnp.split(zs, plan.pieces, axis=-1)
+        return lax.scan(step, carry, (steps, zs), reverse=how.reverse)
+
+    # With z in the loop, there is nothing to compute for a block at once.
+    block_size = plan.block_size if plan.pieces else None
+    carry, (ys, kept) = scan_blocks(block, carry, steps, block_size, how.reverse)
     return carry, ys, kept
 
 
@@ -86,7 +91,7 @@ def _sum_of_pieces(z: list[Array], a: Array) -> tuple[Array, Array]:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def run_in_bulk(how: How, params: PyTree, steps: Steps, carry: PyTree, reset_carry: PyTree) -> tuple[PyTree, Any, Any]:
     """Do what `run` does, differentiated by the rule below."""
-    return run(how, params, steps, carry, reset_carry)
+    return by_platform(run, how, params, steps, carry, reset_carry)
 
 
 @functools.partial(run_in_bulk.defjvp, symbolic_zeros=True)
@@ -119,8 +124,8 @@ def _rule(how: How, primals: Any, tangents: Any) -> tuple[Any, Any]:
         return d_carry, (d_ys, d_kept)
 
     # The backward pass reads `steps` and `kept` and computes the rest of a block again. XLA must not merge that work
-    # with the forward pass, which would keep z for all steps. Where nothing else prevents this, `prevent_cse` does.
-    block = jax.checkpoint(block, prevent_cse=how.plan.pieces > 0 and not how.plan.keep_gates)
+    # with the forward pass, which would keep z for all steps. Loops over blocks prevent this, and so do kept gates.
+    block = jax.checkpoint(block, prevent_cse=how.plan.block_size is None and not how.plan.keep_gates)
     blocks = (steps, d_steps, kept)
     d_last, (d_ys, d_kept) = scan_blocks(block, filled(carry, d_carry), blocks, how.plan.block_size, how.reverse)
     out = (last, ys, kept if how.returns_kept else None)

@@ -30,12 +30,19 @@ from jaxlstm.gradients import Bulk
 from jaxlstm.masks import Steps
 from jaxlstm.structure import is_jaxpr
 
-# A block of z of this size stays in cache while the rest of the block is computed from it.
+# A block of z of this size stays in a CPU's cache while the rest of the block is computed from it ...
 BLOCK_BYTES = 3 << 20
-# Up to here, z and the gates of all steps are worth keeping; above, allocating the memory costs as much as it saves.
+# ... unless it has fewer rows, in time and batch, than these: smaller matmuls leave an accelerator idle.
+BLOCK_ROWS = 1024
+# On a mesh, devices add up their weight gradients after every block, so blocks are as large as memory allows.
+BLOCK_BYTES_ON_DEVICES = 64 << 20
+# Up to here, z is computed before the loop on a CPU too; above, it would be written to memory and read back.
 SHORT_BYTES = 8 << 20
-# From this many hidden units on, computing the gates again costs more than keeping them, however long the sequence.
+# Up to this size of z, keeping the gates, which take as much memory, costs less time than computing them again ...
+KEPT_BYTES = 64 << 20
+# ... and in layers of this many units, whose matmuls are slow, up to this size.
 LARGE_HIDDEN = 512
+LARGE_KEPT_BYTES = 512 << 20
 
 
 # Operations that keep `recur` or `gates` from being differentiated by the rule.
@@ -45,9 +52,10 @@ ONLY_BY_SCAN = {"custom_vjp_call", "custom_vjp_call_jaxpr", "pure_callback", "io
 class Plan(NamedTuple):
     """How a recurrence is run and differentiated; no choice changes the result."""
 
-    block_size: int  # steps differentiated at once
+    block_size: int | None = None  # steps differentiated at once; None: all
     merged_axes: int = 0  # leading axes, time and batch, merged into one for the matmuls of a block; 0: none
-    pieces: int = 0  # z is computed before the loop and cut into this many; 0: inside the loop
+    pieces: int = 0  # z of a block is computed before its loop and cut into this many; 0: inside the loop
+    pieces_off_cpu: int = 1  # the same on accelerators
     closed_form: bool = True  # use the cell's `gates_jvp`
     keep_gates: bool = False  # for the backward pass, which otherwise computes them again
     checkpoint_step: bool = True  # compute all of a backward step in its loop; False: a part in a loop before it
@@ -57,47 +65,48 @@ class Plan(NamedTuple):
 def make_plan(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree, gradient: Bulk) -> Plan:
     """Decide how to run a recurrence.
 
-    On a CPU, a block holds about `BLOCK_BYTES` of z, and a sequence of up to twice that is one block. Elsewhere, and
-    where the batch is sharded over devices, all steps are one block: devices sum their weight gradients once.
+    The plan depends on shapes alone: the platform is not known when a program is traced, and `jax.export` lowers it for
+    other machines. `by_platform` and `in_bulk` choose when it is lowered. Memory besides the outputs: the carry before
+    every step, the gates of every step if they are kept, and about five times z of one block.
     """
     project, z = jax.make_jaxpr(cell.project, return_shape=True)(params, steps.x)
     recur, a = jax.make_jaxpr(cell.recur, return_shape=True)(params, carry)
     gates = jax.make_jaxpr(cell.gates)(params, carry, of_one_step(z), a)
     num_steps, known, num_bytes = _size(z)
     hidden_size = max((leaf.shape[-1] for leaf in jax.tree.leaves(carry) if leaf.ndim), default=0)
-    on_cpu = jax.default_backend() == "cpu"
-    in_blocks = on_cpu and known and gradient.block_size is None and not _on_devices((params, steps, carry))
-    is_short = known and num_bytes <= SHORT_BYTES
-
-    # If the caller gives a block size or shards the batch, use that; do not merge axes or cut z.
-    block_size = gradient.block_size if gradient.block_size and isinstance(num_steps, int) else num_steps
-    if in_blocks and num_bytes > 2 * BLOCK_BYTES:
-        block_size = size_without_remainder(num_steps, max(4, BLOCK_BYTES * num_steps // num_bytes))
-    # Accelerators are fastest with one large matmul; a CPU would write z to memory and read it back.
-    pieces = 0 if on_cpu else 1
+    on_devices = _on_devices((params, steps, carry))
+    reshapes = known and gradient.block_size is None and not on_devices
     closed_form = cell.gates_jvp is not None and not _reads_any(gates.jaxpr, len(jax.tree.leaves(params)))
-    if (
-        in_blocks
-        and is_short
-        and closed_form
-        and hidden_size
-        and _have_one_shape(z, a)
-        and z.shape[-1] % hidden_size == 0
-    ):
-        pieces = z.shape[-1] // hidden_size
+
+    block_size = gradient.block_size if isinstance(num_steps, int) else None
+    if block_size is None and known:
+        block_size = _block_size(z, num_bytes, on_devices)
+    pieces = _num_pieces(z, a, hidden_size) if reshapes and closed_form else 0
     keep_gates = gradient.keep_gates
     if keep_gates is None:
-        keep_gates = is_short or hidden_size >= LARGE_HIDDEN
+        keep_gates = known and num_bytes <= (LARGE_KEPT_BYTES if hidden_size >= LARGE_HIDDEN else KEPT_BYTES)
     return Plan(
         block_size=block_size,
-        merged_axes=jax.tree.leaves(z)[0].ndim - 1 if in_blocks else 0,
-        pieces=pieces,
+        merged_axes=jax.tree.leaves(z)[0].ndim - 1 if reshapes else 0,
+        pieces=pieces if known and num_bytes <= SHORT_BYTES else 0,
+        pieces_off_cpu=max(1, pieces),
         closed_form=closed_form,
         keep_gates=keep_gates and closed_form,
         # JAX 0.12 loses the sharding types inside a checkpoint if no mesh is in use.
         checkpoint_step=not on_unknown_mesh((params, steps, carry)),
         by_rule=_rule_applies(project, recur, gates),
     )
+
+
+def _block_size(z: PyTree, num_bytes: int, on_devices: bool) -> int | None:
+    """Return how many steps fill a block, or None if the sequence is shorter than two blocks."""
+    num_steps, *batch_shape = jax.tree.leaves(z)[0].shape[:-1]
+    steps_of = lambda size, of_all: math.ceil(size * num_steps / max(1, of_all))
+    if on_devices:
+        size = steps_of(BLOCK_BYTES_ON_DEVICES, num_bytes)
+    else:
+        size = max(4, steps_of(BLOCK_BYTES, num_bytes), steps_of(BLOCK_ROWS, num_steps * math.prod(batch_shape)))
+    return size_without_remainder(num_steps, size) if 2 * size < num_steps else None
 
 
 def _size(z: PyTree) -> tuple[Any, bool, Any]:
@@ -107,9 +116,12 @@ def _size(z: PyTree) -> tuple[Any, bool, Any]:
     return leaves[0].shape[0], known, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _have_one_shape(z: Any, a: Any) -> bool:
-    """Return whether z, of all steps, and a, of one step, are arrays that can be added and cut into pieces."""
-    return hasattr(z, "shape") and hasattr(a, "shape") and z.shape[1:] == a.shape
+def _num_pieces(z: Any, a: Any, hidden_size: int) -> int:
+    """Return into how many gates z + a can be cut, for z of all steps and a of one; 0 if they are not such arrays."""
+    if not (hidden_size and hasattr(z, "shape") and hasattr(a, "shape") and z.shape[1:] == a.shape):
+        return 0
+    num_gates, rest = divmod(z.shape[-1], hidden_size)
+    return 0 if rest else num_gates
 
 
 def _reads_any(jaxpr: Any, number: int) -> bool:
@@ -152,6 +164,20 @@ def _on_devices(arrays: PyTree) -> bool:
     return in_use or any(map(is_sharded, jax.tree.leaves(arrays)))
 
 
+def by_platform(run: Callable[..., Any], how: Any, *arguments: PyTree) -> Any:
+    """Run with z computed where the platform that the program is lowered for wants it.
+
+    In its loop over time, a CPU computes z nearly as fast as before the loop, and writes none of it to memory. For an
+    accelerator, it is one more small matmul to start in every step.
+    """
+    if how.plan.pieces == how.plan.pieces_off_cpu:
+        return run(how, *arguments)
+    elsewhere = how._replace(plan=how.plan._replace(pieces=how.plan.pieces_off_cpu))
+    return lax.platform_dependent(
+        *arguments, cpu=functools.partial(run, how), default=functools.partial(run, elsewhere)
+    )
+
+
 # Blocks of time.
 
 
@@ -164,11 +190,15 @@ def size_without_remainder(num_steps: int, most: int) -> int:
 
 
 def scan_blocks(
-    block: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carry: PyTree, steps: PyTree, size: int, reverse: bool
+    block: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    carry: PyTree,
+    steps: PyTree,
+    size: int | None,
+    reverse: bool,
 ) -> tuple[PyTree, PyTree]:
     """Scan over blocks of time; if their size does not divide the sequence, the last block processed is shorter."""
     num_steps = jax.tree.leaves(steps)[0].shape[0]
-    if size >= num_steps:
+    if size is None or size >= num_steps:
         return block(carry, steps)
     num_blocks, rest = divmod(num_steps, size)
     whole, left = slice(0, num_steps - rest), slice(num_steps - rest, None)
@@ -185,15 +215,19 @@ def scan_blocks(
 
 
 def in_bulk(cell: Cell[Any, Any], plan: Plan) -> Cell[Any, Any]:
-    """Make the cell that projects and recurs on all steps of a block with time and batch merged into one axis.
+    """Make the cell that, on a CPU, projects and recurs on a block with time and batch merged into one axis.
 
-    XLA's CPU backend multiplies two matrices faster than it contracts over two axes. Where the batch is sharded,
-    merging would gather it on every device, so the plan merges nothing.
+    XLA's CPU backend multiplies two matrices faster than it contracts over two axes. Accelerators gain nothing, and
+    where the batch is sharded, merging would gather it on every device.
     """
     if plan.merged_axes < 2:
         return cell
-    project, recur = (functools.partial(_merged, f, plan.merged_axes) for f in (cell.project, cell.recur))
+    project, recur = (functools.partial(_on_a_cpu_merged, f, plan.merged_axes) for f in (cell.project, cell.recur))
     return dataclasses.replace(cell, project=project, recur=recur)
+
+
+def _on_a_cpu_merged(function: Callable[..., PyTree], axes: int, params: PyTree, tree: PyTree) -> PyTree:
+    return lax.platform_dependent(params, tree, cpu=functools.partial(_merged, function, axes), default=function)
 
 
 def _merged(function: Callable[..., PyTree], axes: int, params: PyTree, tree: PyTree) -> PyTree:

@@ -290,21 +290,40 @@ def plan_of(cell, shape, gradient=None, hidden=64):
 
 
 def test_the_plan_depends_on_size_cell_and_what_the_caller_asks_for():
-    short, long = (100, 16), (2000, 16)  # 1.6 and 32 MB of z
-    assert plan_of(LSTM, short) == Plan(100, merged_axes=2, pieces=4, closed_form=True, keep_gates=True)
-    assert plan_of(LSTM, long) == Plan(plan_of(LSTM, long).block_size, merged_axes=2, closed_form=True)
-    assert 100 <= plan_of(LSTM, long).block_size <= 250  # some 3 MB
-    assert plan_of(LSTM, (450, 16)).keep_gates and not plan_of(LSTM, (550, 16)).keep_gates  # 7.4 and 9 MB
-    assert plan_of(LSTM, (2000, 2), hidden=512).keep_gates and not plan_of(LSTM, (2000, 4), hidden=256).keep_gates
+    short, long = (100, 16), (5000, 16)  # 1.6 and 82 MB of z
+    assert plan_of(LSTM, short) == Plan(merged_axes=2, pieces=4, pieces_off_cpu=4, keep_gates=True)
+    size = plan_of(LSTM, long).block_size
+    assert plan_of(LSTM, long) == Plan(size, merged_axes=2, pieces_off_cpu=4)
+    assert 100 <= size <= 250  # some 3 MB
+    assert plan_of(LSTM, (450, 16)).pieces == 4 and plan_of(LSTM, (550, 16)).pieces == 0  # 7.4 and 9 MB
+    assert plan_of(LSTM, (4000, 16)).keep_gates and not plan_of(LSTM, (4200, 16)).keep_gates  # 65.5 and 68.8 MB
     gru = plan_of(ALL["GRU"], short)
-    assert (gru.pieces, gru.closed_form, gru.keep_gates) == (0, False, False)
+    assert (gru.pieces, gru.pieces_off_cpu, gru.closed_form, gru.keep_gates) == (0, 1, False, False)
     for keep in (False, True):
         assert plan_of(LSTM, long, Bulk(keep_gates=keep)).keep_gates is keep
         assert plan_of(LSTM, short, Bulk(keep_gates=keep)).keep_gates is keep
-    assert plan_of(LSTM, short, Bulk(block_size=10)) == Plan(10, closed_form=True, keep_gates=True)
+    assert plan_of(LSTM, short, Bulk(block_size=10)) == Plan(10, keep_gates=True)
 
 
-@pytest.mark.parametrize("num_steps, keep_gates, barrier", [(T, None, False), (9000, None, False), (T, False, True)])
+def test_wide_layers_keep_the_gates_longer():
+    assert plan_of(LSTM, (5000, 8), hidden=512).keep_gates and not plan_of(LSTM, (5000, 8), hidden=500).keep_gates
+    assert plan_of(LSTM, (65000, 1), hidden=512).keep_gates and not plan_of(LSTM, (66000, 1), hidden=512).keep_gates
+
+
+@pytest.mark.parametrize(
+    "shape, hidden, size",
+    [
+        ((1000, 16), 128, 50),  # 3 MB are 96 steps, and 50 divide 1000
+        ((100, 64), 512, 10),  # 3 MB are 6 steps of 64 rows; 1024 rows are 16, and 10 divide 100
+        ((64, 2048), 1024, 4),  # never less than four steps
+        ((190, 16), 128, None),  # less than two blocks
+    ],
+)
+def test_a_block_fills_the_cache_and_is_large_enough_for_an_accelerator(shape, hidden, size):
+    assert plan_of(LSTM, shape, hidden=hidden).block_size == size
+
+
+@pytest.mark.parametrize("num_steps, keep_gates, barrier", [(T, None, False), (90_000, None, False), (T, False, True)])
 def test_a_barrier_is_only_where_nothing_else_keeps_xla_from_merging_the_passes(num_steps, keep_gates, barrier):
     params = draw(LSTM)[0]
     loss = lambda p, x: unroll(LSTM, p, x, gradient=Bulk(keep_gates=keep_gates))[1].sum()
@@ -394,14 +413,16 @@ def test_no_collective_is_inside_a_loop_when_the_batch_is_sharded(sharded_progra
     assert not [text for text in loops if collective.search(text)]
 
 
-def test_a_mesh_in_use_makes_the_sequence_one_block():
+def test_a_mesh_in_use_makes_blocks_large():
     params, _, _ = draw(LSTM)
     carry = LSTM.initial_carry(params, (64,))
-    steps = Steps(jnp.zeros((1000, 64, I)))
-    plan = lambda: make_plan(LSTM, params, steps, carry, Bulk())
-    assert plan().block_size < 1000 and plan().merged_axes == 2
+    plan = lambda steps: make_plan(LSTM, params, Steps(jnp.zeros((steps, 64, I))), carry, Bulk())
+    assert plan(3000).block_size < 1000 and plan(3000).merged_axes == 2
     with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
-        assert plan().block_size == 1000 and plan().merged_axes == 0
+        assert plan(3000).block_size is None and plan(3000).merged_axes == 0
+        assert plan(3000).pieces == 0 and plan(3000).pieces_off_cpu == 1
+        # 64 MB hold 8192 steps, and 8000 divide 40,000.
+        assert plan(40_000).block_size == 8000
 
 
 @pytest.mark.parametrize("most, size", [(4, 4), (7, 5), (16, 10), (3, 2)])
