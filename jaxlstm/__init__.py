@@ -21,7 +21,7 @@ from jaxlstm.masks import length_mask, segment_resets
 from jaxlstm.moved import MOVED
 from jaxlstm.precision import low_precision
 from jaxlstm.recurrence import unroll
-from jaxlstm.train import TrainState, fit, init_train_state, make_train_step
+from jaxlstm.train import TrainState, fit, init_train_state, make_train_step, sweep
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,7 @@ __all__ = [  # noqa: RUF022
     "unroll", "length_mask", "segment_resets", "Bulk", "Scan", "Chunked", "lstm_bptt",
     "init_stack", "unroll_stack", "step_stack", "generate",
     "Bidirectional", "init_bidirectional", "unroll_bidirectional",
-    "TrainState", "init_train_state", "make_train_step", "fit",
+    "TrainState", "init_train_state", "make_train_step", "fit", "sweep",
     "diagnostics", "initializers", "regularize", "rtrl",
 ]
 # fmt: on

@@ -8,7 +8,7 @@ Inside a `custom_jvp` or `custom_vjp`, whose derivative may be anything, flags a
 surrogate gradient of a step function depends on what the step compares.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -100,6 +100,15 @@ def _through_one(equation: Any, d_values: list[Any], shapes: list[tuple[int, ...
         return [_total([d for d in of_one if d is not None]) for of_one in zip(*by_branch, strict=True)]
     everything = _total([d.sum() for d in d_values if d is not None])
     return [jnp.broadcast_to(everything, shape) for shape in shapes]
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Yield every operation of a jaxpr, also those inside another operation."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
+                yield from equations(getattr(inner, "jaxpr", inner))
 
 
 def is_jaxpr(value: Any) -> bool:

@@ -17,7 +17,7 @@ The means hide what each choice is for: blocks for long sequences, kept gates fo
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ from jaxlstm.cell import Cell, PyTree
 from jaxlstm.checks import is_sharded, of_one_step, on_unknown_mesh
 from jaxlstm.gradients import Bulk
 from jaxlstm.masks import Steps
-from jaxlstm.structure import is_jaxpr
+from jaxlstm.structure import equations
 
 # A block of z of this size stays in a CPU's cache while the rest of the block is computed from it ...
 BLOCK_BYTES = 3 << 20
@@ -141,17 +141,8 @@ def _rule_applies(project: Any, recur: Any, gates: Any) -> bool:
     functions close over is differentiated too, but the rule knows only the parameters.
     """
     closed_over = [const for closed in (project, recur, gates) for const in closed.consts]
-    in_loop = {*_primitives(recur.jaxpr), *_primitives(gates.jaxpr)}
+    in_loop = {op.primitive.name for closed in (recur, gates) for op in equations(closed.jaxpr)}
     return not in_loop & ONLY_BY_SCAN and not any(isinstance(const, jax.core.Tracer) for const in closed_over)
-
-
-def _primitives(jaxpr: Any) -> Iterator[str]:
-    """Yield the name of every operation of a jaxpr, also of those inside another operation."""
-    for equation in jaxpr.eqns:
-        yield equation.primitive.name
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
-            if is_jaxpr(inner):
-                yield from _primitives(getattr(inner, "jaxpr", inner))
 
 
 def _on_devices(arrays: PyTree) -> bool:

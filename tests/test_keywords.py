@@ -112,6 +112,8 @@ TABLE = {
         "block_size": (None, 3), "keep_gates": (False, True)}),
     "Chunked": (lambda **o: with_gradient(jaxlstm.unroll, PARAMS)(Chunked(**o)), (), {
         "chunk_size": (2, 3), "truncate": (False, True), "within": (Bulk(), Scan())}),
+    "low_precision": (lambda **o: with_gradient(jaxlstm.unroll, PARAMS, jaxlstm.low_precision(LSTM, "float16", **o))(
+        "bulk"), (), {"round_gradients": (False, True)}),
     "init_bidirectional": (jaxlstm.init_bidirectional, (key(), LSTM, I, H), DTYPE),
     "unroll_bidirectional": (jaxlstm.unroll_bidirectional, (LSTM, PAIR, XS), {
         "carry": (None, BOTH), "merge": (jnp.add, jnp.subtract), **FLAGS}),

@@ -33,6 +33,7 @@ from jaxlstm import (
     segment_resets,
     split_gates,
     step_stack,
+    sweep,
     unroll,
     unroll_bidirectional,
     unroll_stack,
@@ -108,6 +109,7 @@ PROGRAMS = {
     "unroll, Scan": lambda p, xs, c: unroll(LSTM, p, xs, c, gradient=Scan()),
     "unroll, Chunked": lambda p, xs, c: unroll(LSTM, p, xs, gradient=Chunked(3, truncate=True)),
     "unroll, low_precision": lambda p, xs, c: unroll(low_precision(LSTM, "bfloat16"), p, xs),
+    "unroll, round_gradients": lambda p, xs, c: unroll(low_precision(LSTM, "bfloat16", round_gradients=True), p, xs),
     "unroll_stack": lambda p, xs, c: unroll_stack(LSTM, cast(STACK, xs.dtype), xs * p.b[0], dropout=0.5, key=KEY),
     "unroll_bidirectional": lambda p, xs, c: unroll_bidirectional(
         GRU, Bidirectional(*cast(PAIR, xs.dtype)), xs * p.b[0]
@@ -124,6 +126,7 @@ PROGRAMS = {
     "init_bidirectional": lambda p, xs, c: init_bidirectional(KEY, make_rnn("relu"), I, H, dtype=xs.dtype),
     "LSTM.init": lambda p, xs, c: LSTM.init(KEY, I, H, dtype=xs.dtype),
     "fit, make_train_step, init_train_state": lambda p, xs, c: trained(p, xs),
+    "sweep": lambda p, xs, c: sweep(lambda x: unroll(LSTM, p, x)[1], jnp.stack([xs, 2 * xs])),
     "initializers": lambda p, xs, c: (
         initializers.torch(KEY, I, H, dtype=xs.dtype),
         initializers.keras(KEY, I, H, dtype=xs.dtype),

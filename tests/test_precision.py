@@ -40,13 +40,54 @@ def plain_scan(dtype, params, xs):
     return lax.scan(step, LSTM.initial_carry(params, xs.shape[1:2]), xs)[1]
 
 
+@functools.cache
+def exact_gradient(dtype):
+    params, xs, weight = long_problem()
+    params, xs, weight = *at_rounded(dtype, params, xs), weight.astype("float64")
+    return jax.jit(jax.grad(lambda p: (unroll(LSTM, p, xs)[1] * weight).sum()))(params)
+
+
+@pytest.mark.parametrize("dtype, bound", [("bfloat16", 3e-3), ("float16", 4e-4)])
+def test_rounded_gradients_over_2000_steps_are_near_float64_too(dtype, bound):
+    params, xs, weight = long_problem()
+    cell = low_precision(LSTM, dtype, round_gradients=True)
+    got = jax.jit(jax.grad(lambda p: (unroll(cell, p, xs)[1] * weight).sum()))(params)
+    assert {leaf.dtype for leaf in got} == {jnp.dtype("float32")}
+    assert bound / 10 < worst_error(got, exact_gradient(dtype)) <= bound
+
+
+@pytest.mark.parametrize("cell", [LSTM, LEAKY], ids=lambda cell: cell.name)
+def test_rounded_gradients_are_the_others_up_to_rounding(cell):
+    params, xs, carry = draw(cell, dtype=np.float32)
+
+    def gradient(how, **options):
+        half = low_precision(cell, "bfloat16", **options)
+        return jax.jit(jax.grad(lambda *v: (unroll(half, *v, gradient=how)[1] ** 2).sum(), (0, 1, 2)))(
+            params, xs, carry
+        )
+
+    assert 1e-6 < worst_error(gradient("bulk", round_gradients=True), gradient("bulk")) < 2e-2
+    assert worst_error(gradient("bulk", round_gradients=True), gradient("scan", round_gradients=True)) < 2e-2
+
+
+def test_with_rounded_gradients_the_matmuls_of_the_backward_pass_read_the_low_dtype():
+    params, xs, _ = draw(LSTM, dtype=np.float32)
+
+    def operands(**options):
+        cell = low_precision(LSTM, "bfloat16", **options)
+        program = jax.jit(jax.grad(lambda p, x: unroll(cell, p, x)[1].sum(), (0, 1))).lower(params, xs).as_text()
+        dots = [line.rpartition(":")[2].split("->")[0] for line in program.splitlines() if "dot_general" in line]
+        return [line.count("bf16") for line in dots]
+
+    assert set(operands(round_gradients=True)) == {2}
+    assert operands().count(2) == 2  # those of the forward pass
+
+
 @pytest.mark.parametrize("dtype, bound", [("bfloat16", 1.5e-3), ("float16", 2e-4)])
 def test_gradients_over_2000_steps_are_near_float64_and_nearer_than_the_plain_scans(dtype, bound):
     params, xs, weight = long_problem()
     gradient = lambda run, xs, w: jax.jit(jax.grad(lambda p: (run(p, xs) * w).sum()))
-    exact_params, exact_xs = at_rounded(dtype, params, xs)
-    exact_weight = weight.astype("float64")
-    exact = gradient(lambda p, x: unroll(LSTM, p, x)[1], exact_xs, exact_weight)(exact_params)
+    exact = exact_gradient(dtype)
     ours = gradient(lambda p, x: unroll(low_precision(LSTM, dtype), p, x)[1], xs, weight)(params)
     plain = gradient(functools.partial(plain_scan, dtype), xs, weight)(params)
     for name, got, theirs, want in zip(params._fields, ours, plain, exact, strict=True):
@@ -100,6 +141,8 @@ def test_the_matmuls_read_the_low_dtype_and_sum_in_float32():
 
 def test_the_same_cell_and_dtype_are_the_same_cell():
     assert low_precision(LSTM, "bfloat16") is low_precision(LSTM, jnp.bfloat16)
+    rounded = low_precision(LSTM, "bfloat16", round_gradients=True)
+    assert rounded.name == "low_precision(LSTM, bfloat16, round_gradients)" != low_precision(LSTM, "bfloat16").name
     params, xs, _ = draw(LSTM, dtype=np.float32)
     traces = []
 

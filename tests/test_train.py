@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlstm import LSTM, TrainState, fit, init_train_state, make_train_step, unroll
+from jaxlstm import LSTM, TrainState, fit, init_train_state, make_train_step, sweep, unroll
 
 from cells import H, I, T, normal, worst_error
 
@@ -259,3 +259,100 @@ def test_wrong_parameters_and_batches_raise_one_clear_error():
         steps_of(lambda w, b: square(w, b[0]), batches=(BATCH_OF_TWO, np.ones(3)))
     with pytest.raises(ValueError, match="fit: batches must share their first axis"):
         steps_of(square, batches=np.ones(()))
+
+
+# Many runs in one program.
+
+
+def run_of(key, learning_rate):
+    weight_key, train_key = jax.random.split(key)
+    params = LSTM.init(jax.random.key(0), I, H, dtype="float64")
+    params = params._replace(b=jax.random.normal(weight_key, params.b.shape))
+    optimizer = optax.sgd(learning_rate)
+    state = init_train_state(params, optimizer, train_key)
+    return fit(make_train_step(plain_loss, optimizer), state, BATCHES)[0].params
+
+
+def plain_loss(params, batch):
+    return (unroll(LSTM, params, batch[0])[1] ** 2).mean()
+
+
+def num_loops(function, *arguments, platform="cpu"):
+    program = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
+    return program.as_text().count("stablehlo.while")
+
+
+@pytest.mark.parametrize("rows, at_once", [(10, 6), (250, 3), (600, 1)])
+@jax.debug_key_reuse(False)
+def test_a_sweep_gives_what_vmap_gives(rows, at_once):
+    def run(key, rate):
+        return run_of(key, rate), jnp.full((rows, rows), rate).sum()  # its largest array: 800 B, 0.5 MB, 2.9 MB
+
+    keys, rates = jax.random.split(jax.random.key(0), 6), jnp.linspace(0.01, 0.6, 6)
+    assert (f"length={6 // at_once}" in str(jax.make_jaxpr(functools.partial(sweep, run))(keys, rates))) == (
+        at_once < 6
+    )
+    got = jax.jit(functools.partial(sweep, run))(keys, rates)
+    want = jax.jit(jax.vmap(run))(keys, rates)
+    assert worst_error(got, want) < 1e-13
+    assert worst_error(jax.tree.map(lambda v: v[5], got), run(keys[5], rates[5])) < 1e-13
+
+
+def test_a_sweep_runs_large_entries_one_by_one_on_a_cpu_and_all_at_once_elsewhere():
+    run = lambda x: jnp.tanh(x @ x.T).sum()
+    for rows, loops in ((100, 0), (400, 1), (600, 1)):  # of float64: 8 entries of 80 kB, of 1.3 MB, of 2.9 MB
+        xs = jax.ShapeDtypeStruct((8, rows, 3), "float64")
+        assert num_loops(functools.partial(sweep, run), xs) == loops
+        assert num_loops(functools.partial(sweep, run), xs, platform="tpu") == 0
+    lengths = lambda rows: str(jax.make_jaxpr(functools.partial(sweep, run))(jnp.ones((8, rows, 3), "float64")))
+    assert "length=4" in lengths(300)  # 720 kB: two at a time
+    assert "length=8" in lengths(600)
+
+
+def test_a_sweep_takes_less_memory_than_vmap():
+    xs = jax.ShapeDtypeStruct((8, 100, 32, 64), "float32")
+    params = jax.eval_shape(lambda: LSTM.init(jax.random.key(0), 64, 64))
+
+    def temporaries(over):
+        gradient = jax.grad(lambda params, x: unroll(LSTM, params, x)[1].sum())
+        program = jax.jit(lambda params, xs: over(lambda x: gradient(params, x))(xs))
+        return program.lower(params, xs).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(lambda run: functools.partial(sweep, run)) < 0.25 * temporaries(jax.vmap)
+
+
+def test_a_sweep_traces_its_function_once_and_can_be_differentiated():
+    calls = []
+
+    def run(x):
+        calls.append(x)
+        return jnp.sin(x @ x.T).sum()
+
+    xs = jnp.asarray(normal(3, 8, 600, 2))
+    gradient = jax.jit(jax.grad(lambda xs: sweep(run, xs).sum()))(xs)
+    assert len(calls) == 1
+    assert worst_error(gradient, jax.grad(lambda xs: jax.vmap(run)(xs).sum())(xs)) < 1e-12
+
+
+def test_a_sweep_of_nothing_is_empty():
+    assert sweep(lambda x: x @ x, jnp.ones((0, 3))).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "arguments, kind, message",
+    [
+        ((3, jnp.ones(2)), TypeError, r"sweep: run must be a function, got 3"),
+        ((jnp.sin,), ValueError, r"sweep: arguments must share their first axis, one entry per run"),
+        ((jnp.sin, 1.0), ValueError, r"sweep: arguments must share their first axis.*got 0 float64\[\]"),
+        ((jnp.add, jnp.ones(2), jnp.ones(3)), ValueError, r"sweep: .*got 0 float64\[2\], 1 float64\[3\]"),
+        ((jnp.sin, "text"), TypeError, r"sweep: argument 0 must hold arrays of numbers, got 'text'"),
+    ],
+)
+def test_errors_of_a_sweep(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        sweep(*arguments)
+
+
+def test_an_error_in_a_swept_run_names_its_own_function():
+    with pytest.raises(ValueError, match=r"^LSTM.init: hidden_size"):
+        sweep(lambda key: LSTM.init(key, 3, 0), jax.random.split(jax.random.key(0), 2))
