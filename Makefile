@@ -44,7 +44,7 @@ check: $(STAMP)  ## ten seconds: check the gradient on this machine
 	$(GPU_HINT)
 	@$(BIN)/python -m jaxlstm
 
-train: $(STAMP)  ## five minutes: train a character language model on real text
+train: $(STAMP)  ## three to five minutes: train a character language model on real text
 	$(GPU_HINT)
 	@$(BIN)/python -m experiments.char_lm $(ARGS)
 

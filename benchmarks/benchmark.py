@@ -13,7 +13,9 @@ import json
 import logging
 import math
 import os
+import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -39,11 +42,13 @@ SHAPES: tuple[Shape, ...] = (
 )
 KINDS = ("forward", "gradient")
 # The sizes at which costs are measured.
-MEMORY_OF: dict[str, Any] = {"batch": 16, "input_size": 256, "hidden": 256, "lengths": [1000, 2000]}
+MEMORY_OF: dict[str, Any] = {"batch": 16, "input_size": 256, "hidden": 256, "lengths": [2000, 4000]}
 COMPILED: dict[str, Any] = {"batch": 16, "input_size": 64, "hidden": 64, "lengths": [10, 10_000]}
 DOUBLED: Shape = (10_000, 1, 8, 8)
 TRAINED: Shape = (100, 64, 128, 256)
 STREAMED: dict[str, Any] = {"input_size": 64, "hidden": 64, "streams": [1, 64, 1024, 8192]}
+ENSEMBLES: tuple[Shape, ...] = ((50, 8, 16, 32), (100, 8, 64, 64), (100, 32, 64, 64))
+MEMBERS = 8
 SPREAD: tuple[Shape, ...] = ((100, 32, 64, 64), (100, 64, 128, 256))
 TOLERANCE = 1e-4  # relative, in float32, over a thousand time steps
 
@@ -167,6 +172,17 @@ def compare(peers: dict[str, Peer], shape: Shape) -> None:
                     raise ValueError(f"benchmark: {what} of {name} differs from {first}'s by {error:.1e} at {shape}.")
 
 
+def machine() -> str:
+    """Describe the machine: the model of its CPU and the number of its cores, or JAX's name for its accelerator."""
+    if jax.default_backend() != "cpu":
+        return devices.found()
+    with contextlib.suppress(OSError):
+        model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text("utf-8"), re.M)
+        if model:
+            return f"{model[1]}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
 def own_costs(rounds: int, seconds: float) -> dict[str, Any]:
     """Measure what jaxlstm costs besides time: see `benchmarks.costs`."""
     with Peer("1", "benchmarks.costs") as one, Peer("2", "benchmarks.costs") as two:
@@ -175,6 +191,16 @@ def own_costs(rounds: int, seconds: float) -> dict[str, Any]:
             "temporaries": one.ask(measure="temporaries", **MEMORY_OF),
             "compiling": one.ask(measure="compiling", **COMPILED, repeats=rounds),
             "doubling": one.ask(measure="doubling", shape=DOUBLED, rounds=rounds, seconds=seconds),
+            "masked": {
+                ", ".join(map(str, shape)): one.ask(measure="masked", shape=shape, rounds=rounds, seconds=seconds)
+                for shape in SHAPES
+            },
+            "ensembles": {
+                ", ".join(map(str, shape)): one.ask(
+                    measure="ensemble", shape=shape, members=MEMBERS, rounds=rounds, seconds=seconds
+                )
+                for shape in ENSEMBLES
+            },
             "training": one.ask(measure="training", shape=TRAINED, rounds=rounds, seconds=seconds),
             "streaming": one.ask(measure="streaming", **STREAMED, seconds=4 * seconds),
             "matmul": one.ask(measure="matmul", seconds=5 * seconds),
@@ -197,6 +223,11 @@ def own_costs(rounds: int, seconds: float) -> dict[str, Any]:
 def geometric_mean(ratios: list[float]) -> float:
     """Return the geometric mean of some ratios."""
     return math.exp(statistics.fmean(map(math.log, ratios)))
+
+
+def span(values: list[float]) -> str:
+    """Return one number, or the range of several machines' numbers: `1.25`, or `1.19 to 1.25`."""
+    return " to ".join(dict.fromkeys(f"{value:.2f}" for value in (min(values), max(values))))
 
 
 def ratios(row: dict[str, Any], kind: str) -> dict[str, float]:
@@ -263,8 +294,8 @@ def costs_table(result: dict[str, Any]) -> str:
     few, many = MEMORY_OF["lengths"]
     sizes = {name: costs["temporaries"][name] for name in ("scan", "bulk", "chunked")}
     at = "B={batch}, I={input_size}, H={hidden}"
-    rows[f"temporaries of the gradient at T={many}, {at.format(**MEMORY_OF)}, MB"] = _named(
-        {name: size[1] / 1e6 for name, size in sizes.items()}, "{:.0f}"
+    rows[f"temporaries of the gradient at T={few}, {at.format(**MEMORY_OF)}, MB"] = _named(
+        {name: size[0] / 1e6 for name, size in sizes.items()}, "{:.0f}"
     )
     rows["the same per additional time step, KiB"] = _named(
         {name: (size[1] - size[0]) / (many - few) / 1024 for name, size in sizes.items()}, "{:.1f}"
@@ -277,6 +308,15 @@ def costs_table(result: dict[str, Any]) -> str:
     rows["time at 2T divided by time at T: T={}, B={}, I={}, H={}".format(*DOUBLED)] = _named(
         costs["doubling"], "{:.2f}"
     )
+    rows["gradient with a mask: time relative to the one without, for each shape"] = _list(
+        [times["with"] / times["without"] for times in costs["masked"].values()], "{:.2f}"
+    )
+    for shape, of_shape in costs["ensembles"].items():
+        for what, form, scale in (("seconds", "{:.1f}", 1e3), ("megabytes", "{:.0f}", 1)):
+            unit = {"seconds": "ms", "megabytes": "MB of temporaries"}[what]
+            rows[f"gradients of {MEMBERS} nets at {shape}, {unit}"] = _named(
+                {name: scale * value for name, value in of_shape[what].items()}, form
+            )
     rows["an Adam step at T={}, B={}, I={}, H={}, ms".format(*TRAINED)] = _named(
         {name: 1e3 * time for name, time in costs["training"].items()}, "{:.0f}"
     )
@@ -329,7 +369,7 @@ def main(
     folder = runs.open_folder("benchmark", workdir, config)
     result: dict[str, Any] = {
         "config": config,
-        "device": devices.found(),
+        "device": machine(),
         "versions": runs.versions(),
         "shapes": [],
     }

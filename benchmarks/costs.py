@@ -19,7 +19,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import AxisType
 
-from benchmarks.peers import Shape, measure
+from benchmarks.peers import Shape, measure, scan_lstm
 from experiments.harness import devices
 from jaxlstm import (
     LSTM,
@@ -29,8 +29,10 @@ from jaxlstm import (
     fit,
     init_stack,
     init_train_state,
+    length_mask,
     make_train_step,
     step_stack,
+    sweep,
     unroll,
 )
 
@@ -91,10 +93,14 @@ def temporaries(batch: int, input_size: int, hidden: int, lengths: list[int]) ->
 
     def size(shape: Shape, method: str) -> int:
         function, arguments = gradient(shape, method)
-        compiled: Any = jax.jit(function).lower(*arguments).compile()
-        return int(compiled.memory_analysis().temp_size_in_bytes)
+        return _size_of_temporaries(function, *arguments)
 
     return {method: [size(shape, method) for shape in shapes] for method in METHODS}
+
+
+def _size_of_temporaries(function: Callable[..., Any], *arguments: Any) -> int:
+    compiled: Any = jax.jit(function).lower(*arguments).compile()
+    return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
 def compiling(batch: int, input_size: int, hidden: int, lengths: list[int], repeats: int) -> dict[str, list[float]]:
@@ -126,6 +132,51 @@ def doubling(shape: Shape, rounds: int, seconds: float) -> dict[str, float]:
     return ratios
 
 
+def masked(shape: Shape, rounds: int, seconds: float) -> dict[str, float]:
+    """Return the median seconds of a gradient, without and with a mask of lengths."""
+    num_steps, batch, _, _ = shape
+    mask = length_mask(num_steps - jnp.arange(batch) * num_steps // (2 * batch), num_steps)
+    _, params, xs = layer(shape)
+
+    def loss(params: Any, xs: jax.Array, mask: Any) -> jax.Array:
+        return (unroll(LSTM, params, xs, mask=mask)[1] ** 2).sum()
+
+    calls = {name: called(jax.grad(loss, (0, 1)), params, xs, own) for name, own in (("without", None), ("with", mask))}
+    return _medians(calls, rounds, seconds)
+
+
+def ensemble(shape: Shape, members: int, rounds: int, seconds: float) -> dict[str, dict[str, float]]:
+    """Return the median seconds of the gradients of several nets, and the megabytes of their temporaries."""
+    *_, input_size, hidden = shape
+    _, _, xs = layer(shape)
+    nets = jax.vmap(lambda key: LSTM.init(key, input_size, hidden))(jax.random.split(jax.random.key(1), members))
+
+    def ours(params: Any) -> jax.Array:
+        return (unroll(LSTM, params, xs)[1] ** 2).sum()
+
+    def theirs(params: Any) -> jax.Array:
+        return (scan_lstm(params, xs) ** 2).sum()
+
+    programs: dict[str, Callable[..., Any]] = {
+        "sweep": functools.partial(sweep, jax.grad(ours)),
+        "vmap": jax.vmap(jax.grad(ours)),
+        "lax.map": functools.partial(jax.lax.map, jax.grad(ours)),
+        "fifteen lines, vmap": jax.vmap(jax.grad(theirs)),
+        "fifteen lines, lax.map": functools.partial(jax.lax.map, jax.grad(theirs)),
+    }
+    sizes = {name: _size_of_temporaries(program, nets) / 1e6 for name, program in programs.items()}
+    return {
+        "seconds": _medians({name: called(program, nets) for name, program in programs.items()}, rounds, seconds),
+        "megabytes": sizes,
+    }
+
+
+def _medians(calls: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> dict[str, float]:
+    """Return the median time of each call; they take turns in every round."""
+    rows = [[measure(call, seconds) for call in calls.values()] for _ in range(rounds)]
+    return dict(zip(calls, map(statistics.median, zip(*rows, strict=True)), strict=True))
+
+
 def training(shape: Shape, rounds: int, seconds: float, steps: int = 10) -> dict[str, float]:
     """Return the seconds of an optimizer step: called alone, and as one of `steps` in a call of `fit`."""
     loss, params, xs = layer(shape)
@@ -135,10 +186,12 @@ def training(shape: Shape, rounds: int, seconds: float, steps: int = 10) -> dict
 
     train_step = make_train_step(loss_fn, optax.adam(1e-3))
     state = init_train_state(params, optax.adam(1e-3), jax.random.key(1))
-    one = called(train_step, state, xs)
-    many = called(functools.partial(fit, train_step), state, jnp.stack([xs] * steps))
-    times = [(measure(one, seconds), measure(many, seconds) / steps) for _ in range(rounds)]
-    return dict(zip(("a call each", "fit"), map(statistics.median, zip(*times, strict=True)), strict=True))
+    calls = {
+        "a call each": called(train_step, state, xs),
+        "fit": called(functools.partial(fit, train_step), state, jnp.stack([xs] * steps)),
+    }
+    times = _medians(calls, rounds, seconds)
+    return {**times, "fit": times["fit"] / steps}
 
 
 def streaming(input_size: int, hidden: int, seconds: float, streams: list[int]) -> dict[str, dict[str, float]]:
@@ -184,7 +237,8 @@ def sharded(shape: Shape, library: str, seconds: float) -> dict[str, float]:
 
 
 QUESTIONS: dict[str, Callable[..., Any]] = {
-    function.__name__: function for function in (matmul, temporaries, compiling, doubling, training, streaming, sharded)
+    function.__name__: function
+    for function in (matmul, temporaries, compiling, doubling, masked, ensemble, training, streaming, sharded)
 }
 
 

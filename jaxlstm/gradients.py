@@ -19,7 +19,7 @@ class Bulk:
         in time and batch; 64 MB on a mesh. A size that you name also turns off the reshaping that makes a CPU faster,
         so name one only for a reason.
       keep_gates: keep the gates' values for the backward pass instead of computing them again, for cells with a
-        closed-form `gates_jvp`. Default: if the pre-activations of all steps take at most 64 MB, or 512 MB in layers of
+        closed-form `gates_jvp`. Default: if the pre-activations of all steps take at most 64 MB, or 256 MB in layers of
         512 units or more.
 
     >>> import jaxlstm

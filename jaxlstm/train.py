@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Int, Key
 
 from jaxlstm.cell import leaf_path
@@ -189,10 +190,14 @@ def sweep(run: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
             f"arguments must share their first axis, one entry per run, got {describe(arguments)}."
         )
     ((num_runs,),) = lengths
-    once = jax.jit(in_callback()(run))  # traced once, for all platforms
-    program = jax.make_jaxpr(once)(*jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), arguments))
+    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), arguments)
+    program, out = jax.make_jaxpr(in_callback()(run), return_shape=True)(*first)
     sizes = [v.aval.size * v.aval.dtype.itemsize for op in equations(program.jaxpr) for v in op.outvars]
     at_once = size_without_remainder(num_runs, max(1, CACHED_BYTES // max(sizes, default=1)))
+
+    def once(*entry: PyTree) -> PyTree:
+        return jax.tree.unflatten(jax.tree.structure(out), jaxpr_as_fun(program)(*jax.tree.leaves(entry)))
+
     if at_once >= num_runs:
         return jax.vmap(once)(*arguments)
 

@@ -103,9 +103,13 @@ def test_the_command_measures_draws_and_prints(tmp_path):
 
 
 COSTS = {
-    "temporaries": {name: [10_000_000, 20_240_000] for name in ("scan", "bulk", "chunked")},
+    "temporaries": {name: [20_000_000, 40_480_000] for name in ("scan", "bulk", "chunked")},
     "compiling": {"bulk": [0.25, 0.5]},
     "doubling": {"forward": 2.0, "gradient": 1.9},
+    "masked": {"1": {"without": 0.5, "with": 0.625}, "2": {"without": 0.25, "with": 0.25}},
+    "ensembles": {
+        "50, 8, 16, 32": {"seconds": {"sweep": 0.001, "vmap": 0.002}, "megabytes": {"sweep": 1.25, "vmap": 10.0}}
+    },
     "training": {"a call each": 0.125, "fit": 0.1},
     "streaming": {
         "1": {"median": 2e-5, "p99": 4e-5},
@@ -128,7 +132,8 @@ def test_the_table_of_costs_shows_every_cost_in_its_unit():
     values = [line.split("|")[2].strip() for line in text.splitlines()]
     assert values[2:] == [
         "4.8", "1.6", "scan 20, bulk 20, chunked 20", "scan 10.0, bulk 10.0, chunked 10.0", "bulk 0.25 and 0.50",
-        "forward 2.00, gradient 1.90", "a call each 125, fit 100", "7.0, 5.0, 25.0",
+        "forward 2.00, gradient 1.90", "1.25, 1.00", "sweep 1.0, vmap 2.0", "sweep 1, vmap 10",
+        "a call each 125, fit 100", "7.0, 5.0, 25.0",
         "20, 40; 50,000", "1000, 2000; 1,024,000",
     ]  # fmt: skip
 
@@ -140,7 +145,15 @@ def test_costs_are_measured():
     assert sizes.keys() == costs.METHODS.keys() and all(0 < few < many for few, many in sizes.values())
     assert all(0 < few < 60 > many > 0 for few, many in costs.compiling(2, 3, 4, [5, 50], repeats=1).values())
     assert 0.5 < costs.doubling((500, 1, 3, 4), rounds=3, seconds=0.02)["gradient"] < 8
-    for times in (costs.training((5, 2, 3, 4), 1, 0.01, steps=2), *costs.streaming(3, 4, 0.05, [1, 7]).values()):
+    assert 0.1 < costs.masked((20, 2, 3, 4), 1, 0.01)["with"] / costs.masked((20, 2, 3, 4), 1, 0.01)["without"] < 10
+    found = costs.ensemble((5, 2, 3, 4), 3, 1, 0.01)
+    assert found["seconds"].keys() == found["megabytes"].keys() >= {"sweep", "vmap", "lax.map"}
+    assert found["megabytes"]["lax.map"] < found["megabytes"]["vmap"]
+    for times in (
+        found["seconds"],
+        costs.training((5, 2, 3, 4), 1, 0.01, steps=2),
+        *costs.streaming(3, 4, 0.05, [1, 7]).values(),
+    ):
         assert all(0 < value < 10 for value in times.values())
     for library in ("jaxlstm", "Flax linen"):
         assert 0 < costs.sharded((5, 2, 3, 4), library, 0.01)["seconds"] < 10

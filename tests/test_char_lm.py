@@ -203,6 +203,7 @@ def test_a_run_logs_its_progress_and_its_result(run):
         r"layers\.1\.w_hh +\[16, 64\] +float32 +1,024",
         r"gradient check at the first batch: AGREE; .* \de-1\d in \S+ \(float64\); \de-0\d in \S+ \(float32\)",
         r"bits per held-out character: unigram [\d.]+, bigram [\d.]+, 5-gram [\d.]+, xz [\d.]+",
+        r"50 steps take \d+\.\d s on this machine: the 10 steps left take about \d+ s\n",
         r"step +50/110  train [\d.]+  held-out [\d.]+ bits/char  [\d,]+ characters/s  \| \"",
         r"step +110/110 ",
         r"gradient check at the trained weights: AGREE",

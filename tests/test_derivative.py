@@ -307,7 +307,7 @@ def test_the_plan_depends_on_size_cell_and_what_the_caller_asks_for():
 
 def test_wide_layers_keep_the_gates_longer():
     assert plan_of(LSTM, (5000, 8), hidden=512).keep_gates and not plan_of(LSTM, (5000, 8), hidden=500).keep_gates
-    assert plan_of(LSTM, (65000, 1), hidden=512).keep_gates and not plan_of(LSTM, (66000, 1), hidden=512).keep_gates
+    assert plan_of(LSTM, (32000, 1), hidden=512).keep_gates and not plan_of(LSTM, (33000, 1), hidden=512).keep_gates
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,9 @@ def train(
                 done = now[-1] + 1
                 batch, began = batches(now), time.perf_counter()
                 state, metrics = jax.block_until_ready(train_block(train_step, state, batch))
-                seconds += time.perf_counter() - began
+                seconds += (took := time.perf_counter() - began)
+                if start == first + block:  # the second block: the first one compiles
+                    _log_time_left(len(now), took, steps - done)
                 # All processes must agree, so they ask once per block: a later signal is for the next block.
                 stopping = devices.agree(max(stop, default=0))
                 metrics = jax.device_get(metrics)
@@ -140,6 +142,12 @@ def train(
     except OSError as error:
         sys.exit(f"{experiment}: at step {done}: {error}; {runs.how_to_resume(experiment, folder)}")
     return state
+
+
+def _log_time_left(num_steps: int, seconds: float, left: int) -> None:
+    time_left = seconds * left / num_steps
+    shown = f"{time_left / 60:.0f} min" if time_left >= 90 else f"{time_left:.0f} s"
+    log.info("%d steps take %.1f s on this machine: the %d steps left take about %s", num_steps, seconds, left, shown)
 
 
 def _shardings(state: TrainState, mesh: Mesh | None) -> Any:
