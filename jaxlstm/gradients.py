@@ -15,9 +15,9 @@ class Bulk:
     """The library's own rule (see `jaxlstm/bulk.py`): only the linear recurrence is a loop, the rest is bulk matmuls.
 
     Attributes:
-      block_size: steps differentiated at once. Default: as many as fill about 3 MB of pre-activations and 1,024 rows,
-        in time and batch; 64 MB on a mesh. A size that you name also turns off the reshaping that makes a CPU faster,
-        so name one only for a reason.
+      block_size: steps differentiated at once. Default: as many as fill about 3 MB of pre-activations, or about
+        1,000 rows in time and batch if that is more; on a mesh, 64 MB or an eighth of the sequence. A size that you
+        name also turns off the reshaping that makes a CPU faster, so name one only for a reason.
       keep_gates: keep the gates' values for the backward pass instead of computing them again, for cells with a
         closed-form `gates_jvp`. Default: if the pre-activations of all steps take at most 64 MB, or 256 MB in layers of
         512 units or more.

@@ -168,7 +168,7 @@ def _run(
     gradient: Bulk | Scan,
     reverse: bool,
 ) -> tuple[Carry, Array]:
-    # The plain scan runs the same forward loop; the plan only says how that loop is compiled.
+    # The plain scan runs the forward loop that a CPU runs.
     bulk = gradient if isinstance(gradient, Bulk) else None
     plan = make_plan(cell, params, steps, carry, bulk or Bulk())
     run_by = run_in_bulk if bulk and plan.by_rule else run

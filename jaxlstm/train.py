@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Int, Key
 
 from jaxlstm.cell import leaf_path
@@ -29,7 +28,7 @@ from jaxlstm.checks import (
     shown,
 )
 from jaxlstm.structure import equations
-from jaxlstm.tuning import size_without_remainder
+from jaxlstm.tuning import on_devices, size_without_remainder
 
 PyTree = Any
 Metrics = dict[str, Array]
@@ -161,50 +160,57 @@ def fit(train_step: TrainStep, state: TrainState, batches: PyTree) -> tuple[Trai
 
 @border("sweep")
 def sweep(run: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
-    """Run a function for every entry along axis 0 of its arguments, as `jax.vmap` does, at the platform's best speed.
+    """Run a function for every entry along axis 0 of its arguments, as `jax.vmap` does, all at once or a few at a time.
 
-    An accelerator runs all entries at once. So does a CPU if they are small; larger ones it runs a few at a time, or
-    one by one, which keeps their arrays in cache and takes less memory.
+    An accelerator runs all entries at once, and so does a CPU if they are small. Larger ones it runs a few at a time,
+    or one by one, which keeps their arrays in cache and takes less memory. Entries sharded over devices run at once.
 
     Args:
       run: a pure function of one entry, such as a training run of a key and a learning rate.
       *arguments: pytrees of arrays with an axis 0 of the same length: keys, learning rates, stacked parameters.
 
     Returns:
-      What `run` returns, stacked along axis 0.
+      What `run` returns, stacked along axis 0. Call `sweep` inside `jax.jit`; elsewhere it may compile at every call.
 
     Raises:
       TypeError: `run` is not a function.
       ValueError: the arguments differ in axis 0.
 
-    >>> import jax, jaxlstm
+    >>> import functools, jax, jaxlstm
     >>> keys = jax.random.split(jax.random.key(0), 8)
-    >>> jaxlstm.sweep(lambda key: jaxlstm.LSTM.init(key, 5, 7), keys).w_ih.shape
+    >>> draw = functools.partial(jaxlstm.sweep, lambda key: jaxlstm.LSTM.init(key, 5, 7))
+    >>> jax.jit(draw)(keys).w_ih.shape
     (8, 5, 28)
     """
     check_function("run", run)
-    arguments = tuple(as_arrays(**{f"argument {n}": argument for n, argument in enumerate(arguments)}))
+    names = [f"argument {n}" for n in range(len(arguments))]
+    arguments = tuple(as_arrays(**dict(zip(names, arguments, strict=True))))
     lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(arguments)}
     if len(lengths) != 1 or lengths == {()}:
-        raise ArgumentValueError(
-            f"arguments must share their first axis, one entry per run, got {describe(arguments)}."
-        )
+        got = "; ".join(f"{name}: {describe(own)}" for name, own in zip(names, arguments, strict=True))
+        raise ArgumentValueError(f"arguments must share their first axis, one entry per run, got {got or 'none'}.")
     ((num_runs,),) = lengths
-    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), arguments)
-    program, out = jax.make_jaxpr(in_callback()(run), return_shape=True)(*first)
-    sizes = [v.aval.size * v.aval.dtype.itemsize for op in equations(program.jaxpr) for v in op.outvars]
-    at_once = size_without_remainder(num_runs, max(1, CACHED_BYTES // max(sizes, default=1)))
-
-    def once(*entry: PyTree) -> PyTree:
-        return jax.tree.unflatten(jax.tree.structure(out), jaxpr_as_fun(program)(*jax.tree.leaves(entry)))
-
+    run = in_callback()(run)
+    all_at_once = jax.vmap(run)
+    num_bytes = _largest(jax.make_jaxpr(all_at_once)(*arguments).jaxpr)
+    if not (isinstance(num_runs, int) and isinstance(num_bytes, int)) or on_devices(arguments):
+        return all_at_once(*arguments)
+    at_once = size_without_remainder(num_runs, max(1, CACHED_BYTES * num_runs // max(1, num_bytes)))
     if at_once >= num_runs:
-        return jax.vmap(once)(*arguments)
+        return all_at_once(*arguments)
 
     def few_at_once(*arguments: PyTree) -> PyTree:
-        return lax.map(lambda entry: once(*entry), arguments, batch_size=at_once if at_once > 1 else None)
+        return lax.map(lambda entry: run(*entry), arguments, batch_size=at_once if at_once > 1 else None)
 
-    return lax.platform_dependent(*arguments, cpu=few_at_once, default=jax.vmap(once))
+    return lax.platform_dependent(*arguments, cpu=few_at_once, default=all_at_once)
+
+
+def _largest(jaxpr: Any) -> Any:
+    """Return the bytes of the largest array that a program computes; None if `jax.export` leaves a size unknown."""
+    arrays = [v.aval for op in equations(jaxpr) for v in op.outvars]
+    if not all(isinstance(size, int) for array in arrays for size in array.shape):
+        return None
+    return max((array.size * array.dtype.itemsize for array in arrays), default=0)
 
 
 def _check_step(train_step: Any, state: TrainState, batches: PyTree) -> None:

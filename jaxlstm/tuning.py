@@ -35,8 +35,9 @@ from jaxlstm.structure import equations
 BLOCK_BYTES = 3 << 20
 # ... unless it has fewer rows, in time and batch, than these: smaller matmuls leave an accelerator idle.
 BLOCK_ROWS = 1024
-# On a mesh, devices add up their weight gradients after every block, so blocks are as large as memory allows.
+# Devices on a mesh add up their weight gradients after every block, so there are few large ones.
 BLOCK_BYTES_ON_DEVICES = 64 << 20
+MOST_BLOCKS_ON_DEVICES = 8
 # Up to here, z is computed before the loop on a CPU too; above, it would be written to memory and read back.
 SHORT_BYTES = 8 << 20
 # Up to this size of z, keeping the gates, which take as much memory, costs less time than computing them again ...
@@ -75,13 +76,13 @@ def make_plan(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree,
     gates = jax.make_jaxpr(cell.gates)(params, carry, of_one_step(z), a)
     num_steps, known, num_bytes = _size(z)
     hidden_size = max((leaf.shape[-1] for leaf in jax.tree.leaves(carry) if leaf.ndim), default=0)
-    on_devices = _on_devices((params, steps, carry))
-    reshapes = known and gradient.block_size is None and not on_devices
+    spread = on_devices((params, steps, carry))
+    reshapes = known and gradient.block_size is None and not spread
     closed_form = cell.gates_jvp is not None and not _reads_any(gates.jaxpr, len(jax.tree.leaves(params)))
 
     block_size = gradient.block_size if isinstance(num_steps, int) else None
     if block_size is None and known:
-        block_size = _block_size(z, num_bytes, on_devices)
+        block_size = _block_size(z, num_bytes, spread)
     pieces = _num_pieces(z, a, hidden_size) if reshapes and closed_form else 0
     keep_gates = gradient.keep_gates
     if keep_gates is None:
@@ -99,14 +100,14 @@ def make_plan(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree,
     )
 
 
-def _block_size(z: PyTree, num_bytes: int, on_devices: bool) -> int | None:
+def _block_size(z: PyTree, num_bytes: int, spread: bool) -> int | None:
     """Return how many steps fill a block, or None if the sequence is shorter than two blocks."""
-    num_steps, *batch_shape = jax.tree.leaves(z)[0].shape[:-1]
+    num_steps, *lead = jax.tree.leaves(z)[0].shape
     steps_of = lambda size, of_all: math.ceil(size * num_steps / max(1, of_all))
-    if on_devices:
-        size = steps_of(BLOCK_BYTES_ON_DEVICES, num_bytes)
+    if spread:
+        size = max(steps_of(BLOCK_BYTES_ON_DEVICES, num_bytes), math.ceil(num_steps / MOST_BLOCKS_ON_DEVICES))
     else:
-        size = max(4, steps_of(BLOCK_BYTES, num_bytes), steps_of(BLOCK_ROWS, num_steps * math.prod(batch_shape)))
+        size = max(4, steps_of(BLOCK_BYTES, num_bytes), steps_of(BLOCK_ROWS, num_steps * math.prod(lead[:-1])))
     return size_without_remainder(num_steps, size) if 2 * size < num_steps else None
 
 
@@ -146,7 +147,7 @@ def _rule_applies(project: Any, recur: Any, gates: Any) -> bool:
     return not in_loop & ONLY_BY_SCAN and not any(isinstance(const, jax.core.Tracer) for const in closed_over)
 
 
-def _on_devices(arrays: PyTree) -> bool:
+def on_devices(arrays: PyTree) -> bool:
     """Return whether arrays are, or may be, spread over several devices.
 
     Without a mesh in use, the arrays tell. In `shard_map`, where axes are manual, each device sees only its part.

@@ -305,6 +305,21 @@ def test_the_plan_depends_on_size_cell_and_what_the_caller_asks_for():
     assert plan_of(LSTM, short, Bulk(block_size=10)) == Plan(10, keep_gates=True)
 
 
+def test_z_may_be_one_number_per_step():
+    cell = Cell(
+        name="sum",
+        init=lambda *_: {"w": jnp.ones(())},
+        initial_carry=lambda params, batch_shape=(): jnp.zeros(()),
+        project=lambda params, xs: xs * params["w"],
+        recur=lambda params, carry: carry * params["w"],
+        gates=lambda params, carry, z, a: (jnp.tanh(z + a), z + a),
+    )
+    xs = jnp.asarray(normal(3, T))
+    loss = lambda how: lambda params: unroll(cell, params, xs, jnp.zeros(()), gradient=how)[1].sum()
+    gradients = [jax.grad(loss(how))({"w": jnp.asarray(0.7)}) for how in ("bulk", "scan")]
+    assert worst_error(*gradients) < 1e-13
+
+
 def test_wide_layers_keep_the_gates_longer():
     assert plan_of(LSTM, (5000, 8), hidden=512).keep_gates and not plan_of(LSTM, (5000, 8), hidden=500).keep_gates
     assert plan_of(LSTM, (32000, 1), hidden=512).keep_gates and not plan_of(LSTM, (33000, 1), hidden=512).keep_gates
@@ -421,8 +436,9 @@ def test_a_mesh_in_use_makes_blocks_large():
     with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
         assert plan(3000).block_size is None and plan(3000).merged_axes == 0
         assert plan(3000).pieces == 0 and plan(3000).pieces_off_cpu == 1
-        # 64 MB hold 8192 steps, and 8000 divide 40,000.
+        # 64 MB hold 8192 steps, and 8000 divide 40,000. Of a longer sequence, an eighth is more.
         assert plan(40_000).block_size == 8000
+        assert plan(80_000).block_size == 10_000
 
 
 @pytest.mark.parametrize("most, size", [(4, 4), (7, 5), (16, 10), (3, 2)])

@@ -56,6 +56,18 @@ def test_rounded_gradients_over_2000_steps_are_near_float64_too(dtype, bound):
     assert bound / 10 < worst_error(got, exact_gradient(dtype)) <= bound
 
 
+@pytest.mark.parametrize("dtype, scale, bound", [("bfloat16", 1.0, 3e-3), ("float16", 1e6, 1e-3)])
+def test_rounded_gradients_of_a_mean_are_near_too_if_float16_is_scaled(dtype, scale, bound):
+    params, xs, _ = long_problem()
+
+    def gradient(cell, scale):
+        scaled = jax.jit(jax.grad(lambda p: scale * (unroll(cell, p, xs)[1] ** 2).mean()))(params)
+        return jax.tree.map(lambda leaf: leaf / scale, scaled)
+
+    rounded = low_precision(LSTM, dtype, round_gradients=True)
+    assert worst_error(gradient(rounded, scale), gradient(low_precision(LSTM, dtype), 1.0)) < bound
+
+
 @pytest.mark.parametrize("cell", [LSTM, LEAKY], ids=lambda cell: cell.name)
 def test_rounded_gradients_are_the_others_up_to_rounding(cell):
     params, xs, carry = draw(cell, dtype=np.float32)

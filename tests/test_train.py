@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxlstm import LSTM, TrainState, fit, init_train_state, make_train_step, sweep, unroll
 
@@ -321,17 +324,60 @@ def test_a_sweep_takes_less_memory_than_vmap():
     assert temporaries(lambda run: functools.partial(sweep, run)) < 0.25 * temporaries(jax.vmap)
 
 
-def test_a_sweep_traces_its_function_once_and_can_be_differentiated():
-    calls = []
+@pytest.mark.parametrize("rows", [3, 600])
+def test_a_sweep_can_be_differentiated(rows):
+    xs, scale = jnp.asarray(normal(3, 8, rows, 2)), jnp.asarray(0.7)
 
-    def run(x):
-        calls.append(x)
-        return jnp.sin(x @ x.T).sum()
+    def gradients(over):
+        def loss(scale, xs):
+            return over(lambda x: jnp.sin(scale * x @ x.T).sum())(xs).sum()  # closes over what is differentiated
 
-    xs = jnp.asarray(normal(3, 8, 600, 2))
-    gradient = jax.jit(jax.grad(lambda xs: sweep(run, xs).sum()))(xs)
-    assert len(calls) == 1
-    assert worst_error(gradient, jax.grad(lambda xs: jax.vmap(run)(xs).sum())(xs)) < 1e-12
+        return jax.jit(jax.grad(loss, (0, 1)))(scale, xs)
+
+    assert worst_error(gradients(lambda run: functools.partial(sweep, run)), gradients(jax.vmap)) < 1e-12
+
+
+MESH = jax.make_mesh((2,), ("runs",), axis_types=(AxisType.Explicit,))
+AUTO = jax.make_mesh((2,), ("runs",), axis_types=(AxisType.Auto,))
+
+
+@pytest.mark.parametrize("rows", [3, 600])
+def test_a_sweep_inside_shard_map_has_the_gradient_of_vmap(rows):
+    xs, scale = jnp.asarray(normal(4, 4, rows, 2)), jnp.asarray([0.5, 0.7])
+
+    def of_one(scale, x):
+        return jax.lax.psum(x.sum(), "runs") * jnp.cos(scale * x @ x.T).sum() + jax.grad(jnp.vdot)(scale, scale).sum()
+
+    def gradient(over):
+        inside = lambda scale, xs: over(functools.partial(of_one, scale.sum()))(xs)
+        sharded = jax.shard_map(inside, mesh=AUTO, in_specs=(P(), P("runs")), out_specs=P("runs"))
+        return jax.jit(jax.value_and_grad(lambda scale, xs: sharded(scale, xs).sum(), (0, 1)))(scale, xs)
+
+    assert worst_error(gradient(lambda run: functools.partial(sweep, run)), gradient(jax.vmap)) < 1e-12
+
+
+def test_runs_that_are_sharded_over_devices_all_run_at_once():
+    run = lambda x: jnp.tanh(x @ x.T).sum()
+    xs = jax.device_put(jnp.asarray(normal(5, 4, 800, 4)), NamedSharding(MESH, P("runs")))
+    assert "while" not in jax.jit(functools.partial(sweep, run)).lower(xs).as_text()
+    with jax.set_mesh(MESH):
+        got = jax.jit(functools.partial(sweep, run))(xs)
+    np.testing.assert_allclose(jax.device_get(got), jax.vmap(run)(jax.device_get(xs)), rtol=1e-12)
+
+
+def test_a_sweep_of_unknown_size_can_be_exported():
+    of = lambda xs: sweep(lambda x: jnp.sin(x).sum(), xs)
+    for shape in ("n, 3", "4, n"):
+        (symbolic,) = [jax.ShapeDtypeStruct(export.symbolic_shape(shape), "float64")]
+        exported = export.export(jax.jit(of))(symbolic)
+        xs = normal(6, 4, 3)
+        np.testing.assert_allclose(exported.call(xs), np.sin(xs).sum(1), rtol=1e-12)
+
+
+def test_a_sweep_keeps_the_dtype_that_vmap_gives():
+    run = lambda x: x * jnp.ones((), "bfloat16")
+    rates = lambda over: jax.eval_shape(lambda: over(run)(jnp.broadcast_to(2.0, (4,))))
+    assert rates(lambda run: functools.partial(sweep, run)).dtype == rates(jax.vmap).dtype
 
 
 def test_a_sweep_of_nothing_is_empty():
@@ -343,8 +389,12 @@ def test_a_sweep_of_nothing_is_empty():
     [
         ((3, jnp.ones(2)), TypeError, r"sweep: run must be a function, got 3"),
         ((jnp.sin,), ValueError, r"sweep: arguments must share their first axis, one entry per run"),
-        ((jnp.sin, 1.0), ValueError, r"sweep: arguments must share their first axis.*got 0 float64\[\]"),
-        ((jnp.add, jnp.ones(2), jnp.ones(3)), ValueError, r"sweep: .*got 0 float64\[2\], 1 float64\[3\]"),
+        ((jnp.sin, 1.0), ValueError, r"sweep: arguments must share .*got argument 0: float64\[\]\."),
+        (
+            (jnp.add, jnp.ones(2), jnp.ones(3)),
+            ValueError,
+            r"sweep: .*got argument 0: float64\[2\]; argument 1: float64\[3\]\.",
+        ),
         ((jnp.sin, "text"), TypeError, r"sweep: argument 0 must hold arrays of numbers, got 'text'"),
     ],
 )

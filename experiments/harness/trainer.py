@@ -115,7 +115,7 @@ def train(
                 batch, began = batches(now), time.perf_counter()
                 state, metrics = jax.block_until_ready(train_block(train_step, state, batch))
                 seconds += (took := time.perf_counter() - began)
-                if start == first + block:  # the second block: the first one compiles
+                if start == first + block and done < steps:  # the second block: the first one compiles
                     _log_time_left(len(now), took, steps - done)
                 # All processes must agree, so they ask once per block: a later signal is for the next block.
                 stopping = devices.agree(max(stop, default=0))
