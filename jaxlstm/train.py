@@ -184,7 +184,7 @@ def sweep(run: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
     """
     check_function("run", run)
     names = [f"argument {n}" for n in range(len(arguments))]
-    arguments = tuple(as_arrays(**dict(zip(names, arguments, strict=True))))
+    arguments = (*as_arrays(**dict(zip(names, arguments, strict=True))),)
     lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(arguments)}
     if len(lengths) != 1 or lengths == {()}:
         got = "; ".join(f"{name}: {describe(own)}" for name, own in zip(names, arguments, strict=True))
@@ -193,9 +193,9 @@ def sweep(run: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
     run = in_callback()(run)
     all_at_once = jax.vmap(run)
     num_bytes = _largest(jax.make_jaxpr(all_at_once)(*arguments).jaxpr)
-    if not (isinstance(num_runs, int) and isinstance(num_bytes, int)) or on_devices(arguments):
-        return all_at_once(*arguments)
-    at_once = size_without_remainder(num_runs, max(1, CACHED_BYTES * num_runs // max(1, num_bytes)))
+    at_once = num_runs
+    if isinstance(num_runs, int) and num_bytes is not None and not on_devices(arguments):
+        at_once = size_without_remainder(num_runs, max(1, CACHED_BYTES * num_runs // max(1, num_bytes)))
     if at_once >= num_runs:
         return all_at_once(*arguments)
 
@@ -207,10 +207,8 @@ def sweep(run: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
 
 def _largest(jaxpr: Any) -> Any:
     """Return the bytes of the largest array that a program computes; None if `jax.export` leaves a size unknown."""
-    arrays = [v.aval for op in equations(jaxpr) for v in op.outvars]
-    if not all(isinstance(size, int) for array in arrays for size in array.shape):
-        return None
-    return max((array.size * array.dtype.itemsize for array in arrays), default=0)
+    sizes = [v.aval.size * v.aval.dtype.itemsize for op in equations(jaxpr) for v in op.outvars]
+    return max(sizes, default=0) if all(isinstance(size, int) for size in sizes) else None
 
 
 def _check_step(train_step: Any, state: TrainState, batches: PyTree) -> None:

@@ -367,3 +367,10 @@ def test_integer_inputs_are_refused():
     params, xs, _ = draw(LSTM)
     with pytest.raises(TypeError, match="gradient_flow: xs must be floating, got int"):
         gradient_flow(LSTM, params, xs.astype(int), jnp.sum)
+
+
+def test_all_lyapunov_exponents_of_a_bfloat16_net_add_up_to_those_of_float32():
+    params, xs, carry = draw(LSTM, dtype=np.float32)
+    half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), (params, xs, carry))
+    all_of = lambda params, xs, carry: lyapunov_exponents(LSTM, params, xs, carry=carry, num_exponents=2 * H).sum(-1)
+    np.testing.assert_allclose(all_of(*half), all_of(params, xs, carry), rtol=0.02)
