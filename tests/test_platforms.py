@@ -262,6 +262,14 @@ def test_an_export_has_the_loop_of_the_platform_it_is_for():
     np.testing.assert_allclose(jax.jit(both.call)(params, xs), jax.jit(forward)(params, xs), atol=1e-6)
 
 
+@pytest.mark.parametrize("platform, want", [("cpu", IN_THE_LOOP), ("cuda", ["1000x16x512", "16x512"])])
+def test_on_a_mesh_a_sequence_is_one_block(platform, want):
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        text = lowered(forward, OF_LONG, LONG, platform=platform)
+    assert matmuls(text) == want
+    assert text.count("stablehlo.while") == 1
+
+
 @pytest.fixture
 def elsewhere(monkeypatch):
     """Run what accelerators run."""
