@@ -321,7 +321,7 @@ def test_z_may_be_one_number_per_step():
 
 
 def test_wide_layers_keep_the_gates_longer():
-    assert plan_of(LSTM, (5000, 8), hidden=512).keep_gates and not plan_of(LSTM, (5000, 8), hidden=500).keep_gates
+    assert plan_of(LSTM, (3000, 8), hidden=512).keep_gates and not plan_of(LSTM, (3000, 8), hidden=500).keep_gates
     assert plan_of(LSTM, (32000, 1), hidden=512).keep_gates and not plan_of(LSTM, (33000, 1), hidden=512).keep_gates
 
 
