@@ -14,6 +14,7 @@ from jaxlstm.baselines import GRU, RNN, GRUParams, GRUState, RNNParams, RNNState
 from jaxlstm.bidirectional import Bidirectional, init_bidirectional, unroll_bidirectional
 from jaxlstm.bptt import lstm_bptt
 from jaxlstm.cell import Cell, num_params, summary
+from jaxlstm.ensembles import sweep
 from jaxlstm.gradients import Bulk, Chunked, Scan
 from jaxlstm.layers import generate, init_stack, step_stack, unroll_stack
 from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState, split_gates
@@ -21,7 +22,7 @@ from jaxlstm.masks import length_mask, segment_resets
 from jaxlstm.moved import MOVED
 from jaxlstm.precision import low_precision
 from jaxlstm.recurrence import unroll
-from jaxlstm.train import TrainState, fit, init_train_state, make_train_step, sweep
+from jaxlstm.train import TrainState, fit, init_train_state, make_train_step
 
 __version__ = "0.1.0"
 

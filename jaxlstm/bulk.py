@@ -73,8 +73,7 @@ def run(how: How, params: PyTree, steps: Steps, carry: PyTree, reset_carry: PyTr
         return lax.scan(step, carry, (steps, zs), reverse=how.reverse)
 
     # With z in the loop, there is nothing to compute for a block at once.
-    block_size = plan.block_size if plan.pieces else None
-    carry, (ys, kept) = scan_blocks(block, carry, steps, block_size, how.reverse)
+    carry, (ys, kept) = scan_blocks(block, carry, steps, plan.block_size if plan.pieces else None, how.reverse)
     return carry, ys, kept
 
 

@@ -27,8 +27,6 @@ from jaxlstm.checks import (
     kind_of,
     shown,
 )
-from jaxlstm.structure import equations
-from jaxlstm.tuning import on_devices, size_without_remainder
 
 PyTree = Any
 Metrics = dict[str, Array]
@@ -43,9 +41,6 @@ class TrainState(NamedTuple):
     key: Key[Array, ""]
     carry: PyTree = ()  # passed from one batch to the next: truncated BPTT, running statistics
 
-
-# A CPU runs as many runs of a sweep at once as keep their largest arrays in cache.
-CACHED_BYTES = 2 << 20
 
 # (params, batch) or (params, batch, carry, key) -> loss, (loss, metrics) or (loss, (carry, metrics)).
 LossFn = Callable[..., Any]
@@ -156,59 +151,6 @@ def fit(train_step: TrainStep, state: TrainState, batches: PyTree) -> tuple[Trai
         if not isinstance(error, ArgumentTypeError):
             _check_step(train_step, state, batches)  # only now, since it traces the step again
         raise
-
-
-@border("sweep")
-def sweep(run: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
-    """Run a function for every entry along axis 0 of its arguments, as `jax.vmap` does, all at once or a few at a time.
-
-    An accelerator runs all entries at once, and so does a CPU if they are small. Larger ones it runs a few at a time,
-    or one by one, which keeps their arrays in cache and takes less memory. Entries sharded over devices run at once.
-
-    Args:
-      run: a pure function of one entry, such as a training run of a key and a learning rate.
-      *arguments: pytrees of arrays with an axis 0 of the same length: keys, learning rates, stacked parameters.
-
-    Returns:
-      What `run` returns, stacked along axis 0. Call `sweep` inside `jax.jit`; elsewhere it may compile at every call.
-
-    Raises:
-      TypeError: `run` is not a function.
-      ValueError: the arguments differ in axis 0.
-
-    >>> import functools, jax, jaxlstm
-    >>> keys = jax.random.split(jax.random.key(0), 8)
-    >>> draw = functools.partial(jaxlstm.sweep, lambda key: jaxlstm.LSTM.init(key, 5, 7))
-    >>> jax.jit(draw)(keys).w_ih.shape
-    (8, 5, 28)
-    """
-    check_function("run", run)
-    names = [f"argument {n}" for n in range(len(arguments))]
-    arguments = (*as_arrays(**dict(zip(names, arguments, strict=True))),)
-    lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(arguments)}
-    if len(lengths) != 1 or lengths == {()}:
-        got = "; ".join(f"{name}: {describe(own)}" for name, own in zip(names, arguments, strict=True))
-        raise ArgumentValueError(f"arguments must share their first axis, one entry per run, got {got or 'none'}.")
-    ((num_runs,),) = lengths
-    run = in_callback()(run)
-    all_at_once = jax.vmap(run)
-    num_bytes = _largest(jax.make_jaxpr(all_at_once)(*arguments).jaxpr)
-    at_once = num_runs
-    if isinstance(num_runs, int) and num_bytes is not None and not on_devices(arguments):
-        at_once = size_without_remainder(num_runs, max(1, CACHED_BYTES * num_runs // max(1, num_bytes)))
-    if at_once >= num_runs:
-        return all_at_once(*arguments)
-
-    def few_at_once(*arguments: PyTree) -> PyTree:
-        return lax.map(lambda entry: run(*entry), arguments, batch_size=at_once if at_once > 1 else None)
-
-    return lax.platform_dependent(*arguments, cpu=few_at_once, default=all_at_once)
-
-
-def _largest(jaxpr: Any) -> Any:
-    """Return the bytes of the largest array that a program computes; None if `jax.export` leaves a size unknown."""
-    sizes = [v.aval.size * v.aval.dtype.itemsize for op in equations(jaxpr) for v in op.outvars]
-    return max(sizes, default=0) if all(isinstance(size, int) for size in sizes) else None
 
 
 def _check_step(train_step: Any, state: TrainState, batches: PyTree) -> None:

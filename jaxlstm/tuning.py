@@ -166,9 +166,8 @@ def by_platform(run: Callable[..., Any], how: Any, *arguments: PyTree) -> Any:
     if how.plan.pieces == how.plan.pieces_off_cpu:
         return run(how, *arguments)
     elsewhere = how._replace(plan=how.plan._replace(pieces=how.plan.pieces_off_cpu))
-    return lax.platform_dependent(
-        *arguments, cpu=functools.partial(run, how), default=functools.partial(run, elsewhere)
-    )
+    on_a_cpu, off_it = (functools.partial(run, of_platform) for of_platform in (how, elsewhere))
+    return lax.platform_dependent(*arguments, cpu=on_a_cpu, default=off_it)
 
 
 # Blocks of time.
@@ -215,12 +214,12 @@ def in_bulk(cell: Cell[Any, Any], plan: Plan) -> Cell[Any, Any]:
     """
     if plan.merged_axes < 2:
         return cell
-    project, recur = (functools.partial(_on_a_cpu_merged, f, plan.merged_axes) for f in (cell.project, cell.recur))
-    return dataclasses.replace(cell, project=project, recur=recur)
 
+    def merged_on_a_cpu(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        merged = functools.partial(_merged, function, plan.merged_axes)
+        return functools.partial(lax.platform_dependent, cpu=merged, default=function)
 
-def _on_a_cpu_merged(function: Callable[..., PyTree], axes: int, params: PyTree, tree: PyTree) -> PyTree:
-    return lax.platform_dependent(params, tree, cpu=functools.partial(_merged, function, axes), default=function)
+    return dataclasses.replace(cell, project=merged_on_a_cpu(cell.project), recur=merged_on_a_cpu(cell.recur))
 
 
 def _merged(function: Callable[..., PyTree], axes: int, params: PyTree, tree: PyTree) -> PyTree:

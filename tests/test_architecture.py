@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "diagnostics.differences": {"cell", "checks"},
     "diagnostics.comparison": {"bptt", "cell", "checks", "diagnostics.differences", "lstm", "recurrence", "rtrl"},
     "train": {"cell", "checks"},
+    "ensembles": {"cell", "checks", "structure", "tuning"},
     "moved": set(),
 }
 ADAPTERS = ("jaxlstm.adapters.linen", "jaxlstm.adapters.nnx")  # public modules too

@@ -389,11 +389,11 @@ def test_a_sweep_of_nothing_is_empty():
     [
         ((3, jnp.ones(2)), TypeError, r"sweep: run must be a function, got 3"),
         ((jnp.sin,), ValueError, r"sweep: arguments must share their first axis, one entry per run"),
-        ((jnp.sin, 1.0), ValueError, r"sweep: arguments must share .*got argument 0: float64\[\]\."),
+        ((jnp.sin, 1.0), ValueError, r"sweep: arguments must share .*got argument 0 float64\[\]\."),
         (
             (jnp.add, jnp.ones(2), jnp.ones(3)),
             ValueError,
-            r"sweep: .*got argument 0: float64\[2\]; argument 1: float64\[3\]\.",
+            r"sweep: .*got argument 0 float64\[2\], argument 1 float64\[3\]\.",
         ),
         ((jnp.sin, "text"), TypeError, r"sweep: argument 0 must hold arrays of numbers, got 'text'"),
     ],

@@ -198,26 +198,21 @@ def lyapunov_exponents(
 
     def of_one_sequence(carry: PyTree, xs: PyTree) -> Array:
         flat, unravel = ravel_pytree(carry)
-        random = jax.random.normal(jax.random.key(0), (size, num_exponents), flat.dtype)
+        wide = jnp.float32 if flat.dtype.itemsize < 4 else flat.dtype  # JAX factors no bfloat16
+        random = jax.random.normal(jax.random.key(0), (size, num_exponents), wide)
 
         def step(state: tuple[Array, Array], x: PyTree) -> tuple[tuple[Array, Array], Array]:
             flat, directions = state
             flat, push = jax.linearize(_step_of_flat(cell, params, unravel, x), flat)
-            directions, growth = _qr(jax.vmap(push, 1, 1)(directions))
+            directions, growth = jnp.linalg.qr(jax.vmap(push, 1, 1)(directions.astype(flat.dtype)).astype(wide))
             return (flat, directions), jnp.log(jnp.abs(jnp.diagonal(growth)))
 
-        _, growths = lax.scan(step, (flat, _qr(random)[0]), xs)
+        _, growths = lax.scan(step, (flat, jnp.linalg.qr(random)[0]), xs)
         return growths[num_warmup:].mean(axis=0)
 
     for _ in batch_shape:
         of_one_sequence = jax.vmap(of_one_sequence, (0, 1))
     return of_one_sequence(carry, xs)
-
-
-def _qr(matrix: Array) -> tuple[Array, Array]:
-    """Return Q in the matrix's dtype, and R in float32 at least: JAX factors no bfloat16."""
-    q, r = jnp.linalg.qr(matrix.astype(jnp.float32) if matrix.dtype.itemsize < 4 else matrix)
-    return q.astype(matrix.dtype), r
 
 
 class CellStateTerms(NamedTuple):
