@@ -369,8 +369,9 @@ def test_integer_inputs_are_refused():
         gradient_flow(LSTM, params, xs.astype(int), jnp.sum)
 
 
-def test_all_lyapunov_exponents_of_a_bfloat16_net_add_up_to_those_of_float32():
+def test_the_leading_lyapunov_exponents_of_a_bfloat16_net_are_near_those_of_float32():
     params, xs, carry = draw(LSTM, dtype=np.float32)
     half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), (params, xs, carry))
-    all_of = lambda params, xs, carry: lyapunov_exponents(LSTM, params, xs, carry=carry, num_exponents=2 * H).sum(-1)
-    np.testing.assert_allclose(all_of(*half), all_of(params, xs, carry), rtol=0.02)
+    found, want = (lyapunov_exponents(LSTM, p, x, carry=c, num_exponents=4) for p, x, c in (half, (params, xs, carry)))
+    # Ten roundings of 2^-8 a step. Of eight exponents the last, near −6, would be lost among them.
+    np.testing.assert_allclose(found, want, atol=10 * 2**-8)
