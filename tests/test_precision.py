@@ -92,7 +92,7 @@ def test_with_rounded_gradients_the_matmuls_of_the_backward_pass_read_the_low_dt
         return [line.count("bf16") for line in dots]
 
     assert set(operands(round_gradients=True)) == {2}
-    assert operands().count(2) == 2  # those of the forward pass
+    assert operands().count(2) == 2  # only the forward pass has them
 
 
 @pytest.mark.parametrize("dtype, bound", [("bfloat16", 1.5e-3), ("float16", 2e-4)])

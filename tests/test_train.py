@@ -276,6 +276,11 @@ def run_of(key, learning_rate):
     return fit(make_train_step(plain_loss, optimizer), state, BATCHES)[0].params
 
 
+def swept(run):
+    """Do for a sweep what `jax.vmap(run)` does."""
+    return functools.partial(sweep, run)
+
+
 def plain_loss(params, batch):
     return (unroll(LSTM, params, batch[0])[1] ** 2).mean()
 
@@ -292,10 +297,8 @@ def test_a_sweep_gives_what_vmap_gives(rows, at_once):
         return run_of(key, rate), jnp.full((rows, rows), rate).sum()  # its largest array: 800 B, 0.5 MB, 2.9 MB
 
     keys, rates = jax.random.split(jax.random.key(0), 6), jnp.linspace(0.01, 0.6, 6)
-    assert (f"length={6 // at_once}" in str(jax.make_jaxpr(functools.partial(sweep, run))(keys, rates))) == (
-        at_once < 6
-    )
-    got = jax.jit(functools.partial(sweep, run))(keys, rates)
+    assert (f"length={6 // at_once}" in str(jax.make_jaxpr(swept(run))(keys, rates))) == (at_once < 6)
+    got = jax.jit(swept(run))(keys, rates)
     want = jax.jit(jax.vmap(run))(keys, rates)
     assert worst_error(got, want) < 1e-13
     assert worst_error(jax.tree.map(lambda v: v[5], got), run(keys[5], rates[5])) < 1e-13
@@ -305,9 +308,9 @@ def test_a_sweep_runs_large_entries_one_by_one_on_a_cpu_and_all_at_once_elsewher
     run = lambda x: jnp.tanh(x @ x.T).sum()
     for rows, loops in ((100, 0), (400, 1), (600, 1)):  # of float64: 8 entries of 80 kB, of 1.3 MB, of 2.9 MB
         xs = jax.ShapeDtypeStruct((8, rows, 3), "float64")
-        assert num_loops(functools.partial(sweep, run), xs) == loops
-        assert num_loops(functools.partial(sweep, run), xs, platform="tpu") == 0
-    lengths = lambda rows: str(jax.make_jaxpr(functools.partial(sweep, run))(jnp.ones((8, rows, 3), "float64")))
+        assert num_loops(swept(run), xs) == loops
+        assert num_loops(swept(run), xs, platform="tpu") == 0
+    lengths = lambda rows: str(jax.make_jaxpr(swept(run))(jnp.ones((8, rows, 3), "float64")))
     assert "length=4" in lengths(300)  # 720 kB: two at a time
     assert "length=8" in lengths(600)
 
@@ -321,7 +324,7 @@ def test_a_sweep_takes_less_memory_than_vmap():
         program = jax.jit(lambda params, xs: over(lambda x: gradient(params, x))(xs))
         return program.lower(params, xs).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(lambda run: functools.partial(sweep, run)) < 0.25 * temporaries(jax.vmap)
+    assert temporaries(swept) < 0.25 * temporaries(jax.vmap)
 
 
 @pytest.mark.parametrize("rows", [3, 600])
@@ -330,11 +333,13 @@ def test_a_sweep_can_be_differentiated(rows):
 
     def gradients(over):
         def loss(scale, xs):
-            return over(lambda x: jnp.sin(scale * x @ x.T).sum())(xs).sum()  # closes over what is differentiated
+            return over(lambda x: jnp.sin(scale * x @ x.T).sum())(
+                xs
+            ).sum()  # it closes over `scale`, which is differentiated too
 
         return jax.jit(jax.grad(loss, (0, 1)))(scale, xs)
 
-    assert worst_error(gradients(lambda run: functools.partial(sweep, run)), gradients(jax.vmap)) < 1e-12
+    assert worst_error(gradients(swept), gradients(jax.vmap)) < 1e-12
 
 
 MESH = jax.make_mesh((2,), ("runs",), axis_types=(AxisType.Explicit,))
@@ -353,22 +358,22 @@ def test_a_sweep_inside_shard_map_has_the_gradient_of_vmap(rows):
         sharded = jax.shard_map(inside, mesh=AUTO, in_specs=(P(), P("runs")), out_specs=P("runs"))
         return jax.jit(jax.value_and_grad(lambda scale, xs: sharded(scale, xs).sum(), (0, 1)))(scale, xs)
 
-    assert worst_error(gradient(lambda run: functools.partial(sweep, run)), gradient(jax.vmap)) < 1e-12
+    assert worst_error(gradient(swept), gradient(jax.vmap)) < 1e-12
 
 
 def test_runs_that_are_sharded_over_devices_all_run_at_once():
     run = lambda x: jnp.tanh(x @ x.T).sum()
     xs = jax.device_put(jnp.asarray(normal(5, 4, 800, 4)), NamedSharding(MESH, P("runs")))
-    assert "while" not in jax.jit(functools.partial(sweep, run)).lower(xs).as_text()
+    assert "while" not in jax.jit(swept(run)).lower(xs).as_text()
     with jax.set_mesh(MESH):
-        got = jax.jit(functools.partial(sweep, run))(xs)
+        got = jax.jit(swept(run))(xs)
     np.testing.assert_allclose(jax.device_get(got), jax.vmap(run)(jax.device_get(xs)), rtol=1e-12)
 
 
 def test_a_sweep_of_unknown_size_can_be_exported():
     of = lambda xs: sweep(lambda x: jnp.sin(x).sum(), xs)
     for shape in ("n, 3", "4, n"):
-        (symbolic,) = [jax.ShapeDtypeStruct(export.symbolic_shape(shape), "float64")]
+        symbolic = jax.ShapeDtypeStruct(export.symbolic_shape(shape), "float64")
         exported = export.export(jax.jit(of))(symbolic)
         xs = normal(6, 4, 3)
         np.testing.assert_allclose(exported.call(xs), np.sin(xs).sum(1), rtol=1e-12)
@@ -377,7 +382,7 @@ def test_a_sweep_of_unknown_size_can_be_exported():
 def test_a_sweep_keeps_the_dtype_that_vmap_gives():
     run = lambda x: x * jnp.ones((), "bfloat16")
     rates = lambda over: jax.eval_shape(lambda: over(run)(jnp.broadcast_to(2.0, (4,))))
-    assert rates(lambda run: functools.partial(sweep, run)).dtype == rates(jax.vmap).dtype
+    assert rates(swept).dtype == rates(jax.vmap).dtype
 
 
 def test_a_sweep_of_nothing_is_empty():
