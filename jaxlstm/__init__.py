@@ -1,15 +1,15 @@
 """A functional LSTM for JAX, with equations you can read and gradients you can check.
 
 The top level holds what you need to build and train a model. More is in the submodules `jaxlstm.diagnostics` (compare,
-check and take gradients apart), `jaxlstm.regularize`, `jaxlstm.rtrl` (learning forward in time) and
-`jaxlstm.initializers`.
+check and take gradients apart), `jaxlstm.regularize`, `jaxlstm.rtrl` (learning forward in time),
+`jaxlstm.initializers` and `jaxlstm.variants` (peepholes, coupled gates, projections and more).
 """
 
 import contextlib
 
 from jax import export
 
-from jaxlstm import diagnostics, initializers, regularize, rtrl
+from jaxlstm import diagnostics, initializers, regularize, rtrl, variants
 from jaxlstm.baselines import GRU, RNN, GRUParams, GRUState, RNNParams, RNNState, make_rnn
 from jaxlstm.bidirectional import Bidirectional, init_bidirectional, unroll_bidirectional
 from jaxlstm.bptt import lstm_bptt
@@ -35,7 +35,7 @@ __all__ = [  # noqa: RUF022
     "init_stack", "unroll_stack", "step_stack", "generate",
     "Bidirectional", "init_bidirectional", "unroll_bidirectional",
     "TrainState", "init_train_state", "make_train_step", "fit", "sweep",
-    "diagnostics", "initializers", "regularize", "rtrl",
+    "diagnostics", "initializers", "regularize", "rtrl", "variants",
 ]
 # fmt: on
 
@@ -44,6 +44,8 @@ for _kind in (
     *(LSTMParams, LSTMState, LSTMGates, GRUParams, GRUState, RNNParams, RNNState, Bidirectional, TrainState),
     *(regularize.Locked, regularize.Noisy, rtrl.RTRLState, rtrl.SnAp1Pattern, rtrl.OnlineState),
     *(diagnostics.Trace, diagnostics.CellStateTerms),
+    *(variants.PeepholeParams, variants.FullGateRecurrenceParams, variants.FullGateRecurrenceState),
+    *(variants.LayerNormParams, variants.ProjectedParams, variants.LSTM1997State, variants.SLSTMState),
 ):
     with contextlib.suppress(ValueError):  # registered before this module was reloaded
         export.register_namedtuple_serialization(_kind, serialized_name=f"jaxlstm.{_kind.__name__}")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlstm import GRU, LSTM, RNN, Cell, make_rnn
+from jaxlstm import GRU, LSTM, RNN, Cell, make_rnn, variants
 
 import oracles
 
@@ -50,6 +50,23 @@ CELLS = {
     "RNN(relu)": (make_rnn("relu"), oracles.rnn_step(oracles.relu)),
     "RNN(sigmoid)": (make_rnn("sigmoid"), oracles.rnn_step(oracles.sigmoid)),
     "leaky": (LEAKY, oracles.leaky_step),
+}
+# The LSTM family (jaxlstm/variants.py). A new cell is one line here; tests/test_variants.py has the contract.
+FAMILY = {
+    "peephole": (variants.PeepholeLSTM, oracles.lstm_variant_step("V")),
+    "no input gate": (variants.NoInputGateLSTM, oracles.lstm_variant_step("NIG")),
+    "no forget gate": (variants.NoForgetGateLSTM, oracles.lstm_variant_step("NFG")),
+    "no output gate": (variants.NoOutputGateLSTM, oracles.lstm_variant_step("NOG")),
+    "no input activation": (variants.NoInputActivationLSTM, oracles.lstm_variant_step("NIAF")),
+    "no output activation": (variants.NoOutputActivationLSTM, oracles.lstm_variant_step("NOAF")),
+    "full gate recurrence": (variants.FullGateRecurrenceLSTM, oracles.lstm_variant_step("FGR")),
+    "coupled": (variants.CoupledLSTM, oracles.coupled_step),
+    "layer norm": (variants.LayerNormLSTM, oracles.layer_norm_step),
+    "projected": (variants.ProjectedLSTM, oracles.projected_step),
+    "projected, 3": (variants.make_projected_lstm(3), oracles.projected_step),
+    "1997": (variants.make_lstm_1997(2), oracles.lstm_1997_step(2)),
+    "1997, alone": (variants.make_lstm_1997(1), oracles.lstm_1997_step(1)),
+    "sLSTM": (variants.SLSTM, oracles.slstm_step),
 }
 T, B, I, H = 7, 3, 5, 4
 

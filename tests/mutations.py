@@ -30,7 +30,7 @@ PACKAGE = ROOT / "jaxlstm"
 # The test files that aim at a module; they run in this order until one fails.
 AIMED = {
     "cell": "cell recurrence lstm precision", "lstm": "lstm recurrence bptt", "baselines": "recurrence cell",
-    "initializers": "lstm fuzz", "masks": "recurrence layers fuzz habits", "tangents": "derivative recurrence rtrl",
+    "initializers": "lstm fuzz", "variants": "variants", "masks": "recurrence layers fuzz habits", "tangents": "derivative recurrence rtrl",
     "gradients": "recurrence derivative layers", "bulk": "derivative recurrence",
     "tuning": "derivative recurrence habits", "recurrence": "recurrence derivative habits meshes",
     "precision": "precision", "checks": "recurrence layers train fuzz habits meshes comparison",

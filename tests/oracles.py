@@ -44,6 +44,95 @@ def relu(v):
     return np.where(v.real > 0, v, 0 * v)
 
 
+def lstm_variant_step(kind):
+    """Return the step of Greff's cells, written as one formula with switches, which the package avoids."""
+    gates = {"NIG": "fgo", "NFG": "igo", "NOG": "ifg"}.get(kind, "ifgo")
+
+    def step(params, state, x):
+        if kind == "FGR":
+            w_ih, w_hh, w_gates, b, p = params
+            h, c, i_before, f_before, o_before = state
+        else:
+            w_ih, w_hh, b, p = params
+            h, c = state
+        size = len(c)
+        z = dict(zip(gates, np.split(x @ w_ih + h @ w_hh + b, len(gates)), strict=True))
+        if kind == "FGR":
+            for to, gate in enumerate("ifo"):
+                for source, before in enumerate((i_before, f_before, o_before)):
+                    block = w_gates[source * size : (source + 1) * size, to * size : (to + 1) * size]
+                    z[gate] = z[gate] + before @ block
+        peephole = dict(zip(gates.replace("g", ""), p.reshape(-1, size), strict=True))
+        i = sigmoid(z["i"] + peephole["i"] * c) if "i" in gates else 1
+        f = sigmoid(z["f"] + peephole["f"] * c) if "f" in gates else 1
+        c = f * c + i * (z["g"] if kind == "NIAF" else np.tanh(z["g"]))
+        o = sigmoid(z["o"] + peephole["o"] * c) if "o" in gates else 1
+        h = o * (c if kind == "NOAF" else np.tanh(c))
+        return ((h, c, i, f, o) if kind == "FGR" else (h, c)), h
+
+    return step
+
+
+def coupled_step(params, state, x):
+    w_ih, w_hh, b = params
+    h, c = state
+    z_i, z_g, z_o = np.split(x @ w_ih + h @ w_hh + b, 3)
+    c = (1 - sigmoid(z_i)) * c + sigmoid(z_i) * np.tanh(z_g)
+    h = sigmoid(z_o) * np.tanh(c)
+    return (h, c), h
+
+
+def layer_norm_step(params, state, x):
+    w_ih, w_hh, b, scale_x, scale_h, scale_c, shift_c = params
+    h, c = state
+
+    def normal(v):
+        mean = v.sum() / len(v)
+        return (v - mean) / np.sqrt(((v - mean) ** 2).sum() / len(v) + 1e-5)
+
+    z_i, z_f, z_g, z_o = np.split(scale_x * normal(x @ w_ih) + scale_h * normal(h @ w_hh) + b, 4)
+    c = sigmoid(z_f) * c + sigmoid(z_i) * np.tanh(z_g)
+    h = sigmoid(z_o) * np.tanh(scale_c * normal(c) + shift_c)
+    return (h, c), h
+
+
+def projected_step(params, state, x):
+    w_ih, w_hh, b, w_hr = params
+    (_, c), h = lstm_step((w_ih, w_hh, b), state, x)
+    return (h @ w_hr, c), h @ w_hr
+
+
+def lstm_1997_step(block_size):
+    """Return a step that goes through the memory blocks and their cells one by one."""
+
+    def step(params, state, x):
+        w_ih, w_hh, b = params
+        h, c, i_before, o_before = state
+        z = x @ w_ih + np.concatenate([h, i_before, o_before]) @ w_hh + b
+        size, blocks = len(c), len(i_before)
+        i, o = sigmoid(z[size : size + blocks]), sigmoid(z[size + blocks :])
+        h, c = h.astype(z.dtype), c.astype(z.dtype)
+        for n in range(size):
+            block = n // block_size
+            c[n] = c[n] + i[block] * (4 / (1 + np.exp(-z[n])) - 2)
+            h[n] = o[block] * (2 / (1 + np.exp(-c[n])) - 1)
+        return (h, c, i, o), h
+
+    return step
+
+
+def slstm_step(params, state, x):
+    w_ih, w_hh, b = params
+    h, c, n, m = state
+    z_i, z_f, z_g, z_o = np.split(x @ w_ih + h @ w_hh + b, 4)
+    log_f = np.log(sigmoid(z_f)) + m
+    new_m = np.where((n == 0) | (z_i.real > log_f.real), z_i, log_f)
+    i, f = np.exp(z_i - new_m), np.where(n == 0, 0, np.exp(log_f - new_m))
+    c, n = f * c + i * np.tanh(z_g), f * n + i
+    h = sigmoid(z_o) * c / n
+    return (h, c, n, new_m), h
+
+
 def leaky_step(params, state, x):
     """The step of the tests' own cell: a leaky integrator with a learned rate (see tests/cells.py)."""
     into, back, rate = params

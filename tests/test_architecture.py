@@ -43,11 +43,12 @@ MAY_IMPORT = {
     "diagnostics.comparison": {"bptt", "cell", "checks", "diagnostics.differences", "lstm", "recurrence", "rtrl"},
     "train": {"cell", "checks"},
     "ensembles": {"cell", "checks", "structure", "tuning"},
+    "variants": {"cell", "checks", "lstm"},
     "moved": set(),
 }
 ADAPTERS = ("jaxlstm.adapters.linen", "jaxlstm.adapters.nnx")  # public modules too
 STOREYS = ("examples", "experiments", "benchmarks")
-ROOMS = ("diagnostics", "initializers", "regularize", "rtrl")
+ROOMS = ("diagnostics", "initializers", "regularize", "rtrl", "variants")
 
 
 def imports(path):
@@ -158,7 +159,8 @@ def test_the_package_is_as_readable_as_it_should_be():
     assert counted["lambdas per 100 lines"] <= 0.8
     assert counted["words of README.md"] <= 1000
     assert counted["comment lines per 100 lines of code"] >= 3
-    assert counted["of these, code"] <= 3600
+    assert counted["of these, code, without the variants"] <= 3600
+    assert counted["of these, code"] <= 4000
 
 
 def test_the_numbers_cited_in_the_gradient_by_hand_are_those_of_the_derivation():

@@ -22,6 +22,7 @@ from jaxlstm import (
     initializers,
     regularize,
     rtrl,
+    variants,
 )
 from jaxlstm.bptt import lstm_forward
 
@@ -86,6 +87,8 @@ def rtrl_steps(mask=None, reset=None, pattern=None):
     return pull(jnp.ones((B, H)))
 
 
+VARIANTS = [name for name in variants.__all__ if name.endswith("LSTM")]
+OF_1997 = variants.make_lstm_1997().init(jax.random.key(4), I, H, dtype="float64")
 FLAGS = {"mask": (None, MASK), "reset": (None, RESET)}
 ONE_STEP = {"mask": (None, MASK[4]), "reset": (None, np.array([True, False, True]))}
 DTYPE = {"dtype": ("float32", "float64")}
@@ -95,6 +98,17 @@ TABLE = {
     "LSTM.init": (LSTM.init, (key(), I, H), {"forget_bias": (1.0, 3.0), **DTYPE}),
     "GRU.init": (GRU.init, (key(), I, H), DTYPE),
     "RNN.init": (RNN.init, (key(), I, H), DTYPE),
+    **{f"{name}.init": (getattr(variants, name).init, (key(), I, H), {"forget_bias": (1.0, 3.0), **DTYPE})
+       for name in VARIANTS if name not in ("ProjectedLSTM", "NoForgetGateLSTM")},
+    "NoForgetGateLSTM.init": (variants.NoForgetGateLSTM.init, (key(), I, H), DTYPE),
+    "ProjectedLSTM.init": (variants.ProjectedLSTM.init, (key(), I, H), {
+        "proj_size": (None, 3), "forget_bias": (1.0, 3.0), **DTYPE}),
+    "make_lstm_1997": (lambda **o: variants.make_lstm_1997(**o).init(key(), I, H), (), {"block_size": (1, 2)}),
+    "make_lstm_1997, program": (lambda **o: with_gradient(jaxlstm.unroll, OF_1997, variants.make_lstm_1997(**o))(
+        "bulk"), (), {"truncate": (False, True)}),
+    "make_lstm": (lambda **o: jaxlstm.unroll(variants.make_lstm(**o), PARAMS, XS), (), {
+        "gate": (jax.nn.sigmoid, jax.nn.hard_sigmoid), "candidate": (jnp.tanh, jnp.sin),
+        "output": (jnp.tanh, jnp.sin), "cell_clip": (None, 0.1), "gate_clip": (None, 0.1)}),
     "initializers.torch": (initializers.torch, (key(), I, H), DTYPE),
     "initializers.keras": (initializers.keras, (key(), I, H), DTYPE),
     "initializers.flax": (initializers.flax, (key(), I, H), DTYPE),
@@ -202,8 +216,9 @@ def test_a_keyword_is_not_ignored(name, keyword):
 
 
 def test_every_public_keyword_is_in_the_table():
-    rooms = (jaxlstm, initializers, regularize, rtrl, diagnostics)
+    rooms = (jaxlstm, initializers, regularize, rtrl, diagnostics, variants)
     functions = {f"{cell.name.partition('(')[0]}.init": cell.init for cell in (LSTM, GRU, RNN)}
+    functions |= {f"{name}.init": getattr(variants, name).init for name in VARIANTS}
     for room in rooms:
         functions |= {name: getattr(room, name) for name in room.__all__ if inspect.isfunction(getattr(room, name))}
     missing = []

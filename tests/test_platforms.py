@@ -37,10 +37,11 @@ from jaxlstm import (
     unroll,
     unroll_bidirectional,
     unroll_stack,
+    variants,
 )
 from jaxlstm.adapters import linen
 
-from cells import HOLES, RESET, B, H, I, T, draw, worst_error
+from cells import FAMILY, HOLES, RESET, B, H, I, T, draw, worst_error
 
 ACCELERATORS = ("cuda", "tpu")
 KEY = jax.random.key(0)
@@ -158,6 +159,7 @@ PROGRAMS = {
 }
 # These return text or values of this machine; arrays never pass through a compiled program of theirs.
 ON_THE_HOST = {
+    "make_lstm", "make_lstm_1997", "make_projected_lstm",
     "central_differences", "check_gradients", "compare_gradients", "make_rnn", "num_params", "snap1_pattern", "summary",
 }  # fmt: skip
 # A QR factorization has no derivative where a bfloat16 run would need one.
@@ -189,10 +191,24 @@ def test_every_function_and_its_gradient_lower_for_accelerators(name, dtype):
 
 def test_every_public_function_is_lowered():
     tried = {word for name in PROGRAMS for word in name.split(", ")} | ON_THE_HOST
-    for room in (jaxlstm, regularize, rtrl, diagnostics):
+    for room in (jaxlstm, regularize, rtrl, diagnostics, variants):
         public = {name for name in room.__all__ if callable(getattr(room, name)) and name.islower()}
         assert public <= tried, public - tried
     assert set(initializers.__all__) == {"torch", "keras", "flax", "chrono"}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", FAMILY)
+@jax.enable_x64(False)
+def test_every_cell_and_its_gradient_lower_for_accelerators(name):
+    cell = FAMILY[name][0]
+    for dtype in ("float32", "bfloat16"):
+        params, xs, carry = cast(draw(cell, dtype="float32"), dtype)
+        loss = lambda p, xs, c, cell=cell: unroll(cell, p, xs, c)[1].astype("float32").sum()
+        traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(params, xs, carry)
+        for platform in ACCELERATORS:
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+            assert "callback" not in text and not re.search(r"x?f64>", text)
 
 
 # The loop over time. z of this shape takes 32 MB: on a CPU, it is computed in the loop.

@@ -23,6 +23,7 @@ from jaxlstm import (
     length_mask,
     low_precision,
     unroll_stack,
+    variants,
 )
 
 Function = Callable[[Array], Array]
@@ -51,19 +52,12 @@ def _step(cell: Cell[Any, Any], state: Any, params: Any, h: Array, x: Array) -> 
     return cell.gates(params, state, cell.project(params, x), a)
 
 
-@functools.cache
 def _lstm(gate_fn: Function, activation_fn: Function) -> Cell[LSTMParams, LSTMState]:
     """Return the LSTM with these functions in place of σ and tanh."""
     if _are_usual(gate_fn, activation_fn):
         return LSTM
 
-    def gates(params: LSTMParams, state: LSTMState, z: Array, a: Array) -> tuple[LSTMState, Array]:
-        z_i, z_f, z_g, z_o = jnp.split(z + a, 4, axis=-1)
-        c = gate_fn(z_f) * state.c + gate_fn(z_i) * activation_fn(z_g)
-        h = gate_fn(z_o) * activation_fn(c)
-        return LSTMState(h, c), h
-
-    return dataclasses.replace(LSTM, gates=gates, activations=None, gates_jvp=None)
+    return variants.make_lstm(gate=gate_fn, candidate=activation_fn, output=activation_fn)
 
 
 @functools.cache
