@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+
 from jaxlstm import GRU, LSTM, RNN, Cell, num_params, variants
 
 INPUT, HIDDEN = 80, 12

@@ -587,16 +587,31 @@ def init_slstm(
     return LSTM.init(key, input_size, hidden_size, forget_bias=forget_bias, dtype=dtype)
 
 
-def slstm_gates(params: LSTMParams, state: SLSTMState, z: Array, a: Array) -> tuple[SLSTMState, Array]:
-    """Take a step; at n = 0 nothing was stored yet, so m is z_i, whatever it was before."""
-    z_i, z_f, z_g, z_o = jnp.split(z + a, 4, axis=-1)
+def _log_f_and_m(state: SLSTMState, z_i: Array, z_f: Array) -> tuple[Array, Array]:
+    """Return log f, relative to the old m, and the new m; at n = 0 nothing was stored yet, so f is 0 and m is z_i."""
     log_f = jax.nn.log_sigmoid(z_f) + jnp.where(state.n == 0, -jnp.inf, state.m)
-    m = jnp.maximum(log_f, z_i)
+    return log_f, jnp.maximum(log_f, z_i)
+
+
+def slstm_activations(params: LSTMParams, state: SLSTMState, z: Array, a: Array) -> LSTMGates[Array]:
+    """Return the gates; i and f are both divided by exp(m)."""
+    z_i, z_f, z_g, z_o = jnp.split(z + a, 4, axis=-1)
+    log_f, m = _log_f_and_m(state, z_i, z_f)
     i = jnp.exp(z_i - m)
     f = jnp.exp(log_f - m)
-    c = f * state.c + i * tanh(z_g)
+    g = tanh(z_g)
+    o = sigmoid(z_o)
+    return LSTMGates(i, f, g, o)
+
+
+def slstm_gates(params: LSTMParams, state: SLSTMState, z: Array, a: Array) -> tuple[SLSTMState, Array]:
+    """Take a step of the sLSTM."""
+    z_i, z_f, _, _ = jnp.split(z + a, 4, axis=-1)
+    _, m = _log_f_and_m(state, z_i, z_f)
+    i, f, g, o = slstm_activations(params, state, z, a)
+    c = f * state.c + i * g
     n = f * state.n + i
-    h = sigmoid(z_o) * (c / n)
+    h = o * (c / n)
     return SLSTMState(h, c, n, m), h
 
 
@@ -605,6 +620,7 @@ SLSTM: Cell[LSTMParams, SLSTMState] = Cell(
     init=init_slstm,
     initial_carry=lambda params, batch_shape=(): SLSTMState(*_zeros(params.w_hh, batch_shape, 4)),
     gates=slstm_gates,
+    activations=slstm_activations,
 )
 
 

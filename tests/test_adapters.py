@@ -13,12 +13,12 @@ import pytest
 from flax import linen as nn
 from flax import nnx, serialization
 
-from jaxlstm import GRU, LSTM, Bidirectional, Chunked, LSTMState, length_mask, unroll, unroll_stack
+from jaxlstm import GRU, LSTM, Bidirectional, Chunked, LSTMState, length_mask, low_precision, unroll, unroll_stack
 from jaxlstm.adapters import linen as ours_linen
 from jaxlstm.adapters import nnx as ours_nnx
 from jaxlstm.regularize import Noisy, zoneout
 
-from cells import CELLS, B, H, I, T, normal, worst_error
+from cells import CELLS, FAMILY, B, H, I, T, normal, worst_error
 from jobs import UNCHECKED
 
 LENGTHS = np.array([4, T, 1])
@@ -212,17 +212,17 @@ def test_the_layers_equal_flaxs_rnn_on_shared_weights(kind, bidirectional):
             assert worst_error(state, want) < 1e-13
 
 
-SOME = [name if name == "LSTM" else pytest.param(name, marks=pytest.mark.ci) for name in CELLS]
+SOME = [name if name == "LSTM" else pytest.param(name, marks=pytest.mark.ci) for name in CELLS | FAMILY]
 
 
 @pytest.mark.parametrize("name", SOME)
 def test_the_layers_take_every_cell_and_are_unroll_stack(name):
-    cell = CELLS[name][0]
+    cell = (CELLS | FAMILY)[name][0]
     linen = ours_linen.Recurrent(H, num_layers=2, bidirectional=True, cell=cell, param_dtype=jnp.float64)
     mask, reset = normal(2, B, T) > -0.5, normal(3, B, T) > 0.5
     ys, variables = linen.init_with_output(jax.random.key(0), XS, mask=mask, reset=reset)
     tree = variables["params"]["layers"]
-    like = jax.eval_shape(lambda: cell.init(jax.random.key(0), 1, 1))
+    like = jax.eval_shape(lambda: cell.init(jax.random.key(0), I, H))
     layers = [serialization.from_state_dict(Bidirectional(like, like), tree[f"layer_{n}"]) for n in range(2)]
     _, want = unroll_stack(cell, layers, XS.swapaxes(0, 1), mask=mask.T, reset=reset.T)
     assert worst_error(ys, want.swapaxes(0, 1)) < 1e-14
@@ -310,6 +310,9 @@ def test_layouts_carries_and_dtypes():
     low = ours_linen.Recurrent(H, dtype=jnp.bfloat16)
     out = low.apply(variables, xs)
     assert out.dtype == jnp.bfloat16 and worst_error(out.astype("float32"), ys) < 2e-2
+    rounded = unroll(low_precision(LSTM, "bfloat16"), layer, xs.swapaxes(0, 1))[1].swapaxes(0, 1)
+    assert worst_error(out.astype("float32"), rounded.astype("bfloat16").astype("float32")) < 1e-6
+    assert (out != ys.astype("bfloat16")).any(), "the matmuls are rounded, not only the outputs"
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
