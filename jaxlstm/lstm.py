@@ -125,12 +125,12 @@ def init(
 
 
 def gate_bias(
-    hidden_size: int, dtype: DTypeLike, *, i: float | Array = 0.0, f: float | Array = 0.0
-) -> Float[Array, "4*hidden"]:
-    """Return b with the given biases of the input and forget gates; the others are 0."""
+    hidden_size: int, dtype: DTypeLike, gates: str = "ifgo", **biases: float | Array
+) -> Float[Array, "gates*hidden"]:
+    """Return b with the given biases, such as `f=1.0`, of a cell with these gates; the others are 0."""
     # In float32 like the weights, so that every dtype starts from the same numbers.
-    i, f = (jnp.broadcast_to(jnp.asarray(bias, jnp.float32), hidden_size) for bias in (i, f))
-    return jnp.concatenate([i, f, jnp.zeros(2 * hidden_size, jnp.float32)]).astype(dtype)
+    blocks = [jnp.broadcast_to(jnp.asarray(biases.get(gate, 0.0), jnp.float32), hidden_size) for gate in gates]
+    return jnp.concatenate(blocks).astype(dtype)
 
 
 @border("split_gates")

@@ -108,7 +108,7 @@ def _(dtype: jnp.dtype[Any], primals: tuple[Array], tangents: tuple[Array]) -> t
 
 
 def _split(primals: tuple[PyTree, PyTree], tangents: tuple[PyTree, PyTree]) -> Any:
-    """Split tangents of (params, inputs) in two: biases alone, and weights with inputs; what is missing is None."""
+    """Split the tangents: first those of the biases, then those of the weights and inputs; None for the others."""
     (params, inputs), (d_params, d_inputs) = primals, tangents
     biases = jax.tree.map(lambda v, d: d if v.ndim < 2 else None, params, d_params)
     weights = jax.tree.map(lambda v, d: d if v.ndim >= 2 else None, params, d_params)

@@ -4,6 +4,8 @@ Every cell is a `Cell` with its own equations, in the order and the symbols of `
 lacks has no weights either.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxlstm.cell import Cell, glorot_orthogonal, matmul, per_gate
 from jaxlstm.checks import ArgumentValueError, border, cached, check_count, check_float, check_function, checked_init
-from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState
+from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState, activations, gate_bias, initial_carry
 
 sigmoid, tanh = jax.nn.sigmoid, jnp.tanh
 
@@ -29,21 +31,9 @@ __all__ = [  # noqa: RUF022
 ]  # fmt: skip
 
 
-def initial_carry(params: LSTMParams, batch_shape: tuple[int, ...] = ()) -> LSTMState:
-    """Return h_0 = c_0 = 0, each [*batch, hidden]."""
-    return LSTMState(*_zeros(params.w_hh, batch_shape, 2))
-
-
 def _zeros(like: Array, batch_shape: tuple[int, ...], number: int) -> list[Array]:
     """Return separate buffers of zeros [*batch, rows of `like`]: JAX refuses to donate the same buffer twice."""
     return [jnp.zeros((*batch_shape, like.shape[0]), like.dtype) for _ in range(number)]
-
-
-def _bias(hidden_size: int, dtype: DTypeLike, gates: str, forget_bias: float) -> Float[Array, "gates*hidden"]:
-    """Return b: `forget_bias` for the gate f, if the cell has it, and 0 for the others."""
-    check_float("forget_bias", forget_bias)
-    blocks = [jnp.full(hidden_size, forget_bias if gate == "f" else 0.0, jnp.float32) for gate in gates]
-    return jnp.concatenate(blocks).astype(dtype)
 
 
 # Peepholes (Gers & Schmidhuber, Recurrent nets that time and count, 2000). With them, it is the cell V of Greff et al.,
@@ -66,9 +56,10 @@ def _peephole_init(name: str, gates: str) -> Callable[..., PeepholeParams]:
         key: Key[Array, ""], input_size: int, hidden_size: int, dtype: DTypeLike, forget_bias: float = 0.0
     ) -> PeepholeParams:
         key = checked_init(key, input_size, hidden_size, dtype)
+        check_float("forget_bias", forget_bias)
         w_ih, w_hh = glorot_orthogonal(key, input_size, hidden_size, len(gates), dtype)
         num_peepholes = len(gates.replace("g", ""))
-        b = _bias(hidden_size, dtype, gates, forget_bias)
+        b = gate_bias(hidden_size, dtype, gates, f=forget_bias)
         return PeepholeParams(w_ih, w_hh, b, jnp.zeros(num_peepholes * hidden_size, dtype))
 
     @border(f"{name}.init")
@@ -93,29 +84,27 @@ def _peephole_init(name: str, gates: str) -> Callable[..., PeepholeParams]:
     return init if "f" in gates else init_without_forget_gate
 
 
-def _peepholes(params: PeepholeParams, c: Array) -> list[Array]:
+def _peepholes(p: Float[Array, "peepholes*hidden"], c: Array) -> list[Array]:
     """Return one peephole per gate, each in the shape of c: some programs forbid implicit rank promotion."""
-    return [jnp.broadcast_to(p, c.shape) for p in jnp.split(params.p, params.p.shape[0] // c.shape[-1])]
+    return [jnp.broadcast_to(p_k, c.shape) for p_k in jnp.split(p, p.shape[0] // c.shape[-1])]
 
 
-def _peephole_cell(
-    name: str, gates: str, activations: Callable[..., LSTMGates[Array]]
-) -> Cell[PeepholeParams, LSTMState]:
-    """Make the cell whose gates `activations` computes."""
+def _peephole_cell(name: str, gates: str, gates_of: Callable[..., LSTMGates[Array]]) -> Cell[PeepholeParams, LSTMState]:
+    """Make the cell whose gates `gates_of` computes."""
 
     def step(params: PeepholeParams, state: LSTMState, z: Array, a: Array) -> tuple[LSTMState, Array]:
-        i, f, g, o = activations(params, state, z, a)
+        i, f, g, o = gates_of(params, state, z, a)
         c = f * state.c + i * g
         h = o * tanh(c)
         return LSTMState(h, c), h
 
-    return Cell(_peephole_init(name, gates), initial_carry, step, activations=activations, name=name)
+    return Cell(_peephole_init(name, gates), initial_carry, step, activations=gates_of, name=name)
 
 
 def peephole_activations(params: PeepholeParams, state: LSTMState, z: Array, a: Array) -> LSTMGates[Array]:
     """Return the gates of V: i and f see c_{t-1}, o sees c_t."""
     z_i, z_f, z_g, z_o = jnp.split(z + a, 4, axis=-1)
-    p_i, p_f, p_o = _peepholes(params, state.c)
+    p_i, p_f, p_o = _peepholes(params.p, state.c)
     i = sigmoid(z_i + p_i * state.c)
     f = sigmoid(z_f + p_f * state.c)
     g = tanh(z_g)
@@ -127,7 +116,7 @@ def peephole_activations(params: PeepholeParams, state: LSTMState, z: Array, a: 
 def no_input_gate_activations(params: PeepholeParams, state: LSTMState, z: Array, a: Array) -> LSTMGates[Array]:
     """Return the gates of NIG: i = 1."""
     z_f, z_g, z_o = jnp.split(z + a, 3, axis=-1)
-    p_f, p_o = _peepholes(params, state.c)
+    p_f, p_o = _peepholes(params.p, state.c)
     f = sigmoid(z_f + p_f * state.c)
     g = tanh(z_g)
     c = f * state.c + g
@@ -138,7 +127,7 @@ def no_input_gate_activations(params: PeepholeParams, state: LSTMState, z: Array
 def no_forget_gate_activations(params: PeepholeParams, state: LSTMState, z: Array, a: Array) -> LSTMGates[Array]:
     """Return the gates of NFG: f = 1."""
     z_i, z_g, z_o = jnp.split(z + a, 3, axis=-1)
-    p_i, p_o = _peepholes(params, state.c)
+    p_i, p_o = _peepholes(params.p, state.c)
     i = sigmoid(z_i + p_i * state.c)
     g = tanh(z_g)
     c = state.c + i * g
@@ -149,7 +138,7 @@ def no_forget_gate_activations(params: PeepholeParams, state: LSTMState, z: Arra
 def no_output_gate_activations(params: PeepholeParams, state: LSTMState, z: Array, a: Array) -> LSTMGates[Array]:
     """Return the gates of NOG: o = 1."""
     z_i, z_f, z_g = jnp.split(z + a, 3, axis=-1)
-    p_i, p_f = _peepholes(params, state.c)
+    p_i, p_f = _peepholes(params.p, state.c)
     i = sigmoid(z_i + p_i * state.c)
     f = sigmoid(z_f + p_f * state.c)
     g = tanh(z_g)
@@ -159,7 +148,7 @@ def no_output_gate_activations(params: PeepholeParams, state: LSTMState, z: Arra
 def no_input_activation_activations(params: PeepholeParams, state: LSTMState, z: Array, a: Array) -> LSTMGates[Array]:
     """Return the gates of NIAF: g = z_g, without tanh."""
     z_i, z_f, z_g, z_o = jnp.split(z + a, 4, axis=-1)
-    p_i, p_f, p_o = _peepholes(params, state.c)
+    p_i, p_f, p_o = _peepholes(params.p, state.c)
     i = sigmoid(z_i + p_i * state.c)
     f = sigmoid(z_f + p_f * state.c)
     g = z_g
@@ -221,11 +210,12 @@ def init_full_gate_recurrence(
 ) -> FullGateRecurrenceParams:
     """Draw w_ih Glorot-uniform, w_hh and the nine blocks of w_gates orthogonal; b_f is `forget_bias`; the rest is 0."""
     key = checked_init(key, input_size, hidden_size, dtype)
+    check_float("forget_bias", forget_bias)
     key, key_gates = jax.random.split(key)
     w_ih, w_hh = glorot_orthogonal(key, input_size, hidden_size, 4, dtype)
     orthogonal, square = jax.nn.initializers.orthogonal(), (hidden_size, hidden_size)
     rows = [per_gate(orthogonal, row, square, 3, dtype) for row in jax.random.split(key_gates, 3)]
-    b, p = _bias(hidden_size, dtype, "ifgo", forget_bias), jnp.zeros(3 * hidden_size, dtype)
+    b, p = gate_bias(hidden_size, dtype, f=forget_bias), jnp.zeros(3 * hidden_size, dtype)
     return FullGateRecurrenceParams(w_ih, w_hh, jnp.concatenate(rows), b, p)
 
 
@@ -242,7 +232,7 @@ def full_gate_recurrence_activations(
     from_h, from_gates = a
     z_i, z_f, z_g, z_o = jnp.split(z + from_h, 4, axis=-1)
     r_i, r_f, r_o = jnp.split(from_gates, 3, axis=-1)
-    p_i, p_f, p_o = _peepholes(params, state.c)  # type: ignore[arg-type]
+    p_i, p_f, p_o = _peepholes(params.p, state.c)
     i = sigmoid(z_i + r_i + p_i * state.c)
     f = sigmoid(z_f + r_f + p_f * state.c)
     g = tanh(z_g)
@@ -280,8 +270,9 @@ def init_coupled(
 ) -> LSTMParams:
     """Draw w_ih Glorot-uniform and w_hh orthogonal, blocks i, g, o; b_i is -forget_bias, the rest of b is 0."""
     key = checked_init(key, input_size, hidden_size, dtype)
+    check_float("forget_bias", forget_bias)
     w_ih, w_hh = glorot_orthogonal(key, input_size, hidden_size, 3, dtype)
-    return LSTMParams(w_ih, w_hh, -_bias(hidden_size, dtype, "fgo", forget_bias))  # σ(-x) = 1 - σ(x)
+    return LSTMParams(w_ih, w_hh, gate_bias(hidden_size, dtype, "igo", i=-forget_bias))  # σ(-x) = 1 - σ(x)
 
 
 def coupled_activations(params: LSTMParams, state: LSTMState, z: Array, a: Array) -> LSTMGates[Array]:
@@ -349,8 +340,9 @@ def init_layer_norm(
 ) -> LayerNormParams:
     """Draw the parameters of `LSTM`; the scales are 1, the shift is 0."""
     w_ih, w_hh, b = LSTM.init(key, input_size, hidden_size, forget_bias=forget_bias, dtype=dtype)
-    ones = jnp.ones_like(b)
-    return LayerNormParams(w_ih, w_hh, b, ones, ones, ones[:hidden_size], jnp.zeros_like(ones[:hidden_size]))
+    # Separate buffers: JAX refuses to donate the same buffer twice.
+    scale_x, scale_h, scale_c = jnp.ones_like(b), jnp.ones_like(b), jnp.ones(hidden_size, dtype)
+    return LayerNormParams(w_ih, w_hh, b, scale_x, scale_h, scale_c, shift_c=jnp.zeros(hidden_size, dtype))
 
 
 def layer_norm(x: Float[Array, "*batch n"], scale: Float[Array, "n"]) -> Float[Array, "*batch n"]:
@@ -368,8 +360,7 @@ def layer_norm_project(params: LayerNormParams, xs: Float[Array, "*lead input"])
 
 def layer_norm_activations(params: LayerNormParams, state: LSTMState, z: Array, a: Array) -> LSTMGates[Array]:
     """Return the gates, which see LN(h W_hh)."""
-    z_i, z_f, z_g, z_o = jnp.split(z + layer_norm(a, params.scale_h), 4, axis=-1)
-    return LSTMGates(sigmoid(z_i), sigmoid(z_f), tanh(z_g), sigmoid(z_o))
+    return activations(LSTMParams(*params[:3]), state, z, layer_norm(a, params.scale_h))
 
 
 def layer_norm_gates(params: LayerNormParams, state: LSTMState, z: Array, a: Array) -> tuple[LSTMState, Array]:
@@ -427,6 +418,7 @@ def init_projected(
       ValueError: a size is not a positive integer.
     """
     key = checked_init(key, input_size, hidden_size, dtype)
+    check_float("forget_bias", forget_bias)
     proj_size = (hidden_size + 1) // 2 if proj_size is None else proj_size
     check_count("proj_size", proj_size, 1)
     key_ih, key_hh, key_hr = jax.random.split(key, 3)
@@ -434,7 +426,7 @@ def init_projected(
     return ProjectedParams(
         w_ih=per_gate(glorot, key_ih, (input_size, hidden_size), 4, dtype),
         w_hh=per_gate(orthogonal, key_hh, (proj_size, hidden_size), 4, dtype),
-        b=_bias(hidden_size, dtype, "ifgo", forget_bias),
+        b=gate_bias(hidden_size, dtype, f=forget_bias),
         w_hr=per_gate(glorot, key_hr, (hidden_size, proj_size), 1, dtype),
     )
 
@@ -445,9 +437,8 @@ def initial_projected_carry(params: ProjectedParams, batch_shape: tuple[int, ...
 
 
 def projected_activations(params: ProjectedParams, state: LSTMState, z: Array, a: Array) -> LSTMGates[Array]:
-    """Return the activated gates i, f, g, o of one step."""
-    z_i, z_f, z_g, z_o = jnp.split(z + a, 4, axis=-1)
-    return LSTMGates(sigmoid(z_i), sigmoid(z_f), tanh(z_g), sigmoid(z_o))
+    """Return the gates, which are the LSTM's."""
+    return activations(LSTMParams(*params[:3]), state, z, a)
 
 
 def projected_gates(params: ProjectedParams, state: LSTMState, z: Array, a: Array) -> tuple[LSTMState, Array]:
@@ -482,16 +473,8 @@ def make_projected_lstm(proj_size: int) -> Cell[ProjectedParams, LSTMState]:
     """
     check_count("proj_size", proj_size, 1)
 
-    def init(key: Key[Array, ""], input_size: int, hidden_size: int, **options: DTypeLike) -> ProjectedParams:
-        return init_projected(key, input_size, hidden_size, proj_size=proj_size, **options)  # type: ignore[arg-type]
-
-    return Cell(
-        init,
-        initial_projected_carry,
-        projected_gates,
-        activations=projected_activations,
-        name=f"ProjectedLSTM({proj_size})",
-    )
+    init = functools.partial(init_projected, proj_size=proj_size)
+    return dataclasses.replace(ProjectedLSTM, init=init, name=f"ProjectedLSTM({proj_size})")
 
 
 # The original: memory blocks whose cells share their gates, no forget gate (Hochreiter & Schmidhuber 1997).
@@ -587,28 +570,26 @@ def init_slstm(
     return LSTM.init(key, input_size, hidden_size, forget_bias=forget_bias, dtype=dtype)
 
 
-def _log_f_and_m(state: SLSTMState, z_i: Array, z_f: Array) -> tuple[Array, Array]:
-    """Return log f, relative to the old m, and the new m; at n = 0 nothing was stored yet, so f is 0 and m is z_i."""
-    log_f = jax.nn.log_sigmoid(z_f) + jnp.where(state.n == 0, -jnp.inf, state.m)
-    return log_f, jnp.maximum(log_f, z_i)
-
-
-def slstm_activations(params: LSTMParams, state: SLSTMState, z: Array, a: Array) -> LSTMGates[Array]:
-    """Return the gates; i and f are both divided by exp(m)."""
+def _slstm_gates_and_m(state: SLSTMState, z: Array, a: Array) -> tuple[LSTMGates[Array], Array]:
+    """Return the gates, i and f divided by exp(m), and m. At n = 0 nothing was stored yet: f is 0, and m is z_i."""
     z_i, z_f, z_g, z_o = jnp.split(z + a, 4, axis=-1)
-    log_f, m = _log_f_and_m(state, z_i, z_f)
+    log_f = jax.nn.log_sigmoid(z_f) + jnp.where(state.n == 0, -jnp.inf, state.m)
+    m = jnp.maximum(log_f, z_i)
     i = jnp.exp(z_i - m)
     f = jnp.exp(log_f - m)
     g = tanh(z_g)
     o = sigmoid(z_o)
-    return LSTMGates(i, f, g, o)
+    return LSTMGates(i, f, g, o), m
+
+
+def slstm_activations(params: LSTMParams, state: SLSTMState, z: Array, a: Array) -> LSTMGates[Array]:
+    """Return the gates; i and f are both divided by exp(m)."""
+    return _slstm_gates_and_m(state, z, a)[0]
 
 
 def slstm_gates(params: LSTMParams, state: SLSTMState, z: Array, a: Array) -> tuple[SLSTMState, Array]:
     """Take a step of the sLSTM."""
-    z_i, z_f, _, _ = jnp.split(z + a, 4, axis=-1)
-    _, m = _log_f_and_m(state, z_i, z_f)
-    i, f, g, o = slstm_activations(params, state, z, a)
+    (i, f, g, o), m = _slstm_gates_and_m(state, z, a)
     c = f * state.c + i * g
     n = f * state.n + i
     h = o * (c / n)

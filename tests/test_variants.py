@@ -214,6 +214,16 @@ def test_every_method_computes_the_same_gradient(name):
     assert found.agree, str(found)
 
 
+@every_cell
+def test_parameters_and_carry_may_be_donated(name):
+    cell = ALL[name][0]
+    params = cell.init(jax.random.key(0), I, H, dtype="float64")
+    fresh = jax.tree.map(jnp.copy, (params, cell.initial_carry(params, (B,))))
+    step = jax.jit(lambda params, carry, x: (params, cell.step(params, carry, x)), donate_argnums=(0, 1))
+    x = jnp.asarray(normal(3, B, I))
+    assert worst_error(step(params, cell.initial_carry(params, (B,)), x)[1], cell.step(*fresh, x)) < 1e-14
+
+
 # What a cell is in a special case.
 
 
@@ -377,7 +387,7 @@ def test_the_truncated_gradient_of_1997_is_that_with_all_unit_outputs_held_fixed
 @pytest.mark.ci
 @pytest.mark.documented
 def test_the_page_has_the_cells_costs_and_examples_that_are_right():
-    """The examples' gradients, in float64, equal those of a plain loop; the table is what its program prints."""
+    """The examples compute what plain loops compute, in float64; the page holds the table that its program prints."""
     page = Path(__file__).parents[1] / "docs" / "variants.md"
     printed = subprocess.run([sys.executable, "docs/cells.py"], cwd=page.parents[1], capture_output=True, text=True)
     assert printed.stdout.count("\n") == 17 and printed.stdout in page.read_text(encoding="utf-8")

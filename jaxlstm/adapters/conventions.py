@@ -13,7 +13,6 @@ from jaxtyping import Array, Key
 
 from jaxlstm import (
     GRU,
-    LSTM,
     Cell,
     GRUParams,
     GRUState,
@@ -54,9 +53,6 @@ def _step(cell: Cell[Any, Any], state: Any, params: Any, h: Array, x: Array) -> 
 
 def _lstm(gate_fn: Function, activation_fn: Function) -> Cell[LSTMParams, LSTMState]:
     """Return the LSTM with these functions in place of σ and tanh."""
-    if _are_usual(gate_fn, activation_fn):
-        return LSTM
-
     return variants.make_lstm(gate=gate_fn, candidate=activation_fn, output=activation_fn)
 
 
