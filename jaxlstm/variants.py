@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxlstm.cell import Cell, glorot_orthogonal, matmul, per_gate
 from jaxlstm.checks import ArgumentValueError, border, cached, check_count, check_float, check_function, checked_init
-from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState, activations, gate_bias, initial_carry
+from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState, activations, gate_bias, gates_jvp, initial_carry
 
 sigmoid, tanh = jax.nn.sigmoid, jnp.tanh
 
@@ -293,20 +293,13 @@ def coupled_gates(params: LSTMParams, state: LSTMState, z: Array, a: Array) -> t
 
 
 def coupled_gates_jvp(params: LSTMParams, state: LSTMState, values: LSTMGates[Array]) -> Partial:
-    """Return the derivative of `coupled_gates`, given the gates."""
-    i, f, g, o = values
-    tanh_c = tanh(f * state.c + i * g)
-    by_z = ((g - state.c) * i * f, i * (1 - g**2), tanh_c * o * (1 - o))
-    return Partial(_coupled_linear, f, o * (1 - tanh_c**2), by_z)
+    """Return the derivative of `coupled_gates`, given the gates: the LSTM's, since f = σ(-z_i)."""
+    return Partial(_coupled_linear, gates_jvp(params, state, values))
 
 
-def _coupled_linear(
-    f: Array, by_c: Array, by_z: tuple[Array, Array, Array], d_state: LSTMState, d_z: Array
-) -> tuple[LSTMState, Array]:
+def _coupled_linear(of_lstm: Partial, d_state: LSTMState, d_z: Array) -> tuple[LSTMState, Array]:
     d_z_i, d_z_g, d_z_o = jnp.split(d_z, 3, axis=-1)
-    d_c = f * d_state.c + by_z[0] * d_z_i + by_z[1] * d_z_g
-    d_h = by_c * d_c + by_z[2] * d_z_o
-    return LSTMState(d_h, d_c), d_h
+    return of_lstm(d_state, jnp.concatenate([d_z_i, -d_z_i, d_z_g, d_z_o], axis=-1))
 
 
 CoupledLSTM: Cell[LSTMParams, LSTMState] = Cell(

@@ -241,7 +241,7 @@ FAULTS = [
           'w_hh=_side_by_side(tree, "h", "igfo", "kernel")', "test_adapters.py"),
     Fault("dtype of a module forgotten", "jaxlstm/adapters/conventions.py", "options.cell if dtype is None else low_precision(options.cell, dtype)",
           "options.cell", "test_adapters.py"),
-    Fault("derivative of coupled gates forgets c", "jaxlstm/variants.py", "(g - state.c) * i * f", "g * i * f", "test_variants.py"),
+    Fault("derivative of coupled gates forgets f", "jaxlstm/variants.py", "[d_z_i, -d_z_i, d_z_g, d_z_o]", "[d_z_i, 0 * d_z_i, d_z_g, d_z_o]", "test_variants.py"),
     Fault("cells of a block take the gates of another", "jaxlstm/variants.py", "jnp.repeat(i, block_size, axis=-1)",
           "jnp.tile(i, block_size)", "test_variants.py"),
     Fault("truncation of 1997 forgotten", "jaxlstm/variants.py", "lax.stop_gradient(units) if truncate else units", "units", "test_variants.py"),
