@@ -646,7 +646,7 @@ def make_lstm(
         h = o * output(c)
         return LSTMState(h, c), h
 
-    return Cell(LSTM.init, initial_carry, gates, activations=activations, name="LSTM variant")
+    return Cell(LSTM.init, initial_carry, gates, activations=activations, name="LSTM(variant)")
 
 
 def _clipped(x: Array, limit: float | None) -> Array:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -84,7 +84,7 @@ class Options(NamedTuple):
     """The settings of a layer, apart from the number of features it reads."""
 
     cell: Cell[Any, Any]
-    features: int
+    features: Any  # an int, or one for each layer
     num_layers: int
     bidirectional: bool
     param_dtype: DTypeLike
@@ -113,7 +113,11 @@ def either(given: Any, own: Any) -> Any:
 
 def init_layers(key: Key[Array, ""], input_size: int, options: Options) -> dict[str, Any]:
     """Draw the parameters of a stack as nested dicts: `layer_0: {forward: {w_ih, ...}, ...}`."""
-    layers = _init_stack(key, input_size, options)
+    return tree_of(_init_stack(key, input_size, options))
+
+
+def tree_of(layers: Sequence[Any]) -> dict[str, Any]:
+    """Return a stack as the nested dicts that Flax stores."""
     return {f"layer_{depth}": serialization.to_state_dict(layer) for depth, layer in enumerate(layers)}
 
 
@@ -129,7 +133,11 @@ def layers_of(tree: Any, input_size: int, options: Options) -> list[Any]:
 def _init_stack(key: Key[Array, ""], input_size: int, options: Options) -> list[Any]:
     if not hasattr(options.num_layers, "__index__") or options.num_layers < 1:
         raise ValueError(f"Recurrent: num_layers must be a positive int, got {options.num_layers!r}.")
-    hidden_sizes = [options.features] * options.num_layers
+    hidden_sizes = options.features
+    if not isinstance(hidden_sizes, Sequence):
+        hidden_sizes = [hidden_sizes] * options.num_layers
+    elif options.num_layers not in (1, len(hidden_sizes)):
+        raise ValueError(f"Recurrent: num_layers is {options.num_layers}, features has {len(hidden_sizes)} sizes.")
     return init_stack(
         key,
         options.cell,

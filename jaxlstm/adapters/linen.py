@@ -4,11 +4,12 @@
     variables = lstm.init(key, inputs)                                 # [batch, time, features]
     outputs = lstm.apply(variables, inputs, seq_lengths=lengths)
 
-A checkpoint of `nn.LSTMCell`, `nn.OptimizedLSTMCell` or `nn.GRUCell` loads into the cells here, and `lstm_params` and
-`gru_params` turn it into parameters for `unroll`.
+A checkpoint of `nn.LSTMCell`, `nn.OptimizedLSTMCell` or `nn.GRUCell` loads into the cells here. `from_rnn` turns a
+checkpoint of `nn.RNN` into parameters of `Recurrent`, and `recurrent_params` takes those of any other framework, which
+`jaxlstm.adapters.weights` reads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,16 +19,16 @@ from flax.linen.recurrent import DenseParams
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxlstm import LSTM, Cell, GRUParams, LSTMParams
-from jaxlstm.adapters import conventions
+from jaxlstm import GRU, LSTM, Cell, GRUParams, LSTMParams
+from jaxlstm.adapters import conventions, weights
 
 
 class Recurrent(nn.Module):
     """A stack of any cell, in one direction or both; `unroll_stack` as a module.
 
     Attributes:
-      features: units of each layer, and of each direction.
-      num_layers: layers stacked on one another.
+      features: units of each layer, and of each direction; or a list with the units of every layer.
+      num_layers: layers stacked on one another; with a list of features, their number.
       bidirectional: every layer runs in both directions; outputs have 2·features.
       dropout: rate between layers; the key comes from the collection "dropout".
       cell: a `Cell`, such as `LSTM`, `GRU`, or your own.
@@ -38,7 +39,7 @@ class Recurrent(nn.Module):
       deterministic: no dropout.
     """
 
-    features: int
+    features: int | Sequence[int]
     num_layers: int = 1
     bidirectional: bool = False
     dropout: float = 0.0
@@ -109,7 +110,7 @@ class LSTMCell(nn.OptimizedLSTMCell):
         """Return the carry (c, h) after one step, and the output."""
         _, h = carry
         tree = _dense_params(self, "ifgo", inputs, h, input_bias="", hidden_bias="ifgo")
-        h, x, *params = promote_dtype(h, inputs, *lstm_params(tree), dtype=self.dtype)
+        h, x, *params = promote_dtype(h, inputs, *weights.from_linen(LSTM, tree), dtype=self.dtype)
         return conventions.step_lstm(self, carry, (LSTMParams(*params), h, x))
 
 
@@ -120,31 +121,23 @@ class GRUCell(nn.GRUCell):
     def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
         """Return the carry after one step, and the output."""
         tree = _dense_params(self, "rzn", inputs, carry, input_bias="rzn", hidden_bias="n")
-        h, x, *params = promote_dtype(carry, inputs, *gru_params(tree), dtype=self.dtype)
+        h, x, *params = promote_dtype(carry, inputs, *weights.from_linen(GRU, tree), dtype=self.dtype)
         return conventions.step_gru(self, carry, (GRUParams(*params), h, x))
 
 
-def lstm_params(tree: Mapping[str, Mapping[str, Any]]) -> LSTMParams:
-    """Return the parameters of an `nn.LSTMCell` or `nn.OptimizedLSTMCell` as `unroll` takes them."""
-    return LSTMParams(
-        w_ih=_side_by_side(tree, "i", "ifgo", "kernel"),
-        w_hh=_side_by_side(tree, "h", "ifgo", "kernel"),
-        b=_side_by_side(tree, "h", "ifgo", "bias"),
-    )
+def recurrent_params(layers: Sequence[Any]) -> dict[str, Any]:
+    """Return the parameters of a `Recurrent` from a list of layers, as `unroll_stack` takes them."""
+    return {"layers": conventions.tree_of(layers)}
 
 
-def gru_params(tree: Mapping[str, Mapping[str, Any]]) -> GRUParams:
-    """Return the parameters of an `nn.GRUCell` as `unroll` takes them; Flax's z is u here."""
-    return GRUParams(
-        w_ih=_side_by_side(tree, "i", "rzn", "kernel"),
-        w_hh=_side_by_side(tree, "h", "rzn", "kernel"),
-        b=_side_by_side(tree, "i", "rzn", "bias"),
-        b_hn=tree["hn"]["bias"],
-    )
+def from_rnn(cell: Cell[Any, Any], *trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a `Recurrent` from those of `nn.RNN` or `nn.Bidirectional`, one tree per layer.
 
-
-def _side_by_side(tree: Mapping[str, Mapping[str, Any]], side: str, gates: str, kind: str) -> Array:
-    return jnp.concatenate([tree[side + gate][kind] for gate in gates], axis=-1)
+    Args:
+      cell: `LSTM` or `GRU`.
+      *trees: as `jaxlstm.adapters.weights.from_linen` reads them.
+    """
+    return recurrent_params([weights.from_linen(cell, tree) for tree in trees])
 
 
 def _dense_params(
@@ -164,5 +157,5 @@ def _dense_params(
                 name=side + gate,
             )
             kernel, bias = dense(value)
-            tree[side + gate] = {"kernel": kernel, "bias": bias}
+            tree[side + gate] = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
     return tree

@@ -6,6 +6,7 @@
 The cells have the same parameters as Flax's, so checkpoints load; `cell.params` returns them as `unroll` takes them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ class Recurrent(nnx.Module):
     def __init__(
         self,
         in_features: int,
-        features: int,
+        features: int | Sequence[int],
         *,
         num_layers: int = 1,
         bidirectional: bool = False,
@@ -42,8 +43,8 @@ class Recurrent(nnx.Module):
 
         Args:
           in_features: features of the inputs.
-          features: units of each layer, and of each direction.
-          num_layers: layers stacked on one another.
+          features: units of each layer, and of each direction; or a list with the units of every layer.
+          num_layers: layers stacked on one another; with a list of features, their number.
           bidirectional: every layer runs in both directions; outputs have 2·features.
           dropout: rate between layers.
           cell: a `Cell`, such as `LSTM`, `GRU`, or your own.
@@ -60,6 +61,26 @@ class Recurrent(nnx.Module):
         tree = conventions.init_layers(rngs.params(), in_features, self.options)
         self.layers = nnx.data(jax.tree.map(nnx.Param, tree))
         self.rngs = rngs.dropout.fork() if dropout else nnx.data(None)
+
+    @property
+    def params(self) -> list[Any]:
+        """The stack as `unroll_stack` takes it."""
+        tree = jax.tree.map(lambda p: p[...], self.layers, is_leaf=_is_param)
+        return conventions.layers_of(tree, self.in_features, self.options)
+
+    def load(self, layers: Sequence[Any]) -> None:
+        """Replace the parameters by a stack, such as `jaxlstm.adapters.weights.from_torch` returns.
+
+        Raises:
+          ValueError: the stack has other shapes.
+        """
+        tree = conventions.tree_of(layers)
+        expected = jax.tree.map(lambda p: p[...].shape, self.layers, is_leaf=_is_param)
+        got = jax.tree.map(jnp.shape, tree)
+        if got != expected:
+            raise ValueError(f"Recurrent: layers must have the shapes {expected}, got {got}.")
+        # In place: an optimizer may hold these very variables.
+        nnx.update(self, {"layers": tree})
 
     def __call__(
         self,
@@ -83,7 +104,6 @@ class Recurrent(nnx.Module):
           return_carry, time_major, deterministic: override the attributes.
           rngs: for dropout; overrides the module's own.
         """
-        tree = jax.tree.map(lambda p: p[...], self.layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
         drops = self.dropout and not conventions.either(deterministic, self.deterministic)
         stream = self.rngs if rngs is None else getattr(rngs, "dropout", rngs)
         call = conventions.Call(
@@ -97,8 +117,11 @@ class Recurrent(nnx.Module):
             time_major=conventions.either(time_major, self.time_major),
             return_carry=conventions.either(return_carry, self.return_carry),
         )
-        layers = conventions.layers_of(tree, self.in_features, self.options)
-        return conventions.run_layers(layers, jnp.asarray(inputs), self.options, call)
+        return conventions.run_layers(self.params, jnp.asarray(inputs), self.options, call)
+
+
+def _is_param(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Param)
 
 
 class LSTMCell(nnx.LSTMCell):
