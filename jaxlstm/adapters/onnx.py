@@ -4,6 +4,9 @@
     onnx.save(model, "lstm.onnx")
     session = onnxruntime.InferenceSession("lstm.onnx")
     [ys] = session.run(["ys"], {"xs": xs, "lengths": lengths})
+
+`jaxlstm.adapters.weights` reads the weights of an ONNX model; to run a model without its Python code but with JAX, use
+`jax.export` (docs/deployment.md).
 """
 
 from collections.abc import Sequence
@@ -13,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from jaxlstm import GRU, LSTM, Bidirectional, Cell, make_rnn
+from jaxlstm import GRU, LSTM, Cell, make_rnn
 from jaxlstm.adapters import weights
 from jaxlstm.variants import CoupledLSTM, PeepholeLSTM
 

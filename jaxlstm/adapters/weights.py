@@ -615,7 +615,7 @@ def _numpy(function: str, kind: Kind, params: Any) -> Any:
     """Return parameters, or gradients, as NumPy arrays."""
     if not isinstance(params, kind.params):
         raise TypeError(f"{function}: expected {kind.params.__name__}, got {type(params).__name__}.")
-    return kind.params(*map(np.asarray, params))
+    return kind.params(*map(np.array, params))  # copies: torch warns about arrays that it cannot write to
 
 
 def _list_of_layers(function: str, layers: Any) -> Sequence[Any]:

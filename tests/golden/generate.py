@@ -18,6 +18,14 @@ STACKS = list(
     itertools.product((1, 2, 3), (1, 2), (None, (6, 1, 4, 5)), (False, True))
 )  # layers, directions, lengths, carry
 STACK_SHAPE = (6, 4, 2, 3)
+# Larger modules, whose weights test_weights.py converts: the module, its options, all but sizes.
+WEIGHTS = {
+    "LSTM": ("LSTM", {"num_layers": 3, "bias": False}),
+    "ProjectedLSTM": ("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 3}),
+    "GRU": ("GRU", {"num_layers": 2, "bidirectional": True}),
+    "RNN": ("RNN", {"num_layers": 2, "bidirectional": True}),
+}
+WEIGHTS_SHAPE = (5, 2, 3, 4)
 
 
 def draw(seed, parameter_shapes, shape, *, directions=1, num_states=2, num_layers=1):
@@ -104,6 +112,24 @@ def stack(num_layers, directions, lengths, carry):
     return {name: value for name, value in results.items() if kept(name)}
 
 
+def whole(kind, options, seed=3):
+    """Run a module on random weights, data and cotangents; return all of them, results and gradients."""
+    import torch
+
+    num_steps, batch, input_size, hidden = WEIGHTS_SHAPE
+    module = getattr(torch.nn, kind)(input_size, hidden, dtype=torch.float64, **options)
+    normal = np.random.default_rng(seed).normal
+    tensor = lambda *shape: torch.tensor(normal(size=shape))
+    for parameter in module.parameters():
+        parameter.data = tensor(*parameter.shape) / 2
+    directions, out = 1 + module.bidirectional, module.proj_size or hidden
+    state_shapes = [(module.num_layers * directions, batch, size) for size in (out, hidden)[: 1 + (kind == "LSTM")]]
+    states, d_states = ([tensor(*shape) for shape in state_shapes] for _ in range(2))
+    xs, d_ys = tensor(num_steps, batch, input_size), tensor(num_steps, batch, directions * out)
+    results = run(module, xs, states, d_ys, d_states)
+    return results | {"d_ys": d_ys.numpy()} | {f"d_final{k}": d.numpy() for k, d in enumerate(d_states)}
+
+
 def float32_error(seed):
     """Return the relative error of torch's float32 weight gradients of an LSTM against its own in float64."""
     single, double = (case("LSTM", shape=FLOAT32_SHAPE, seed=seed, dtype=dtype) for dtype in ("float32", "float64"))
@@ -116,6 +142,7 @@ def generate():
     """Return everything that torch.npz holds."""
     cases = {name: case(name) for name in MODULES}
     cases |= {f"packed {name}": case(name, lengths=LENGTHS, bidirectional=True, seed=1) for name in MODULES}
+    cases |= {f"weights {name}": whole(*options) for name, options in WEIGHTS.items()}
     cases |= {f"stack {n}": stack(*options) for n, options in enumerate(STACKS)}
     arrays = {f"{name}/{key}": value for name, results in cases.items() for key, value in results.items()}
     return arrays | {"float32 errors": np.array([float32_error(seed) for seed in SEEDS])}
