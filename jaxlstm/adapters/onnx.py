@@ -20,13 +20,18 @@ from jaxlstm import GRU, LSTM, Cell, make_rnn
 from jaxlstm.adapters import weights
 from jaxlstm.variants import CoupledLSTM, PeepholeLSTM
 
+
+def _equations(cell: Cell[Any, Any]) -> Any:
+    return cell.project, cell.recur, cell.gates
+
+
 # The ONNX operator of a cell's equations, and its attributes.
 OPERATORS: dict[Any, tuple[str, dict[str, Any]]] = {
-    LSTM.gates: ("LSTM", {}),
-    PeepholeLSTM.gates: ("LSTM", {}),
-    CoupledLSTM.gates: ("LSTM", {"input_forget": 1}),
-    GRU.gates: ("GRU", {"linear_before_reset": 1}),
-    **{make_rnn(phi).gates: ("RNN", {"activations": [phi.capitalize()]}) for phi in ("tanh", "relu", "sigmoid")},
+    _equations(LSTM): ("LSTM", {}),
+    _equations(PeepholeLSTM): ("LSTM", {}),
+    _equations(CoupledLSTM): ("LSTM", {"input_forget": 1}),
+    _equations(GRU): ("GRU", {"linear_before_reset": 1}),
+    **{_equations(make_rnn(phi)): ("RNN", {"activations": [phi.capitalize()]}) for phi in ("tanh", "relu", "sigmoid")},
 }
 DTYPES = ("float16", "float32", "float64")
 OPSET, IR_VERSION = 14, 8  # old enough for the runtimes in use: these operators have not changed since
@@ -57,7 +62,7 @@ def to_onnx(
       TypeError: `layers` is not a list of this cell's parameters.
       ValueError: ONNX has no such cell, or no such dtype.
     """
-    if not isinstance(cell, Cell) or cell.gates not in OPERATORS:
+    if not isinstance(cell, Cell) or _equations(cell) not in OPERATORS:
         names = "LSTM, GRU, RNN, PeepholeLSTM or CoupledLSTM"
         raise ValueError(f"to_onnx: cell must be {names}, as it is, got {getattr(cell, 'name', cell)}.")
     if not isinstance(layers, list | tuple) or hasattr(layers, "_fields") or not layers:
@@ -73,7 +78,7 @@ def to_onnx(
     features = 0
     for depth, of_layer in enumerate(arrays):
         given = ("lengths" if lengths else "", initial_carries)
-        ys, features = _add_layer(graph, OPERATORS[cell.gates], of_layer, f"layer_{depth}", ys, *given)
+        ys, features = _add_layer(graph, OPERATORS[_equations(cell)], of_layer, f"layer_{depth}", ys, *given)
     if readout is not None:
         w, b = (np.asarray(value) for value in readout)
         if w.ndim != 2 or w.shape[0] != features or b.shape != w.shape[1:] or {w.dtype, b.dtype} != {dtype}:
