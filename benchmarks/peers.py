@@ -43,6 +43,15 @@ def problem(shape: Shape) -> Arrays:
     return {name: value.astype(np.float32) for name, value in draw.items()}
 
 
+def params_of(given: Arrays) -> Any:
+    """Return the weights of a problem as `LSTMParams`."""
+    import jax.numpy as jnp
+
+    from jaxlstm import LSTMParams
+
+    return LSTMParams(*(jnp.asarray(given[name]) for name in ("w_ih", "w_hh", "b")))
+
+
 def of_jax(
     apply: Callable[[Any, Any], Any], params: Any, given: Arrays, back: Callable[[Any], Any], batch_major: bool = False
 ) -> Layer:
@@ -87,15 +96,12 @@ def of_jax(
 
 def jaxlstm(given: Arrays, scan: bool) -> Layer:
     """Make a layer of jaxlstm, differentiated by its rule or by autodiff of the scan."""
-    import jax.numpy as jnp
-
-    from jaxlstm import LSTM, Bulk, LSTMParams, Scan, unroll
+    from jaxlstm import LSTM, Bulk, Scan, unroll
 
     def apply(params: Any, xs: Any) -> Any:
         return unroll(LSTM, params, xs, gradient=Scan() if scan else Bulk())[1]
 
-    params = LSTMParams(*(jnp.asarray(given[name]) for name in ("w_ih", "w_hh", "b")))
-    return of_jax(apply, params, given, tuple)
+    return of_jax(apply, params_of(given), given, tuple)
 
 
 def scan_lstm(params: Any, xs: Any) -> Any:
@@ -126,18 +132,12 @@ def linen(given: Arrays, cell: str) -> Layer:
     """Make a layer of Flax linen."""
     from flax import linen as nn
 
+    from jaxlstm import LSTM
+    from jaxlstm.adapters import weights
+
     layer = nn.RNN(getattr(nn, cell)(given["w_hh"].shape[0]), time_major=True)
-    gates = [np.split(given[name], 4, axis=-1) for name in ("w_ih", "w_hh", "b")]
-    params: dict[str, Any] = {}
-    for gate, w_ih, w_hh, b in zip("ifgo", *gates, strict=True):
-        params |= {f"i{gate}": {"kernel": w_ih}, f"h{gate}": {"kernel": w_hh, "bias": b}}
-
-    def back(d: Any) -> Any:
-        d = d["params"]["cell"]
-        names = (("i", "kernel"), ("h", "kernel"), ("h", "bias"))
-        return tuple(np.concatenate([d[side + gate][name] for gate in "ifgo"], -1) for side, name in names)
-
-    return of_jax(layer.apply, {"params": {"cell": params}}, given, back)
+    own = {"params": {"cell": weights.to_linen(LSTM, params_of(given))}}
+    return of_jax(layer.apply, own, given, lambda d: weights.from_linen(LSTM, d["params"]))
 
 
 def nnx(given: Arrays, cell: str) -> Layer:
@@ -145,34 +145,20 @@ def nnx(given: Arrays, cell: str) -> Layer:
     import jax.numpy as jnp
     from flax import nnx as library
 
+    from jaxlstm import LSTM
+    from jaxlstm.adapters import weights
+
     input_size, hidden = given["w_ih"].shape[0], given["w_hh"].shape[0]
     rngs = library.Rngs(0)
     layer = library.RNN(getattr(library, cell)(input_size, hidden, rngs=rngs), time_major=True, rngs=rngs)
+    library.update(layer.cell, weights.to_nnx(LSTM, params_of(given), optimized=cell == "OptimizedLSTMCell"))
     graph, params, rest = library.split(layer, library.Param, ...)
-    # The paths of its parameters, in the order of w_ih, w_hh and b; one per gate, or one for all gates.
-    if cell == "OptimizedLSTMCell":
-        groups = [[("dense_i", "kernel")], [("dense_h", "kernel")], [("dense_h", "bias")]]
-    else:
-        inputs = ["ii", "if_", "ig", "io"]
-        groups = [
-            [(name, "kernel") for name in inputs],
-            [(f"h{gate}", "kernel") for gate in "ifgo"],
-            [(f"h{gate}", "bias") for gate in "ifgo"],
-        ]
-    flat = dict(library.to_flat_state(params))
-    for group, name in zip(groups, ("w_ih", "w_hh", "b"), strict=True):
-        for path, value in zip(group, np.split(given[name], len(group), axis=-1), strict=True):
-            flat["cell", *path] = flat["cell", *path].replace(value)
 
     def apply(params: Any, xs: Any) -> Any:
         zero = jnp.zeros((xs.shape[1], hidden))
         return library.merge(graph, params, rest)(xs, initial_carry=(zero, zero))
 
-    def back(d: Any) -> Any:
-        d = {path: np.asarray(leaf[...]) for path, leaf in library.to_flat_state(d)}
-        return tuple(np.concatenate([d["cell", *path] for path in group], -1) for group in groups)
-
-    return of_jax(apply, library.from_flat_state(flat), given, back)
+    return of_jax(apply, params, given, lambda d: weights.from_nnx(LSTM, d))
 
 
 def equinox(given: Arrays) -> Layer:
@@ -181,11 +167,13 @@ def equinox(given: Arrays) -> Layer:
     import jax
     import jax.numpy as jnp
 
+    from jaxlstm import LSTM
+    from jaxlstm.adapters import weights
+
     input_size, hidden = given["w_ih"].shape[0], given["w_hh"].shape[0]
+    fields = weights.to_equinox(LSTM, params_of(given))
     cell = library.nn.LSTMCell(input_size, hidden, key=jax.random.key(0))
-    cell = library.tree_at(
-        lambda c: (c.weight_ih, c.weight_hh, c.bias), cell, (given["w_ih"].T, given["w_hh"].T, given["b"])
-    )
+    cell = library.tree_at(lambda c: [getattr(c, name) for name in fields], cell, list(fields.values()))
     params, static = library.partition(cell, library.is_array)
 
     def apply(params: Any, xs: Any) -> Any:
@@ -198,36 +186,28 @@ def equinox(given: Arrays) -> Layer:
 
         return jax.lax.scan(step, (zero, zero), xs)[1]
 
-    def back(d: Any) -> Any:
-        return d.weight_ih.T, d.weight_hh.T, d.bias
-
-    return of_jax(apply, params, given, back)
+    return of_jax(apply, params, given, lambda d: weights.from_equinox(LSTM, vars(d)))
 
 
 def haiku(given: Arrays) -> Layer:
-    """Make a layer of Haiku, whose gates are in the order i g f o."""
+    """Make a layer of Haiku."""
     import haiku as library
 
-    input_size, hidden = given["w_ih"].shape[0], given["w_hh"].shape[0]
+    from jaxlstm import LSTM
+    from jaxlstm.adapters import weights
+
+    hidden = given["w_hh"].shape[0]
 
     def run(xs: Any) -> Any:
         core = library.LSTM(hidden)
         return library.dynamic_unroll(core, xs, core.initial_state(xs.shape[1]))[0]
 
-    def swap(value: np.ndarray) -> np.ndarray:  # its own inverse
-        i, f, g, o = np.split(value, 4, axis=-1)
-        return np.concatenate([i, g, f, o], -1)
+    def back(d: Any) -> Any:
+        w_ih, w_hh, b = weights.from_haiku(LSTM, d["lstm/linear"])
+        return w_ih, w_hh, b.at[hidden : 2 * hidden].add(-1)  # the conversion of weights adds 1 to b_f
 
     apply = library.without_apply_rng(library.transform(run)).apply
-    b = given["b"].copy()
-    b[hidden : 2 * hidden] -= 1  # Haiku adds 1 to the forget gate's bias when it runs
-    own = {"lstm/linear": {"w": swap(np.concatenate([given["w_ih"], given["w_hh"]])), "b": swap(b)}}
-
-    def back(d: Any) -> Any:
-        w, b = (swap(d["lstm/linear"][name]) for name in ("w", "b"))
-        return w[:input_size], w[input_size:], b
-
-    return of_jax(apply, own, given, back)
+    return of_jax(apply, {"lstm/linear": weights.to_haiku(LSTM, params_of(given))}, given, back)
 
 
 def keras(given: Arrays) -> Layer:
@@ -235,31 +215,31 @@ def keras(given: Arrays) -> Layer:
     os.environ["KERAS_BACKEND"] = "jax"
     import keras as library
 
+    from jaxlstm import LSTM
+    from jaxlstm.adapters import weights
+
     layer = library.layers.LSTM(given["w_hh"].shape[0], return_sequences=True)
     layer.build((None, None, given["w_ih"].shape[0]))
-    layer.set_weights([given["w_ih"], given["w_hh"], given["b"]])
+    layer.set_weights(weights.to_keras(LSTM, params_of(given)))
     own = [np.asarray(v.value) for v in layer.trainable_variables]
     rest = [v.value for v in layer.non_trainable_variables]
 
     def apply(params: Any, xs: Any) -> Any:
         return layer.stateless_call(params, rest, xs)[0]
 
-    return of_jax(apply, own, given, tuple, batch_major=True)
+    return of_jax(apply, own, given, lambda d: weights.from_keras(LSTM, d), batch_major=True)
 
 
 def torch(given: Arrays) -> Layer:
     """Make a layer of torch."""
     import torch as library
 
+    from jaxlstm import LSTM
+    from jaxlstm.adapters import weights
+
     layer = library.nn.LSTM(given["w_ih"].shape[0], given["w_hh"].shape[0])
-    with library.no_grad():
-        for name, value in (
-            ("weight_ih_l0", given["w_ih"].T),
-            ("weight_hh_l0", given["w_hh"].T),
-            ("bias_ih_l0", given["b"]),
-        ):
-            getattr(layer, name).copy_(library.from_numpy(np.ascontiguousarray(value)))
-        layer.bias_hh_l0.zero_()
+    state_dict = weights.to_torch(LSTM, [params_of(given)])
+    layer.load_state_dict({name: library.from_numpy(value) for name, value in state_dict.items()})
     xs, weight = library.from_numpy(given["xs"]).requires_grad_(), library.from_numpy(given["weight"])
     wanted = (layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0, xs)
 
@@ -280,32 +260,18 @@ def torch(given: Arrays) -> Layer:
 def onnxruntime(given: Arrays) -> Layer:
     """Make a layer of ONNX Runtime, which has no gradient."""
     import onnxruntime as library
-    from onnx import TensorProto, helper, numpy_helper
 
-    hidden = given["w_hh"].shape[0]
+    from jaxlstm import LSTM
+    from jaxlstm.adapters.onnx import to_onnx
 
-    def rows(value: np.ndarray) -> np.ndarray:  # columns i f g o -> rows i o f g, for one direction
-        i, f, g, o = np.split(value, 4, axis=-1)
-        return np.ascontiguousarray(np.concatenate([i, o, f, g], -1).T[None])
-
-    b = np.concatenate([rows(given["b"]), np.zeros((1, 4 * hidden), np.float32)], -1)
-    constants = {"W": rows(given["w_ih"]), "R": rows(given["w_hh"]), "B": b}
-    num_steps, batch, _ = given["xs"].shape
-    graph = helper.make_graph(
-        [helper.make_node("LSTM", ["X", *constants], ["Y"], hidden_size=hidden)],
-        "lstm",
-        [helper.make_tensor_value_info("X", TensorProto.FLOAT, given["xs"].shape)],
-        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, (num_steps, 1, batch, hidden))],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
+    model = to_onnx(LSTM, [params_of(given)])
     session = library.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
     def forward() -> Any:
-        return session.run(None, {"X": given["xs"]})[0]
+        return session.run(["ys"], {"xs": given["xs"]})[0]
 
     def read(ys: Any, _: None) -> Arrays:
-        return {"ys": ys[:, 0]}
+        return {"ys": ys}
 
     return Layer(forward, None, read)
 

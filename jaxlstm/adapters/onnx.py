@@ -117,6 +117,9 @@ def _add_layer(
     outputs = [f"{layer}.outputs", *(f"{name}_n" for name in carry)]
     graph.add(kind, inputs, *outputs, hidden_size=hidden, direction=direction, **attributes)
     # [time, directions, batch, hidden] -> [time, batch, directions·hidden]
+    if directions == 1:
+        axis = graph.add_constant(f"{layer}.axis", np.array([1]))
+        return graph.add("Squeeze", [outputs[0], axis], f"{layer}.ys"), hidden
     swapped = graph.add("Transpose", outputs[:1], f"{layer}.swapped", perm=[0, 2, 1, 3])
     shape = graph.add_constant(f"{layer}.shape", np.array([0, 0, -1]))  # 0 keeps a size
     return graph.add("Reshape", [swapped, shape], f"{layer}.ys"), directions * hidden
