@@ -13,9 +13,21 @@ import pytest
 from flax import linen as nn
 from flax import nnx, serialization
 
-from jaxlstm import GRU, LSTM, Bidirectional, Chunked, LSTMState, length_mask, low_precision, unroll, unroll_stack
+from jaxlstm import (
+    GRU,
+    LSTM,
+    Bidirectional,
+    Chunked,
+    LSTMState,
+    init_stack,
+    length_mask,
+    low_precision,
+    unroll,
+    unroll_stack,
+)
 from jaxlstm.adapters import linen as ours_linen
 from jaxlstm.adapters import nnx as ours_nnx
+from jaxlstm.adapters import weights
 from jaxlstm.regularize import Noisy, zoneout
 
 from cells import CELLS, FAMILY, B, H, I, T, normal, worst_error
@@ -168,39 +180,34 @@ def flax_layer(cell, reverse=False):
 @pytest.mark.parametrize("kind", ["LSTM", pytest.param("GRU", marks=pytest.mark.ci)])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_the_layers_equal_flaxs_rnn_on_shared_weights(kind, bidirectional):
-    cell, flax_cell, convert = {
-        "LSTM": (LSTM, nn.OptimizedLSTMCell, ours_linen.lstm_params),
-        "GRU": (GRU, nn.GRUCell, ours_linen.gru_params),
+    cell, flax_cell = {
+        "LSTM": (LSTM, nn.OptimizedLSTMCell),
+        "GRU": (GRU, nn.GRUCell),
     }[kind]
     halves = [flax_layer(flax_cell, reverse) for reverse in (False, True)[: 1 + bidirectional]]
-    weights = [half.init(jax.random.key(n), XS) for n, half in enumerate(halves)]
+    drawn = [half.init(jax.random.key(n), XS)["params"] for n, half in enumerate(halves)]
     mask = length_mask(LENGTHS, T).T[..., None]
 
-    def theirs(weights, xs):
-        outs = [half.apply(w, xs, seq_lengths=LENGTHS) for half, w in zip(halves, weights, strict=True)]
+    def theirs(trees, xs):
+        outs = [half.apply({"params": t}, xs, seq_lengths=LENGTHS) for half, t in zip(halves, trees, strict=True)]
         ys = jnp.concatenate([ys for _, ys in outs], axis=-1) * mask  # Flax leaves padding in its outputs
         return (jnp.sin(ys + 1) * mask).sum(), (ys, [carry for carry, _ in outs])
 
-    converted = lambda weights: [convert(w["params"]["cell"]) for w in weights]
     options = {"bidirectional": bidirectional, "cell": cell, "param_dtype": jnp.float64, "return_carry": True}
-    as_dicts = lambda params: [serialization.to_state_dict(p) for p in params]
+    pair = lambda trees: {"forward_rnn": trees[0], "backward_rnn": trees[1]} if bidirectional else trees[0]
 
-    def in_linen(weights, xs):
-        tree = as_dicts(converted(weights))
-        tree = {"forward": tree[0], "backward": tree[1]} if bidirectional else tree[0]
-        variables = {"params": {"layers": {"layer_0": tree}}}
+    def in_linen(trees, xs):
+        variables = {"params": ours_linen.from_rnn(cell, pair(trees))}
         carries, ys = ours_linen.Recurrent(H, **options).apply(variables, xs, seq_lengths=LENGTHS)
         return (jnp.sin(ys + 1) * mask).sum(), (ys, carries)
 
-    def in_nnx(weights, xs):
+    def in_nnx(trees, xs):
         layer = ours_nnx.Recurrent(I, H, rngs=nnx.Rngs(0), **options)
-        tree = as_dicts(converted(weights))
-        tree = {"forward": tree[0], "backward": tree[1]} if bidirectional else tree[0]
-        layer.layers = nnx.data({"layer_0": jax.tree.map(nnx.Param, tree)})
+        layer.load([weights.from_linen(cell, pair(trees))])
         carries, ys = layer(xs, seq_lengths=LENGTHS)
         return (jnp.sin(ys + 1) * mask).sum(), (ys, carries)
 
-    run = lambda loss: jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(weights, XS)
+    run = lambda loss: jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(drawn, XS)
     (value, (ys, carries)), gradients = run(theirs)
     for loss in (in_linen, in_nnx):
         (got, (got_ys, (got_carries,))), got_gradients = run(loss)
@@ -366,6 +373,28 @@ def test_bad_input_gets_one_clear_error(name):
     call, kind, message = BAD[name]
     with pytest.raises(kind, match=message):
         call(ours_nnx.Recurrent(I, H, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
+
+
+def test_every_layer_may_have_its_own_width():
+    linen = ours_linen.Recurrent([H, 3], param_dtype=jnp.float64)
+    variables = linen.init(jax.random.key(0), XS)
+    stack = ours_nnx.Recurrent(I, [1, 2], rngs=nnx.Rngs(0)).params  # other shapes
+    layer = ours_nnx.Recurrent(I, (H, 3), num_layers=2, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    variable = layer.layers["layer_1"]["b"]
+    before = layer(XS)
+    with pytest.raises(ValueError, match=r"Recurrent: layers must have the shapes .*\(12,\).* got .*\(8,\)"):
+        layer.load(stack)
+    loaded = init_stack(jax.random.key(1), LSTM, I, [H, 3], dtype=jnp.float64)
+    layer.load(loaded)
+    assert layer.layers["layer_1"]["b"] is variable, "an optimizer may hold it"
+    want = unroll_stack(LSTM, loaded, XS.swapaxes(0, 1))[1].swapaxes(0, 1)
+    assert worst_error(layer.params, loaded) == 0
+    assert worst_error(layer(XS), want) < 1e-14 < worst_error(before, want)
+    ours = {"params": ours_linen.recurrent_params(loaded)}
+    assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, variables)
+    assert worst_error(linen.apply(ours, XS), want) < 1e-14
+    with pytest.raises(ValueError, match="Recurrent: num_layers is 3, features has 2 sizes"):
+        ours_linen.Recurrent([H, 3], num_layers=3).init(jax.random.key(0), XS)
 
 
 def test_widths_that_do_not_match_a_restored_tree():

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "variants": {"cell", "checks", "lstm"},
     "moved": set(),
 }
-ADAPTERS = ("jaxlstm.adapters.linen", "jaxlstm.adapters.nnx")  # public modules too
+ADAPTERS = {f"jaxlstm.adapters.{name}" for name in ("linen", "nnx", "onnx", "weights")}  # public modules too
 STOREYS = ("examples", "experiments", "benchmarks")
 ROOMS = ("diagnostics", "initializers", "regularize", "rtrl", "variants")
 
@@ -114,14 +114,16 @@ def test_examples_experiments_and_benchmarks_use_public_names_only():
             continue
         for module, name in imports(path):
             if module.split(".")[0] == "jaxlstm" and name is not None:
-                assert module in ADAPTERS or is_public(module, name), f"{path.name}: {module}.{name}"
+                of_adapter = module in ADAPTERS or f"{module}.{name}" in ADAPTERS
+                assert of_adapter or is_public(module, name), f"{path.name}: {module}.{name}"
 
 
 def test_importing_is_light():
     code = "import sys, jaxlstm; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "optax" in loaded and "jaxtyping" in loaded
-    assert not {"flax", "orbax", "matplotlib", "tyro", "tqdm", "torch", "equinox", "tensorstore"} & set(loaded)
+    heavy = {"flax", "orbax", "matplotlib", "tyro", "tqdm", "torch", "equinox", "tensorstore", "onnx", "safetensors"}
+    assert not heavy & set(loaded)
 
 
 def test_every_public_name_is_there_and_documented():
@@ -159,8 +161,8 @@ def test_the_package_is_as_readable_as_it_should_be():
     assert counted["lambdas per 100 lines"] <= 0.8
     assert counted["words of README.md"] <= 1000
     assert counted["comment lines per 100 lines of code"] >= 3
-    assert counted["of these, code, without the variants"] <= 3600
-    assert counted["of these, code"] <= 4030
+    assert counted["of these, code, without the variants, weights and ONNX"] <= 3600
+    assert counted["of these, code"] <= 4500
 
 
 def test_the_numbers_cited_in_the_gradient_by_hand_are_those_of_the_derivation():

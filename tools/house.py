@@ -95,12 +95,14 @@ def count(root: Path) -> dict[str, object]:
     ).stdout
     longest = max(private)
     code = sum(map(code_lines, sources.values()))
-    code_of_variants = sum(code_lines(source) for path, source in sources.items() if path.name == "variants.py")
+    # The LSTM family and the doors to other frameworks came after the engine, whose size has a bound of its own.
+    added = ("variants.py", "weights.py", "onnx.py")
+    code_added = sum(code_lines(source) for path, source in sources.items() if path.name in added)
     readme = (root / "README.md").read_text(encoding="utf-8")
     return {
         "lines of the package": total,
         "of these, code": code,
-        "of these, code, without the variants": code - code_of_variants,
+        "of these, code, without the variants, weights and ONNX": code - code_added,
         "lines of the file with the rule": lines[rule],
         "of these, code ": code_lines(sources[rule]),
         "public names at the top": len(ast.literal_eval(exported.value)),

@@ -183,7 +183,7 @@ def run_layers(layers: list[Any], inputs: Array, options: Options, call: Call) -
 
 def _checked_lengths(seq_lengths: Any, xs: Array) -> Array:
     """Check lengths of [time, *batch, features]; return their mask."""
-    batch_shape, got = list(xs.shape[1:-1]), list(jnp.shape(seq_lengths))
+    batch_shape, got = list(xs.shape[1:-1]), list(jnp.asarray(seq_lengths).shape)
     if got != batch_shape:
         raise ValueError(f"Recurrent: seq_lengths must be [*batch] = {batch_shape}, got {got}.")
     return length_mask(seq_lengths, len(xs))
