@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxlstm import GRU, LSTM, RNN, Cell, num_params, variants
+from jaxlstm import GRU, LSTM, RNN, Cell, num_params, unroll, variants
 
 INPUT, HIDDEN = 80, 12
 CELLS = [
@@ -41,17 +41,31 @@ def matmul_flops(cell: Cell) -> int:
     return flops
 
 
+def numbers_kept(cell: Cell) -> float:
+    """Count what the forward pass keeps for the backward pass, per unit and step, besides the inputs."""
+
+    def size(num_steps: int) -> int:
+        params = cell.init(jax.random.key(0), 1, HIDDEN)
+        xs = jax.ShapeDtypeStruct((num_steps, 2, 1), jnp.float32)
+        pullback = jax.eval_shape(lambda xs: jax.vjp(lambda p, xs: unroll(cell, p, xs)[1], params, xs)[1], xs)
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback)) - math.prod(xs.shape)
+
+    return (size(100) - size(50)) / (50 * 2 * HIDDEN)
+
+
 def table() -> str:
-    """Return the table: the carry is also what the backward pass keeps of every step."""
+    """Return the table in docs/variants.md."""
     rows = [
-        "| cell | parameters | matmul FLOP per step | numbers in the carry, per unit | derivative of the gates |",
-        "|---|---|---|---|---|",
+        "| cell | parameters | matmul FLOP per step | numbers in the carry, per unit | numbers kept, per unit and step "
+        "| derivative of the gates |",
+        "|---|---|---|---|---|---|",
     ]
     for cell in CELLS:
         params = cell.init(jax.random.key(0), INPUT, HIDDEN)
         per_unit = num_params(cell.initial_carry(params)) / HIDDEN
         closed = "JAX's" if cell.gates_jvp is None else "closed form"
-        rows.append(f"| {cell.name} | {num_params(params):,} | {matmul_flops(cell):,} | {per_unit:g} | {closed} |")
+        numbers = (f"{num_params(params):,}", f"{matmul_flops(cell):,}", f"{per_unit:g}", f"{numbers_kept(cell):g}")
+        rows.append(f"| {cell.name} | {' | '.join(numbers)} | {closed} |")
     return "\n".join(rows)
 
 

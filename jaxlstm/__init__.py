@@ -43,9 +43,9 @@ __all__ = [  # noqa: RUF022
 for _kind in (
     *(LSTMParams, LSTMState, LSTMGates, GRUParams, GRUState, RNNParams, RNNState, Bidirectional, TrainState),
     *(regularize.Locked, regularize.Noisy, rtrl.RTRLState, rtrl.SnAp1Pattern, rtrl.OnlineState),
-    *(diagnostics.Trace, diagnostics.CellStateTerms),
+    *(diagnostics.Trace, diagnostics.CellStateTerms, variants.SLSTMGates, variants.SLSTMState),
     *(variants.PeepholeParams, variants.FullGateRecurrenceParams, variants.FullGateRecurrenceState),
-    *(variants.LayerNormParams, variants.ProjectedParams, variants.LSTM1997State, variants.SLSTMState),
+    *(variants.LayerNormParams, variants.ProjectedParams, variants.LSTM1997State),
 ):
     with contextlib.suppress(ValueError):  # registered before this module was reloaded
         export.register_namedtuple_serialization(_kind, serialized_name=f"jaxlstm.{_kind.__name__}")

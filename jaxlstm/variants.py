@@ -27,7 +27,7 @@ __all__ = [  # noqa: RUF022
     "NoInputActivationLSTM", "NoOutputActivationLSTM",
     "FullGateRecurrenceLSTM", "FullGateRecurrenceParams", "FullGateRecurrenceState",
     "CoupledLSTM", "LayerNormLSTM", "LayerNormParams", "ProjectedLSTM", "ProjectedParams", "make_projected_lstm",
-    "make_lstm_1997", "LSTM1997State", "SLSTM", "SLSTMState", "make_lstm",
+    "make_lstm_1997", "LSTM1997State", "SLSTM", "SLSTMGates", "SLSTMState", "make_lstm",
 ]  # fmt: skip
 
 
@@ -536,11 +536,32 @@ def make_lstm_1997(block_size: int = 2, *, truncate: bool = False) -> Cell[LSTMP
 
     def gates(params: LSTMParams, state: LSTM1997State, z: Array, a: Array) -> tuple[LSTM1997State, Array]:
         i, _, g, o = activations(params, state, z, a)
-        c = state.c + jnp.repeat(i, block_size, axis=-1) * g
-        h = jnp.repeat(o, block_size, axis=-1) * (2 * sigmoid(c) - 1)
+        c = state.c + of_cells(i) * g
+        h = of_cells(o) * (2 * sigmoid(c) - 1)
         return LSTM1997State(h, c, i, o), h
 
-    return Cell(init, initial, gates, recur=recur, activations=activations, name=f"LSTM 1997({block_size})")
+    def gates_jvp(params: LSTMParams, state: LSTM1997State, values: LSTMGates[Array]) -> Partial:
+        i, _, g, o = values
+        squashed_c = 2 * sigmoid(state.c + of_cells(i) * g) - 1
+        return Partial(linear, i, g, o, squashed_c)
+
+    def linear(
+        i: Array, g: Array, o: Array, squashed_c: Array, d_state: LSTM1997State, d_z: Array
+    ) -> tuple[LSTM1997State, Array]:
+        num_blocks, hidden_size = i.shape[-1], g.shape[-1]
+        d_z_g, d_z_i, d_z_o = jnp.split(d_z, [hidden_size, hidden_size + num_blocks], axis=-1)
+        d_i = i * (1 - i) * d_z_i
+        d_g = (1 - g**2 / 4) * d_z_g
+        d_o = o * (1 - o) * d_z_o
+        d_c = d_state.c + g * of_cells(d_i) + of_cells(i) * d_g
+        d_h = squashed_c * of_cells(d_o) + of_cells(o) * (1 - squashed_c**2) / 2 * d_c
+        return LSTM1997State(d_h, d_c, d_i, d_o), d_h
+
+    def of_cells(gate: Float[Array, "*batch blocks"]) -> Float[Array, "*batch hidden"]:
+        return jnp.repeat(gate, block_size, axis=-1)
+
+    name = f"LSTM 1997({block_size})"
+    return Cell(init, initial, gates, recur=recur, activations=activations, gates_jvp=gates_jvp, name=name)
 
 
 # sLSTM with one head: exponential gates, kept finite by m (Beck et al., xLSTM, 2024).
@@ -555,6 +576,16 @@ class SLSTMState(NamedTuple):
     m: Float[Array, "*batch hidden"]
 
 
+class SLSTMGates(NamedTuple):
+    """The gates; i and f are both divided by exp(m). sigma_f is σ(z_f), the forget gate before the division."""
+
+    i: Float[Array, "*batch hidden"]
+    f: Float[Array, "*batch hidden"]
+    g: Float[Array, "*batch hidden"]
+    o: Float[Array, "*batch hidden"]
+    sigma_f: Float[Array, "*batch hidden"]
+
+
 @border("SLSTM.init")
 def init_slstm(
     key: Key[Array, ""], input_size: int, hidden_size: int, *, forget_bias: float = 1.0, dtype: DTypeLike = jnp.float32
@@ -563,8 +594,8 @@ def init_slstm(
     return LSTM.init(key, input_size, hidden_size, forget_bias=forget_bias, dtype=dtype)
 
 
-def _slstm_gates_and_m(state: SLSTMState, z: Array, a: Array) -> tuple[LSTMGates[Array], Array]:
-    """Return the gates, i and f divided by exp(m), and m. At n = 0 nothing was stored yet: f is 0, and m is z_i."""
+def _slstm_gates_and_m(state: SLSTMState, z: Array, a: Array) -> tuple[SLSTMGates, Array]:
+    """Return the gates and m. At n = 0 nothing was stored yet: f is 0, and m is z_i."""
     z_i, z_f, z_g, z_o = jnp.split(z + a, 4, axis=-1)
     log_f = jax.nn.log_sigmoid(z_f) + jnp.where(state.n == 0, -jnp.inf, state.m)
     m = jnp.maximum(log_f, z_i)
@@ -572,21 +603,43 @@ def _slstm_gates_and_m(state: SLSTMState, z: Array, a: Array) -> tuple[LSTMGates
     f = jnp.exp(log_f - m)
     g = tanh(z_g)
     o = sigmoid(z_o)
-    return LSTMGates(i, f, g, o), m
+    return SLSTMGates(i, f, g, o, sigma_f=sigmoid(z_f)), m
 
 
-def slstm_activations(params: LSTMParams, state: SLSTMState, z: Array, a: Array) -> LSTMGates[Array]:
-    """Return the gates; i and f are both divided by exp(m)."""
+def slstm_activations(params: LSTMParams, state: SLSTMState, z: Array, a: Array) -> SLSTMGates:
+    """Return the gates of the sLSTM."""
     return _slstm_gates_and_m(state, z, a)[0]
 
 
 def slstm_gates(params: LSTMParams, state: SLSTMState, z: Array, a: Array) -> tuple[SLSTMState, Array]:
     """Take a step of the sLSTM."""
-    (i, f, g, o), m = _slstm_gates_and_m(state, z, a)
+    (i, f, g, o, _), m = _slstm_gates_and_m(state, z, a)
     c = f * state.c + i * g
     n = f * state.n + i
     h = o * (c / n)
     return SLSTMState(h, c, n, m), h
+
+
+def slstm_gates_jvp(params: LSTMParams, state: SLSTMState, values: SLSTMGates) -> Partial:
+    """Return the derivative of `slstm_gates`, given its values."""
+    i, f, g, *_ = values
+    n = f * state.n + i
+    return Partial(_slstm_linear, values, state.c, state.n, 1 / n, (f * state.c + i * g) / n)
+
+
+def _slstm_linear(
+    values: SLSTMGates, c: Array, n: Array, by_n: Array, ratio: Array, d_state: SLSTMState, d_z: Array
+) -> tuple[SLSTMState, Array]:
+    i, f, g, o, sigma_f = values
+    d_z_i, d_z_f, d_z_g, d_z_o = jnp.split(d_z, 4, axis=-1)
+    d_log_f = (1 - sigma_f) * d_z_f + d_state.m
+    d_m = jnp.where(f >= i, d_log_f, d_z_i)  # the larger of both is 1, because it is m itself
+    d_i = i * (d_z_i - d_m)
+    d_f = f * (d_log_f - d_m)
+    d_c = f * d_state.c + c * d_f + g * d_i + i * (1 - g**2) * d_z_g
+    d_n = f * d_state.n + n * d_f + d_i
+    d_h = o * by_n * (d_c - ratio * d_n) + ratio * o * (1 - o) * d_z_o
+    return SLSTMState(d_h, d_c, d_n, d_m), d_h
 
 
 SLSTM: Cell[LSTMParams, SLSTMState] = Cell(
@@ -595,6 +648,7 @@ SLSTM: Cell[LSTMParams, SLSTMState] = Cell(
     initial_carry=lambda params, batch_shape=(): SLSTMState(*_zeros(params.w_hh, batch_shape, 4)),
     gates=slstm_gates,
     activations=slstm_activations,
+    gates_jvp=slstm_gates_jvp,
 )
 
 
