@@ -404,14 +404,27 @@ def test_the_page_has_the_cells_costs_and_examples_that_are_right():
     with jax.enable_x64(True):
         xs = jnp.asarray(np.abs(normal(1, T, B, I)))
         weight = normal(2, T, B, H)
-        smallest, decaying = made["MinLSTM"], made["DecayLSTM"]
-        params = smallest.init(jax.random.key(0), I, H, dtype="float64")
-        loops = [
-            jax.grad(lambda p, run=run: (run(p) * weight).sum())(params)
-            for run in (lambda p: unroll(smallest, p, xs)[1], lambda p: made["min_lstm_in_parallel"](p, xs))
-        ]
-        assert worst_error(*loops) < 1e-12
+        for smallest, parts in ((made["MinLSTM"], made["min_lstm"]), (made["MinGRU"], made["min_gru"])):
+            params = smallest.init(jax.random.key(0), I, H, dtype="float64")
+            gradients = [
+                jax.grad(lambda p, run=run: (run(p) * weight).sum())(params)
+                for run in (
+                    lambda p, cell=smallest: unroll(cell, p, xs)[1],
+                    lambda p, parts=parts: made["in_parallel"](parts, p, xs),
+                )
+            ]
+            assert worst_error(*gradients) < 1e-12
+        # minGRU against its definition, h_t = (1 - u) h_{t-1} + u (x W + b), step by step.
+        h, (w_u, w), b = np.zeros((B, H)), np.split(np.asarray(params["w_ih"]), 2, -1), normal(4, 2 * H)
+        params, hs = params | {"b": jnp.asarray(b)}, []
+        for x in np.asarray(xs):
+            u = oracles.sigmoid(x @ w_u + b[:H])
+            h = (1 - u) * h + u * (x @ w + b[H:])
+            hs.append(h)
+        assert worst_error(unroll(made["MinGRU"], params, xs)[1], np.stack(hs)) < 1e-13
 
+        assert made["metrics"]["loss"][-1] < 0.1 < 0.4 < made["metrics"]["loss"][0]
+        decaying = made["DecayLSTM"]
         params = decaying.init(jax.random.key(0), I, H, dtype="float64")
         params["rate"] = jnp.asarray(normal(3, H))
         rate, of_lstm = np.log1p(np.exp(np.asarray(params["rate"]))), list(map(np.asarray, params["lstm"]))
