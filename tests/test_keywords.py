@@ -24,6 +24,8 @@ from jaxlstm import (
     rtrl,
     variants,
 )
+from jaxlstm.adapters import weights
+from jaxlstm.adapters.onnx import to_onnx
 from jaxlstm.bptt import lstm_forward
 
 from cells import B, H, I, T, draw, normal
@@ -37,6 +39,8 @@ STACK = jaxlstm.init_stack(jax.random.key(2), LSTM, I, [H, H], dtype="float64")
 CARRIES = [CARRY, CARRY]
 PAIR = jaxlstm.init_bidirectional(jax.random.key(3), LSTM, I, H, dtype="float64")
 BOTH = Bidirectional(CARRY, CARRY)
+VECTOR = weights.to_jax_rnn(LSTM, [PARAMS])
+ONNX_GRU = weights.to_onnx_initializers(GRU, draw(GRU)[0])
 ZONEOUT = regularize.zoneout(LSTM, 0.5)
 HELD = LSTMState(*[jnp.ones((T, B, H), bool)] * 2)
 PATTERN = rtrl.snap1_pattern(LSTM, PARAMS, jnp.ones(I))
@@ -188,6 +192,17 @@ TABLE = {
             "carry": (CARRY, OTHER_CARRY), "max_bytes": (1 << 30, 0), "max_differences": (0, 9999),
             "by_step": (False, True), "methods": (None, {"mine": lambda *v: (None, None, None)}),
             "dtype": ("float64", "float32"), **FLAGS}),
+    "from_torch": (weights.from_torch, (LSTM, weights.to_torch(LSTM, STACK)), {"prefix": ("", "lstm.")}),
+    "to_torch": (weights.to_torch, (LSTM, STACK), {"prefix": ("", "lstm."), "bias": (True, False)}),
+    "from_jax_rnn": (lambda **o: weights.from_jax_rnn(LSTM, VECTOR, **{"input_size": I, "hidden_size": H} | o), (), {
+        "input_size": (I, I + 1), "hidden_size": (H, H + 1), "num_layers": (1, 2), "bidirectional": (False, True)}),
+    "to_keras": (weights.to_keras, (LSTM, PARAMS), {"bias": (True, False)}),
+    "to_nnx": (weights.to_nnx, (LSTM, PARAMS), {"optimized": (True, False)}),
+    "to_equinox": (weights.to_equinox, (LSTM, PARAMS), {"bias": (True, False)}),
+    "from_onnx": (weights.from_onnx, (GRU, ONNX_GRU), {"linear_before_reset": (1, 0)}),
+    "to_onnx": (to_onnx, (LSTM, STACK), {
+        "lengths": (False, True), "initial_carries": (False, True),
+        "readout": (None, (np.ones((H, 2)), np.ones(2)))}),
 }  # fmt: skip
 
 
@@ -221,6 +236,9 @@ def test_every_public_keyword_is_in_the_table():
     functions |= {f"{name}.init": getattr(variants, name).init for name in VARIANTS}
     for room in rooms:
         functions |= {name: getattr(room, name) for name in room.__all__ if inspect.isfunction(getattr(room, name))}
+    of_weights = {name: thing for name, thing in inspect.getmembers(weights, inspect.isfunction) if name[0] != "_"}
+    functions |= {name: thing for name, thing in of_weights.items() if thing.__module__ == weights.__name__}
+    functions["to_onnx"] = to_onnx
     missing = []
     for name, function in functions.items():
         tried = {
