@@ -577,13 +577,13 @@ class SLSTMState(NamedTuple):
 
 
 class SLSTMGates(NamedTuple):
-    """The gates; i and f are both divided by exp(m). sigma_f is σ(z_f), the forget gate before the division."""
+    """The gates; i and f are both divided by exp(m). slope_f = σ(−z_f) is the derivative of log σ(z_f)."""
 
     i: Float[Array, "*batch hidden"]
     f: Float[Array, "*batch hidden"]
     g: Float[Array, "*batch hidden"]
     o: Float[Array, "*batch hidden"]
-    sigma_f: Float[Array, "*batch hidden"]
+    slope_f: Float[Array, "*batch hidden"]
 
 
 @border("SLSTM.init")
@@ -603,7 +603,7 @@ def _slstm_gates_and_m(state: SLSTMState, z: Array, a: Array) -> tuple[SLSTMGate
     f = jnp.exp(log_f - m)
     g = tanh(z_g)
     o = sigmoid(z_o)
-    return SLSTMGates(i, f, g, o, sigma_f=sigmoid(z_f)), m
+    return SLSTMGates(i, f, g, o, slope_f=sigmoid(-z_f)), m  # where f is near 1, 1 - σ(z_f) would lose its digits
 
 
 def slstm_activations(params: LSTMParams, state: SLSTMState, z: Array, a: Array) -> SLSTMGates:
@@ -630,9 +630,9 @@ def slstm_gates_jvp(params: LSTMParams, state: SLSTMState, values: SLSTMGates) -
 def _slstm_linear(
     values: SLSTMGates, c: Array, n: Array, by_n: Array, ratio: Array, d_state: SLSTMState, d_z: Array
 ) -> tuple[SLSTMState, Array]:
-    i, f, g, o, sigma_f = values
+    i, f, g, o, slope_f = values
     d_z_i, d_z_f, d_z_g, d_z_o = jnp.split(d_z, 4, axis=-1)
-    d_log_f = (1 - sigma_f) * d_z_f + d_state.m
+    d_log_f = slope_f * d_z_f + d_state.m
     d_m = jnp.where(f >= i, d_log_f, d_z_i)  # the larger of both is 1, because it is m itself
     d_i = i * (d_z_i - d_m)
     d_f = f * (d_log_f - d_m)

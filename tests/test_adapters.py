@@ -382,8 +382,13 @@ def test_every_layer_may_have_its_own_width():
     layer = ours_nnx.Recurrent(I, (H, 3), num_layers=2, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     variable = layer.layers["layer_1"]["b"]
     before = layer(XS)
-    with pytest.raises(ValueError, match=r"Recurrent: layers must have the shapes .*\(12,\).* got .*\(8,\)"):
+    with pytest.raises(ValueError, match=r"Recurrent: layers must be .*float64\[12\].* got .*float32\[8\]"):
         layer.load(stack)
+    with pytest.raises(ValueError, match=r"Recurrent: layers must be .*float64\[12\].* got .*float32\[12\]"):
+        layer.load(init_stack(jax.random.key(1), LSTM, I, [H, 3]))
+    for wrong in (stack[0], [], None):
+        with pytest.raises(TypeError, match="Recurrent: layers must be a list with one entry per layer"):
+            ours_linen.recurrent_params(wrong)
     loaded = init_stack(jax.random.key(1), LSTM, I, [H, 3], dtype=jnp.float64)
     layer.load(loaded)
     assert layer.layers["layer_1"]["b"] is variable, "an optimizer may hold it"
@@ -393,6 +398,11 @@ def test_every_layer_may_have_its_own_width():
     ours = {"params": ours_linen.recurrent_params(loaded)}
     assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, variables)
     assert worst_error(linen.apply(ours, XS), want) < 1e-14
+    trees = [weights.to_linen(LSTM, params) for params in loaded]
+    assert worst_error(linen.apply({"params": ours_linen.from_rnn(LSTM, *trees)}, XS), want) < 1e-14
+    # A list would make the modules unhashable, and `nnx.jit` and static arguments hash them.
+    assert hash(linen) == hash(ours_linen.Recurrent((H, 3), param_dtype=jnp.float64))
+    assert hash(nnx.split(ours_nnx.Recurrent(I, [H, 3], rngs=nnx.Rngs(0)))[0])
     with pytest.raises(ValueError, match="Recurrent: num_layers is 3, features has 2 sizes"):
         ours_linen.Recurrent([H, 3], num_layers=3).init(jax.random.key(0), XS)
 

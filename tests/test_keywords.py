@@ -196,10 +196,13 @@ TABLE = {
     "to_torch": (weights.to_torch, (LSTM, STACK), {"prefix": ("", "lstm."), "bias": (True, False)}),
     "from_jax_rnn": (lambda **o: weights.from_jax_rnn(LSTM, VECTOR, **{"input_size": I, "hidden_size": H} | o), (), {
         "input_size": (I, I + 1), "hidden_size": (H, H + 1), "num_layers": (1, 2), "bidirectional": (False, True)}),
+    "from_keras": (weights.from_keras, (LSTM, 2 * weights.to_keras(LSTM, PARAMS)), {"bidirectional": (True, False)}),
     "to_keras": (weights.to_keras, (LSTM, PARAMS), {"bias": (True, False)}),
     "to_nnx": (weights.to_nnx, (LSTM, PARAMS), {"optimized": (True, False)}),
     "to_equinox": (weights.to_equinox, (LSTM, PARAMS), {"bias": (True, False)}),
     "from_onnx": (weights.from_onnx, (GRU, ONNX_GRU), {"linear_before_reset": (1, 0)}),
+    "from_onnx, coupled": (weights.from_onnx, (LSTM, weights.to_onnx_initializers(LSTM, PARAMS)), {
+        "input_forget": (0, 1)}),
     "to_onnx": (to_onnx, (LSTM, STACK), {
         "lengths": (False, True), "initial_carries": (False, True),
         "readout": (None, (np.ones((H, 2)), np.ones(2)))}),

@@ -164,7 +164,8 @@ def test_initializers_with_clipping_peepholes_and_coupled_gates_mean_the_same():
         (RNN, "RNN", draw(1), {}),
     ]
     for cell, kind, arrays, attributes in cases:
-        params = weights.from_onnx(cell, arrays, linear_before_reset=1)
+        read = {"linear_before_reset": 1, "input_forget": attributes.get("input_forget", 0)}
+        params = weights.from_onnx(cell, arrays, **read)
         want = operator(kind, arrays, xs, **attributes)[:, 0]
         assert worst_error(unroll(cell, params, xs)[1], want) < 5e-6, (cell.name, attributes)
     assert (
@@ -247,7 +248,8 @@ BAD = {
     "another cell": (lambda: to_onnx(variants.SLSTM, LAYERS), ValueError, "to_onnx: cell must be LSTM, GRU, RNN, PeepholeLSTM or CoupledLSTM, as it is, got SLSTM"),
     "another function": (lambda: to_onnx(variants.make_lstm(cell_clip=1.0), LAYERS), ValueError, r"as it is, got LSTM\(variant\)"),
     "another dtype in the matmuls": (lambda: to_onnx(low_precision(LSTM, jnp.bfloat16), LAYERS), ValueError, "to_onnx: cell must be"),
-    "params of another cell": (lambda: to_onnx(GRU, LAYERS), TypeError, "expected GRUParams, got LSTMParams"),
+    "params of another cell": (lambda: to_onnx(GRU, LAYERS), TypeError, "to_onnx: expected GRUParams, got LSTMParams"),
+    "layers that do not fit": (lambda: to_onnx(LSTM, [LAYERS[0], LAYERS[0]]), ValueError, f"to_onnx: layer 1 must read float32 and {H} features, got float32 and {I}"),
     "bfloat16": (lambda: to_onnx(LSTM, jax.tree.map(lambda v: jnp.asarray(v, jnp.bfloat16), LAYERS)), ValueError, "to_onnx: layers must be of float16, float32, float64, got bfloat16; cast them"),
     "a readout of another width": (lambda: to_onnx(LSTM, LAYERS, readout=(np.ones((H, 2), np.float32), np.ones(2, np.float32))), ValueError, rf"to_onnx: readout must be \(\[3, outputs\], \[outputs\]\) of float32, got float32\[{H}, 2\]"),
 }  # fmt: skip

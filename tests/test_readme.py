@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 
@@ -41,11 +42,13 @@ BLOCKS |= {page: "\n".join(python_blocks(page)) for page in PAGES[1:] if python_
 
 
 @pytest.mark.documented
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of Keras's variables, when NumPy reads them
 @pytest.mark.parametrize(
     "name", [name if name.startswith("README") else pytest.param(name, marks=pytest.mark.ci) for name in BLOCKS]
 )
 def test_code_blocks_run(name, capsys):
     if framework := re.search(r"coming-from-(\w+)", name):
+        os.environ["KERAS_BACKEND"] = "jax"
         pytest.importorskip(framework[1])
     namespace = {"__name__": "readme"}
     exec(compile(BLOCKS[name], name, "exec"), namespace)

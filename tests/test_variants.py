@@ -490,6 +490,22 @@ def test_errors_name_the_argument(call, message):
     assert str(raised.value).startswith(message)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.1)])
+def test_slstm_learns_its_forget_gate_when_it_is_almost_1(dtype, tolerance):
+    """1 - σ(z_f) has no correct digits there in low precision."""
+    params = variants.SLSTM.init(jax.random.key(0), I, H, forget_bias=12.0, dtype=dtype)
+    xs = normal(1, T, B, I)
+
+    def of_forget_bias(cell, params, xs):
+        run = lambda p: unroll(cell, p, xs.astype(p.b.dtype))[1].astype("float32").sum()
+        return np.float64(jax.grad(run)(params).b[H : 2 * H])
+
+    exact = dataclasses.replace(variants.SLSTM, gates_jvp=None)
+    want = of_forget_bias(exact, jax.tree.map(lambda v: v.astype("float64"), params), xs)
+    got = of_forget_bias(variants.SLSTM, params, xs)
+    assert np.abs(got - want).max() < tolerance * np.abs(want).max()
+
+
 @pytest.mark.parametrize("name", ["coupled", "1997", "sLSTM"])
 def test_the_closed_forms_are_used_and_are_right(name):
     cell = FAMILY[name][0]

@@ -174,6 +174,8 @@ def nnx_peer(cell, module):
         return nnx.RNN(own)(xs, initial_carry=own.initialize_carry((len(xs), I), rngs=nnx.Rngs(0)))
 
     state = nnx.state(make(), nnx.Param)
+    total = lambda state: sum(leaf.sum() for leaf in weights.from_nnx(cell, state))
+    assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(jax.grad(total)(state)))
     assert bitwise(weights.from_nnx(cell, state), weights.from_nnx(cell, nnx.to_pure_dict(state)))
     options = {"optimized": False} if module == "LSTMCell" else {}
     read, write = (lambda t: weights.from_nnx(cell, t)), (lambda p: weights.to_nnx(cell, p, **options))
@@ -223,7 +225,10 @@ def keras_peer(cell, module, use_bias=True, bidirectional=False):
     layer.build((None, None, I))
     rest = [variable.value for variable in layer.non_trainable_variables]
     run = lambda tree, xs: layer.stateless_call(tree, rest, xs)[0]
-    read, write = (lambda t: weights.from_keras(cell, t)), (lambda p: weights.to_keras(cell, p, bias=use_bias))
+    read, write = (
+        (lambda t: weights.from_keras(cell, t, bidirectional=bidirectional)),
+        (lambda p: weights.to_keras(cell, p, bias=use_bias)),
+    )
     return layer.get_weights(), run, read, write
 
 
@@ -242,6 +247,10 @@ PEERS = {
     "Keras LSTM": lambda: (LSTM, *keras_peer(LSTM, "LSTM")),
     "Keras GRU": lambda: (GRU, *keras_peer(GRU, "GRU")),
     "Keras SimpleRNN without bias": lambda: (RNN, *keras_peer(RNN, "SimpleRNN", use_bias=False)),
+    "Keras Bidirectional LSTM without bias": lambda: (
+        LSTM,
+        *keras_peer(LSTM, "LSTM", use_bias=False, bidirectional=True),
+    ),
     "Keras Bidirectional GRU": lambda: (GRU, *keras_peer(GRU, "GRU", bidirectional=True)),
 }
 
@@ -283,11 +292,12 @@ def test_onnx_initializers_come_back_exactly(name, bidirectional):
     cell = CELL[name]
     [layer] = random_layers(cell, bidirectional=bidirectional)
     initializers = weights.to_onnx_initializers(cell, layer)
-    assert bitwise(weights.from_onnx(cell, initializers, linear_before_reset=1), layer)
+    attributes = {"linear_before_reset": 1, "input_forget": int(name == "CoupledLSTM")}
+    assert bitwise(weights.from_onnx(cell, initializers, **attributes), layer)
     directions, rows = 1 + bidirectional, len(weights.ONNX[name]) * H
     assert initializers["W"].shape == (directions, rows, I)
     del initializers["B"]
-    halves = weights.from_onnx(cell, initializers, linear_before_reset=1)
+    halves = weights.from_onnx(cell, initializers, **attributes)
     assert all(not np.any(half.b) for half in (halves if bidirectional else [halves]))
 
 
@@ -297,13 +307,14 @@ def test_dtypes_stay_and_conversions_compile():
         tree = weights.to_linen(LSTM, layer)
         assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(dtype)}
         assert bitwise(jax.jit(lambda tree: weights.from_linen(LSTM, tree))(tree), layer)
+    assert bitwise(weights.from_linen(LSTM, {"params": {"encoder": {"OptimizedLSTMCell_0": tree}}}), layer)
     variant = variants.make_lstm(gate=jax.nn.hard_sigmoid)  # another function, the same weights
     assert bitwise(weights.from_linen(variant, tree), layer)
 
 
 # Errors name the function and the entry.
 
-[LAYER], LAYERS = random_layers(LSTM), random_layers(LSTM, (H, 3), bidirectional=True)
+[LAYER], LAYERS = random_layers(LSTM), random_layers(LSTM, (H, H), bidirectional=True)
 TORCH = weights.to_torch(LSTM, LAYERS)
 LINEN, HAIKU, EQUINOX = (f(LSTM, LAYER) for f in (weights.to_linen, weights.to_haiku, weights.to_equinox))
 GRU_LAYER = random_layers(GRU)[0]
@@ -319,9 +330,9 @@ BAD = {
     "missing, with a prefix": (lambda: weights.from_torch(LSTM, TORCH, prefix="lstm."), ValueError, r"from_torch: entry lstm\.weight_ih_l0 is missing; what is left is nothing"),
     "unexpected": (lambda: weights.from_torch(LSTM, TORCH | {"weight_hr_l0": np.ones((2, H))}), ValueError, "from_torch: entry weight_hr_l0 is unexpected"),
     "a layer left out": (lambda: weights.from_torch(LSTM, {k.replace("_l1", "_l2"): v for k, v in TORCH.items()}), ValueError, "from_torch: entry weight_ih_l2 is unexpected: this cell and its number of layers do not have it"),
-    "wrong shape": (lambda: weights.from_torch(LSTM, TORCH | {"weight_hh_l1": np.ones((12, 5), np.float32)}), ValueError, r"from_torch: entry weight_hh_l1 must be \[12, 3\], got \[12, 5\]"),
-    "wrong width": (lambda: weights.from_torch(LSTM, TORCH | {"weight_ih_l1": np.ones((12, 5), np.float32)}), ValueError, rf"from_torch: entry weight_ih_l1 must be \[any, {2 * H}\], got \[12, 5\]"),
-    "wrong dtype": (lambda: weights.from_torch(LSTM, TORCH | {"bias_ih_l0": TORCH["bias_ih_l0"].astype(int)}), ValueError, "from_torch: entry bias_ih_l0 must be floating, got int64"),
+    "wrong shape": (lambda: weights.from_torch(LSTM, TORCH | {"weight_hh_l1": np.ones((4 * H, 7), np.float32)}), ValueError, rf"from_torch: entry weight_hh_l1 must be \[{4 * H}, {H}\], got \[{4 * H}, 7\]"),
+    "wrong width": (lambda: weights.from_torch(LSTM, TORCH | {"weight_ih_l1": np.ones((4 * H, 5), np.float32)}), ValueError, rf"from_torch: entry weight_ih_l1 must be \[any, {2 * H}\], got \[{4 * H}, 5\]"),
+    "wrong dtype": (lambda: weights.from_torch(LSTM, TORCH | {"bias_ih_l0": TORCH["bias_ih_l0"].astype(int)}), ValueError, "from_torch: entry bias_ih_l0 must be a floating array, got int64"),
     "two dtypes": (lambda: weights.from_torch(LSTM, TORCH | {"bias_ih_l0": TORCH["bias_ih_l0"].astype(float)}), ValueError, "from_torch: entry bias_ih_l0 is float64, unlike the entries before it, which are float32"),
     "not an array": (lambda: weights.from_torch(LSTM, TORCH | {"bias_ih_l0": [[1.0], [2.0, 3.0]]}), ValueError, "from_torch: entry bias_ih_l0 cannot be read as an array"),
     "another cell's": (lambda: weights.from_torch(RNN, TORCH), ValueError, rf"from_torch: entry weight_hh_l0 must be \[{4 * H}, {4 * H}\]"),
@@ -335,15 +346,26 @@ BAD = {
     "a second bias that would be lost": (lambda: weights.to_keras(GRU, GRU_LAYER._replace(b=0 * GRU_LAYER.b), bias=False), ValueError, "to_keras: bias=False, but the biases"),
     "a b_hn that would be lost": (lambda: weights.to_nnx(GRU, GRU_LAYER), ValueError, "to_nnx: nnx.GRUCell has no b_hn, and params.b_hn is not 0"),
     "a vector of other sizes": (lambda: weights.from_jax_rnn(LSTM, np.ones(7), input_size=I, hidden_size=H), ValueError, rf"from_jax_rnn: weights must be \[{4 * H * (I + H + 2)}\] for these sizes, got \[7\]"),
-    "layers of two widths": (lambda: weights.to_jax_rnn(LSTM, LAYERS), ValueError, "to_jax_rnn: the layers must have equally many units"),
-    "a list too long": (lambda: weights.from_keras(LSTM, weights.to_keras(LSTM, LAYER) * 3), ValueError, "from_keras: weights must be kernel, recurrent_kernel, bias of each direction, got 9"),
-    "Keras, backward": (lambda: weights.from_keras(LSTM, [*weights.to_keras(LSTM, LAYER), *weights.to_keras(LSTM, LAYER)[::-1]]), ValueError, "from_keras: entry backward kernel must be"),
+    "no layers at all": (lambda: weights.from_jax_rnn(LSTM, np.ones(7), input_size=I, hidden_size=H, num_layers=0), ValueError, "from_jax_rnn: input_size, hidden_size and num_layers must be positive"),
+    "layers of two widths": (lambda: weights.to_jax_rnn(LSTM, random_layers(LSTM, (H, 3))), ValueError, "to_torch: torch's layers all have the same number of units and directions"),
+    "one layer in both directions": (lambda: weights.to_torch(LSTM, [LAYERS[0], *random_layers(LSTM, input_size=2 * H)]), ValueError, "to_torch: torch's layers all have the same number of units and directions"),
+    "layers that do not fit": (lambda: weights.to_torch(LSTM, [LAYER, LAYER]), ValueError, f"to_torch: layer 1 must read float32 and {H} features, got float32 and {I}"),
+    "layers of two dtypes": (lambda: weights.to_torch(LSTM, [LAYER, *random_layers(LSTM, input_size=H, dtype=jnp.float64)]), ValueError, f"to_torch: layer 1 must read float32 and {H} features, got float64 and {H}"),
+    "directions that differ": (lambda: weights.from_torch(LSTM, TORCH | {"weight_ih_l0_reverse": np.ones((4 * H, 9), np.float32)}), ValueError, rf"from_torch: layer 0: w_ih is float32\[{I}, {4 * H}\] forward and float32\[9, {4 * H}\] backward; both must be alike"),
+    "no mapping": (lambda: weights.from_torch(LSTM, None), TypeError, "from_torch: expected arrays by name, such as a dict, got NoneType"),
+    "a module": (lambda: weights.from_linen(LSTM, LSTM), TypeError, "from_linen: expected arrays by name, such as a dict, got Cell"),
+    "objects": (lambda: weights.from_haiku(LSTM, HAIKU | {"w": object()}), ValueError, "from_haiku: entry w must be a floating array, got object"),
+    "a bias that Equinox would lose": (lambda: weights.to_equinox(LSTM, LAYER, bias=False), ValueError, "to_equinox: bias=False, but the biases"),
+    "two Keras layers": (lambda: weights.from_keras(LSTM, weights.to_keras(LSTM, LAYER) * 2), ValueError, "from_keras: weights must be kernel, recurrent_kernel, bias, got 6 arrays"),
+    "two Keras layers for a pair": (lambda: weights.from_keras(LSTM, [*weights.to_keras(LSTM, LAYER), *weights.to_keras(LSTM, random_layers(LSTM, input_size=H + 5)[0])], bidirectional=True), ValueError, "from_keras: w_ih is "),
+    "a list too long": (lambda: weights.from_keras(LSTM, weights.to_keras(LSTM, LAYER) * 3, bidirectional=True), ValueError, "from_keras: weights must be kernel, recurrent_kernel, bias for each direction, got 9 arrays"),
+    "Keras, backward": (lambda: weights.from_keras(LSTM, [*weights.to_keras(LSTM, LAYER), *weights.to_keras(LSTM, LAYER)[::-1]], bidirectional=True), ValueError, "from_keras: entry backward kernel must be"),
     "Keras, reset before": (lambda: weights.from_keras(GRU, [*weights.to_keras(GRU, GRU_LAYER)[:2], np.ones(3 * H, np.float32)]), ValueError, "from_keras: bias is of a GRU with reset_after=False, another cell"),
     "Flax, missing": (lambda: weights.from_linen(LSTM, without(LINEN, "hf")), ValueError, "from_linen: entry hf/kernel is missing; what is left is h"),
     "Flax, unexpected": (lambda: weights.from_linen(LSTM, LINEN | {"ii": LINEN["ii"] | {"bias": np.ones(H)}}), ValueError, "from_linen: entry ii/bias is unexpected"),
-    "Flax, one direction": (lambda: weights.from_linen(LSTM, {"forward_rnn": {"cell": LINEN}}), ValueError, "from_linen: entry backward_rnn is missing"),
+    "Flax, one direction": (lambda: weights.from_linen(LSTM, {"forward_rnn": {"cell": LINEN}, "rnn": {}}), ValueError, "from_linen: entry backward_rnn is missing"),
     "Flax, a third direction": (lambda: weights.from_linen(LSTM, {"forward_rnn": {}, "backward_rnn": {}, "rnn": {}}), ValueError, "from_linen: entry rnn is unexpected"),
-    "nnx, missing": (lambda: weights.from_nnx(LSTM, {"dense_i": {"kernel": np.ones((I, 4 * H))}}), ValueError, "from_nnx: entry dense_h/kernel is missing"),
+    "nnx, missing": (lambda: weights.from_nnx(LSTM, {"dense_i": {"kernel": np.ones((I, 4 * H))}, "dense_h": {}}), ValueError, "from_nnx: entry dense_h/kernel is missing"),
     "nnx, unexpected": (lambda: weights.from_nnx(LSTM, weights.to_nnx(LSTM, LAYER) | {"rngs": np.ones(1)}), ValueError, "from_nnx: entry rngs is unexpected"),
     "Equinox, half a bias": (lambda: weights.from_equinox(GRU, without(weights.to_equinox(GRU, GRU_LAYER), "bias")), ValueError, "from_equinox: entry bias is missing"),
     "Equinox, unexpected": (lambda: weights.from_equinox(LSTM, EQUINOX | {"bias_n": np.ones(H, np.float32)}), ValueError, "from_equinox: entry bias_n is "),
@@ -351,6 +373,8 @@ BAD = {
     "Haiku, no input": (lambda: weights.from_haiku(LSTM, HAIKU | {"w": HAIKU["w"][-H:]}), ValueError, rf"from_haiku: w must be \[input\+{H}, {4 * H}\], got \[{H}, {4 * H}\]"),
     "Haiku, unexpected": (lambda: weights.from_haiku(LSTM, HAIKU | {"c": 0}), ValueError, "from_haiku: entry c is unexpected"),
     "ONNX, reset before": (lambda: weights.from_onnx(GRU, ONNX), ValueError, "from_onnx: a GRU with linear_before_reset=0 is another cell"),
+    "ONNX, coupled": (lambda: weights.from_onnx(variants.CoupledLSTM, weights.to_onnx_initializers(LSTM, LAYER)), ValueError, "from_onnx: an LSTM with input_forget=0 is another cell than CoupledLSTM"),
+    "ONNX, not coupled": (lambda: weights.from_onnx(LSTM, weights.to_onnx_initializers(LSTM, LAYER), input_forget=1), ValueError, "from_onnx: an LSTM with input_forget=1 is another cell than LSTM"),
     "ONNX, directions": (lambda: weights.from_onnx(RNN, {"W": np.ones((3, H, I)), "R": np.ones((3, H, H))}), ValueError, "from_onnx: W must have 1 or 2 directions, got 3"),
     "ONNX, peepholes": (lambda: weights.from_onnx(LSTM, weights.to_onnx_initializers(variants.PeepholeLSTM, random_layers(variants.PeepholeLSTM)[0])), ValueError, "from_onnx: entry P is unexpected"),
 }  # fmt: skip
@@ -383,6 +407,9 @@ def test_safetensors_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weights.write_safetensors("lstm.safetensors", TORCH)
     assert bitwise(weights.from_torch(LSTM, weights.read_safetensors("lstm.safetensors")), LAYERS)
+    transposed = np.arange(6.0).reshape(2, 3).T  # the library writes the buffer as it lies in memory
+    weights.write_safetensors("transposed.safetensors", {"a": transposed})
+    assert np.array_equal(weights.read_safetensors("transposed.safetensors")["a"], transposed)
     [layer] = random_layers(LSTM, dtype=jnp.bfloat16)
     weights.write_safetensors("nested.safetensors", {"cell": weights.to_linen(LSTM, layer)})
     arrays = weights.read_safetensors("nested.safetensors")

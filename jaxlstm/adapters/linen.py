@@ -51,6 +51,11 @@ class Recurrent(nn.Module):
     deterministic: bool | None = None
     gradient: Any = "bulk"
 
+    def __post_init__(self) -> None:
+        if isinstance(self.features, Sequence):
+            self.features = tuple(self.features)  # a list cannot be hashed
+        super().__post_init__()
+
     @nn.compact
     def __call__(
         self,

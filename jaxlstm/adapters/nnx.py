@@ -15,8 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxlstm import LSTM, Cell, GRUParams, LSTMParams
-from jaxlstm.adapters import conventions
+from jaxlstm import GRU, LSTM, Cell, GRUParams, LSTMParams
+from jaxlstm.adapters import conventions, weights
 
 
 class Recurrent(nnx.Module):
@@ -55,6 +55,7 @@ class Recurrent(nnx.Module):
           deterministic: no dropout; `model.eval()` sets it.
           rngs: the stream "params" draws the parameters, "dropout" the masks.
         """
+        features = tuple(features) if isinstance(features, Sequence) else features  # a list cannot be hashed
         self.in_features, self.dropout, self.dtype = in_features, dropout, dtype
         self.time_major, self.return_carry, self.deterministic = time_major, return_carry, deterministic
         self.options = conventions.Options(cell, features, num_layers, bidirectional, param_dtype, dtype, gradient)
@@ -65,20 +66,19 @@ class Recurrent(nnx.Module):
     @property
     def params(self) -> list[Any]:
         """The stack as `unroll_stack` takes it."""
-        tree = jax.tree.map(lambda p: p[...], self.layers, is_leaf=_is_param)
+        tree = nnx.to_pure_dict(nnx.state(self, nnx.Param))["layers"]
         return conventions.layers_of(tree, self.in_features, self.options)
 
     def load(self, layers: Sequence[Any]) -> None:
         """Replace the parameters by a stack, such as `jaxlstm.adapters.weights.from_torch` returns.
 
         Raises:
-          ValueError: the stack has other shapes.
+          ValueError: the stack has other shapes or another dtype.
         """
-        tree = conventions.tree_of(layers)
-        expected = jax.tree.map(lambda p: p[...].shape, self.layers, is_leaf=_is_param)
-        got = jax.tree.map(jnp.shape, tree)
+        tree = jax.tree.map(jnp.asarray, conventions.tree_of(layers))
+        expected, got = (jax.tree.map(_described, t) for t in (nnx.to_pure_dict(nnx.state(self.layers)), tree))
         if got != expected:
-            raise ValueError(f"Recurrent: layers must have the shapes {expected}, got {got}.")
+            raise ValueError(f"Recurrent: layers must be {expected}, got {got}.")
         # In place: an optimizer may hold these very variables.
         nnx.update(self, {"layers": tree})
 
@@ -120,8 +120,8 @@ class Recurrent(nnx.Module):
         return conventions.run_layers(self.params, jnp.asarray(inputs), self.options, call)
 
 
-def _is_param(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Param)
+def _described(leaf: Array) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
 
 
 class LSTMCell(nnx.LSTMCell):
@@ -130,12 +130,7 @@ class LSTMCell(nnx.LSTMCell):
     @property
     def params(self) -> LSTMParams:
         """The parameters as `unroll` takes them."""
-        inputs, hidden = (self.ii, self.if_, self.ig, self.io), (self.hi, self.hf, self.hg, self.ho)
-        return LSTMParams(
-            w_ih=jnp.concatenate([gate.kernel[...] for gate in inputs], axis=-1),
-            w_hh=jnp.concatenate([gate.kernel[...] for gate in hidden], axis=-1),
-            b=jnp.concatenate([gate.bias[...] for gate in hidden], axis=-1),
-        )
+        return weights.from_nnx(LSTM, nnx.state(self, nnx.Param))
 
     def __call__(self, carry: tuple[Array, Array], inputs: Array) -> tuple[tuple[Array, Array], Array]:
         """Return the carry (c, h) after one step, and the output."""
@@ -148,7 +143,7 @@ class OptimizedLSTMCell(nnx.OptimizedLSTMCell):
     @property
     def params(self) -> LSTMParams:
         """The parameters as `unroll` takes them."""
-        return LSTMParams(self.dense_i.kernel[...], self.dense_h.kernel[...], self.dense_h.bias[...])
+        return weights.from_nnx(LSTM, nnx.state(self, nnx.Param))
 
     def __call__(self, carry: tuple[Array, Array], inputs: Array) -> tuple[tuple[Array, Array], Array]:
         """Return the carry (c, h) after one step, and the output."""
@@ -161,9 +156,7 @@ class GRUCell(nnx.GRUCell):
     @property
     def params(self) -> GRUParams:
         """The parameters as `unroll` takes them."""
-        w_hh = self.dense_h.kernel[...]
-        b_hn = jnp.zeros(w_hh.shape[0], w_hh.dtype)
-        return GRUParams(self.dense_i.kernel[...], w_hh, self.dense_i.bias[...], b_hn)
+        return weights.from_nnx(GRU, nnx.state(self, nnx.Param))
 
     def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
         """Return the carry after one step, and the output."""

@@ -34,7 +34,7 @@ OPERATORS: dict[Any, tuple[str, dict[str, Any]]] = {
     **{_equations(make_rnn(phi)): ("RNN", {"activations": [phi.capitalize()]}) for phi in ("tanh", "relu", "sigmoid")},
 }
 DTYPES = ("float16", "float32", "float64")
-OPSET, IR_VERSION = 14, 8  # old enough for the runtimes in use: these operators have not changed since
+OPSET, IR_VERSION = 14, 8  # later versions of these operators only add dtypes
 
 
 def to_onnx(
@@ -60,14 +60,13 @@ def to_onnx(
 
     Raises:
       TypeError: `layers` is not a list of this cell's parameters.
-      ValueError: ONNX has no such cell, or no such dtype.
+      ValueError: ONNX has no such cell, or opset 14 no such dtype.
     """
     if not isinstance(cell, Cell) or _equations(cell) not in OPERATORS:
         names = "LSTM, GRU, RNN, PeepholeLSTM or CoupledLSTM"
         raise ValueError(f"to_onnx: cell must be {names}, as it is, got {getattr(cell, 'name', cell)}.")
-    if not isinstance(layers, list | tuple) or hasattr(layers, "_fields") or not layers:
-        raise TypeError(f"to_onnx: layers must be a list with one entry per layer, got {type(layers).__name__}.")
-    arrays = [weights.to_onnx_initializers(cell, layer) for layer in layers]
+    stack = weights.checked_stack("to_onnx", weights.KINDS[cell.name.partition("(")[0]], layers)
+    arrays = [weights.initializers_of(cell, halves) for halves in stack]
     dtype, input_size = arrays[0]["W"].dtype, arrays[0]["W"].shape[2]
     if dtype.name not in DTYPES:
         raise ValueError(f"to_onnx: layers must be of {', '.join(DTYPES)}, got {dtype}; cast them.")

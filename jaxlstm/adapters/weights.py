@@ -6,11 +6,13 @@
 
 No framework is imported. Where a framework stores a stack in one object, as torch does, its functions convert a list of
 layers; the others convert one layer. A layer in both directions is a `Bidirectional` pair. `from_...` takes arrays of
-any kind and returns JAX arrays of the same dtype; `to_...` returns NumPy arrays. Conversion there and back is exact,
-except for Haiku's forget bias, from which Haiku subtracts 1.
+any kind and returns JAX arrays of the same dtype; `to_...` returns NumPy arrays. To another framework and back, nothing
+is rounded, except Haiku's forget bias, from which Haiku subtracts 1.
+
+Weights do not show activations, clipping or the direction of time: choose a cell that has the same ones.
 
 A framework with two biases adds them up, so here they become one. For inference that is the same. If you train on with
-SGD, two biases move twice as fast as one.
+SGD, two biases move twice as fast as one. For the same reason, these functions do not convert gradients.
 """
 
 import os
@@ -66,7 +68,7 @@ def from_torch(cell: Cell[Any, Any], state_dict: Mapping[str, Any], *, prefix: s
     while not layers or f"weight_ih_l{len(layers)}" in entries:
         suffixes = [f"_l{len(layers)}{direction}" for direction in directions]
         halves = [_from_torch(kind, entries, suffix, input_size, has_bias) for suffix in suffixes]
-        layers.append(_layer(halves))
+        layers.append(_layer(f"from_torch: layer {len(layers)}", halves))
         input_size = sum(half.w_hh.shape[0] for half in halves)
     entries.check_empty()
     return layers
@@ -92,25 +94,28 @@ def to_torch(
 
     Args:
       cell: `LSTM`, `ProjectedLSTM`, `GRU` or `RNN`.
-      layers: as `init_stack` makes them.
+      layers: as `init_stack` makes them, all with the same number of units and directions.
       prefix: comes before every name.
       bias: False for a module without biases; they must be 0.
 
     Raises:
       TypeError: `layers` is not a list of this cell's parameters.
-      ValueError: `bias` is False and a bias is not 0.
+      ValueError: torch has no such stack; or `bias` is False and a bias is not 0.
     """
     kind = _kind("to_torch", cell, "LSTM", "ProjectedLSTM", "GRU", "RNN")
+    stack = checked_stack("to_torch", kind, layers)
+    if len({(len(halves), halves[0].w_hh.shape) for halves in stack}) > 1:
+        raise ValueError("to_torch: torch's layers all have the same number of units and directions, these do not.")
     state_dict: dict[str, np.ndarray] = {}
-    for depth, layer in enumerate(_list_of_layers("to_torch", layers)):
-        for half, direction in zip(_halves(layer), ("", "_reverse"), strict=False):
-            params = _numpy("to_torch", kind, half)
+    for depth, halves in enumerate(stack):
+        for params, direction in zip(halves, ("", "_reverse"), strict=False):
             entries = {"weight_ih": params.w_ih.T, "weight_hh": params.w_hh.T}
-            entries |= dict(zip(BIASES, _two_biases(params), strict=True)) if bias else {}
+            if bias:
+                entries |= dict(zip(BIASES, _two_biases(params), strict=True))
+            else:
+                _check_no_bias("to_torch", params)
             if kind.params is ProjectedParams:
                 entries["weight_hr"] = params.w_hr.T
-            if not bias:
-                _check_no_bias("to_torch", params)
             state_dict |= {f"{prefix}{name}_l{depth}{direction}": value for name, value in entries.items()}
     return _contiguous(state_dict)
 
@@ -130,9 +135,11 @@ def from_jax_rnn(
     """Return the layers of the flat vector that `jax.experimental.rnn.lstm` takes.
 
     Raises:
-      ValueError: the vector has another length.
+      ValueError: a size is not positive, or the vector has another length.
     """
     _kind("from_jax_rnn", cell, "LSTM")
+    if min(input_size, hidden_size, num_layers) < 1:
+        raise ValueError("from_jax_rnn: input_size, hidden_size and num_layers must be positive.")
     weights = _array("from_jax_rnn", "weights", weights)
     shapes = list(_jax_rnn_shapes(input_size, hidden_size, num_layers, 2 if bidirectional else 1))
     ends = np.cumsum([int(np.prod(shape)) for _, shape in shapes])
@@ -143,19 +150,15 @@ def from_jax_rnn(
 
 
 def to_jax_rnn(cell: Cell[Any, Any], layers: Sequence[Any]) -> np.ndarray:
-    """Return the flat vector that `jax.experimental.rnn.lstm` takes; every layer has as many units as the first.
+    """Return the flat vector that `jax.experimental.rnn.lstm` takes.
 
     Raises:
-      TypeError: `layers` is not a list of this cell's parameters.
-      ValueError: the layers differ in their number of units or of directions.
+      TypeError, ValueError: as `to_torch`.
     """
     _kind("to_jax_rnn", cell, "LSTM")
     entries = to_torch(cell, layers)
-    hidden, input_size = entries["weight_hh_l0"].shape[1], entries["weight_ih_l0"].shape[1]
-    shapes = dict(_jax_rnn_shapes(input_size, hidden, len(layers), len(_halves(layers[0]))))
-    if shapes != {name: value.shape for name, value in entries.items()}:
-        raise ValueError("to_jax_rnn: the layers must have equally many units and directions.")
-    return np.concatenate([entries[name].ravel() for name in shapes])
+    weights_then_biases = sorted(entries, key=lambda name: name.startswith(BIASES))  # stable
+    return np.concatenate([entries[name].ravel() for name in weights_then_biases])
 
 
 def _jax_rnn_shapes(
@@ -177,23 +180,26 @@ KERAS = {"LSTM": "ifgo", "GRU": "urn", "RNN": "h"}
 KERAS_NAMES = ("kernel", "recurrent_kernel", "bias")
 
 
-def from_keras(cell: Cell[Any, Any], weights: Sequence[Any]) -> Any:
+def from_keras(cell: Cell[Any, Any], weights: Sequence[Any], *, bidirectional: bool = False) -> Any:
     """Return the parameters of a Keras `LSTM`, `GRU` or `SimpleRNN`, or of a `Bidirectional` around one.
 
     Args:
       cell: `LSTM`, `GRU` or `RNN`.
-      weights: `layer.get_weights()`: kernel, recurrent_kernel and, if it has one, bias, once for each direction.
+      weights: `layer.get_weights()`: kernel, recurrent_kernel and, if the layer has one, bias.
+      bidirectional: the layer is a `Bidirectional`, which has all of them twice.
 
     Raises:
       ValueError: the list has another length, an array has the wrong shape or dtype, or a GRU was built with
         `reset_after=False`, which is another cell. (Without a bias, the weights do not show which one it is.)
     """
     kind = _kind("from_keras", cell, *KERAS)
-    number = len(weights)
-    if number not in (2, 3, 4, 6):
-        raise ValueError(f"from_keras: weights must be kernel, recurrent_kernel, bias of each direction, got {number}.")
-    directions = ("",) if number < 4 else ("forward ", "backward ")
-    size = number // len(directions)
+    directions = ("forward ", "backward ") if bidirectional else ("",)
+    size, rest = divmod(len(weights), len(directions))
+    if size not in (2, 3) or rest:
+        each = " for each direction" if bidirectional else ""
+        raise ValueError(
+            f"from_keras: weights must be kernel, recurrent_kernel, bias{each}, got {len(weights)} arrays."
+        )
     halves = []
     for place, direction in enumerate(directions):
         own = dict(zip(KERAS_NAMES, weights[place * size : (place + 1) * size], strict=False))
@@ -212,7 +218,7 @@ def from_keras(cell: Cell[Any, Any], weights: Sequence[Any]) -> Any:
             b_ih = entries.take("bias", columns)
         arrays = [_reorder(array, KERAS[_name(cell)], kind.gates) for array in (w_ih, w_hh, b_ih, b_hh)]
         halves.append(kind.params(w_ih=arrays[0], w_hh=arrays[1], **_one_bias(kind, *arrays[2:])))
-    return _layer(halves)
+    return _layer("from_keras", halves)
 
 
 def to_keras(cell: Cell[Any, Any], params: Any, *, bias: bool = True) -> list[np.ndarray]:
@@ -249,19 +255,20 @@ def from_linen(cell: Cell[Any, Any], tree: Mapping[str, Any]) -> Any:
 
     Args:
       cell: `LSTM` or `GRU`.
-      tree: the cell's own parameters, or those of an `nn.RNN` or `nn.Bidirectional` around it: nested dicts.
+      tree: the cell's own parameters, or those of a module with nothing else in it, such as an `nn.RNN`; or those of
+        an `nn.Bidirectional`, as `forward_rnn` and `backward_rnn`.
 
     Raises:
       ValueError: an entry is missing, unexpected, or of a wrong shape or dtype; the message names it.
     """
     kind = _kind("from_linen", cell, *LINEN)
+    tree = _inner("from_linen", tree)
     if "forward_rnn" in tree or "backward_rnn" in tree:
-        ways = ("forward_rnn", "backward_rnn")
         parts = Entries("from_linen", tree)
-        halves = [parts.subtree(way) for way in ways]
+        halves = [parts.subtree(way) for way in ("forward_rnn", "backward_rnn")]
         parts.check_empty()
-        return Bidirectional(*(from_linen(cell, half) for half in halves))
-    flat = _flat(tree["cell"] if set(tree) == {"cell"} else tree)
+        return _layer("from_linen", [from_linen(cell, half) for half in halves])
+    flat = _flat(tree)
     return _from_dense(kind, Entries("from_linen", flat), *LINEN[_name(cell)])
 
 
@@ -290,7 +297,7 @@ def from_nnx(cell: Cell[Any, Any], tree: Mapping[str, Any]) -> Any:
       ValueError: an entry is missing, unexpected, or of a wrong shape or dtype; the message names it.
     """
     kind = _kind("from_nnx", cell, "LSTM", "GRU")
-    flat = _flat(tree["cell"] if set(tree) == {"cell"} else tree)
+    flat = _flat(_inner("from_nnx", tree))
     if kind.params is LSTMParams and not any(name.startswith("dense_") for name in flat):
         flat = {name.replace("if_/", "if/"): value for name, value in flat.items()}
         return _from_dense(kind, Entries("from_nnx", flat), *LINEN["LSTM"])
@@ -435,7 +442,7 @@ def to_haiku(cell: Cell[Any, Any], params: LSTMParams) -> dict[str, np.ndarray]:
       TypeError: `params` are not the LSTM's.
     """
     own = _numpy("to_haiku", _kind("to_haiku", cell, "LSTM"), params)
-    hidden, b = own.w_hh.shape[0], own.b.copy()
+    hidden, b = own.w_hh.shape[0], own.b
     b[hidden : 2 * hidden] -= 1
     w = np.concatenate([own.w_ih, own.w_hh])
     return {"w": _reorder(w, "ifgo", "igfo"), "b": _reorder(b, "ifgo", "igfo")}
@@ -446,13 +453,16 @@ def to_haiku(cell: Cell[Any, Any], params: LSTMParams) -> dict[str, np.ndarray]:
 ONNX = {"LSTM": "iofg", "PeepholeLSTM": "iofg", "CoupledLSTM": "iofg", "GRU": "urn", "RNN": "h"}
 
 
-def from_onnx(cell: Cell[Any, Any], initializers: Mapping[str, Any], *, linear_before_reset: int = 0) -> Any:
+def from_onnx(
+    cell: Cell[Any, Any], initializers: Mapping[str, Any], *, linear_before_reset: int = 0, input_forget: int = 0
+) -> Any:
     """Return the parameters of an ONNX `LSTM`, `GRU` or `RNN` operator.
 
     Args:
-      cell: `LSTM`, `PeepholeLSTM`, `CoupledLSTM` (`input_forget=1`), `GRU` or `RNN`.
+      cell: `LSTM`, `PeepholeLSTM`, `CoupledLSTM`, `GRU` or `RNN`.
       initializers: the operator's inputs W [directions, gates·hidden, input], R, and if it has them B and P.
-      linear_before_reset: the attribute of a GRU, whose default in ONNX is 0; that GRU is another cell.
+      linear_before_reset: the attribute of a GRU; with ONNX's default of 0, it is another cell.
+      input_forget: the attribute of an LSTM; 1 for `CoupledLSTM`, 0 for the others.
 
     Returns:
       The parameters, or a `Bidirectional` pair of them for two directions.
@@ -463,6 +473,8 @@ def from_onnx(cell: Cell[Any, Any], initializers: Mapping[str, Any], *, linear_b
     kind, order = _kind("from_onnx", cell, *ONNX), ONNX[_name(cell)]
     if kind.params is GRUParams and linear_before_reset != 1:
         raise ValueError("from_onnx: a GRU with linear_before_reset=0 is another cell; pass 1 if the operator says so.")
+    if input_forget != (cell.name == "CoupledLSTM"):
+        raise ValueError(f"from_onnx: an LSTM with input_forget={input_forget} is another cell than {cell.name}.")
     entries = Entries("from_onnx", initializers)
     w_ih = entries.take("W", None, None, None)
     directions, rows, _ = w_ih.shape
@@ -479,7 +491,7 @@ def from_onnx(cell: Cell[Any, Any], initializers: Mapping[str, Any], *, linear_b
         arrays = [_reorder(array, order, kind.gates) for array in (w_ih_k.T, w_hh_k.T, *jnp.split(b_k, 2))]
         rest = {"p": _reorder(p_k, "iof", "ifo")} if has_peepholes else {}
         halves.append(kind.params(w_ih=arrays[0], w_hh=arrays[1], **_one_bias(kind, *arrays[2:]), **rest))
-    return _layer(halves)
+    return _layer("from_onnx", halves)
 
 
 def to_onnx_initializers(cell: Cell[Any, Any], params: Any) -> dict[str, np.ndarray]:
@@ -490,10 +502,15 @@ def to_onnx_initializers(cell: Cell[Any, Any], params: Any) -> dict[str, np.ndar
     Raises:
       TypeError: `params` are not this cell's.
     """
-    kind, order = _kind("to_onnx_initializers", cell, *ONNX), ONNX[_name(cell)]
+    kind = _kind("to_onnx_initializers", cell, *ONNX)
+    return initializers_of(cell, [_numpy("to_onnx_initializers", kind, half) for half in _halves(params)])
+
+
+def initializers_of(cell: Cell[Any, Any], halves: Sequence[Any]) -> dict[str, np.ndarray]:
+    """Return W, R, B and P of one layer's directions, which are NumPy arrays already."""
+    kind, order = KINDS[_name(cell)], ONNX[_name(cell)]
     initializers: dict[str, list[np.ndarray]] = {}
-    for half in _halves(params):
-        own = _numpy("to_onnx_initializers", kind, half)
+    for own in halves:
         arrays = [_reorder(array, kind.gates, order) for array in (own.w_ih, own.w_hh, *_two_biases(own))]
         entries = {"W": arrays[0].T, "R": arrays[1].T, "B": np.concatenate(arrays[2:])}
         entries |= {"P": _reorder(own.p, "ifo", "iof")} if isinstance(own, PeepholeParams) else {}
@@ -535,6 +552,8 @@ class Entries:
     """A framework's arrays by name, each to be taken once; the errors name the function and the entry."""
 
     def __init__(self, function: str, arrays: Mapping[str, Any], prefix: str = ""):
+        if not isinstance(arrays, Mapping):
+            raise TypeError(f"{function}: expected arrays by name, such as a dict, got {type(arrays).__name__}.")
         self.function, self.prefix = function, prefix
         self.left = {name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)}
         self.dtype: Any = None
@@ -579,11 +598,13 @@ class Entries:
 def _array(function: str, name: str, value: Any) -> Array:
     """Return a floating JAX array without loss, or name the entry."""
     try:
-        value = value if isinstance(value, jax.Array) else np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # such as a tensor on a GPU
-        raise ValueError(f"{function}: entry {name} cannot be read as an array: {error}.") from None
+        if not isinstance(value, jax.Array):  # a variable of nnx, or anything that NumPy can read
+            value = value.__jax_array__() if hasattr(value, "__jax_array__") else np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor on a GPU, or of a type that NumPy lacks
+        cure = "pass a NumPy array, such as tensor.float().cpu().numpy()"
+        raise ValueError(f"{function}: entry {name} cannot be read as an array: {error}; {cure}.") from None
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f"{function}: entry {name} must be floating, got {value.dtype}.")
+        raise ValueError(f"{function}: entry {name} must be a floating array, got {value.dtype}.")
     if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
         cure = 'call jax.config.update("jax_enable_x64", True) first, or cast it'
         raise ValueError(f"{function}: entry {name} is {value.dtype}, which JAX would round; {cure}.")
@@ -596,6 +617,13 @@ def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat |= _flat(value, f"{path}{name}/") if isinstance(value, Mapping) else {f"{path}{name}": value}
     return flat
+
+
+def _inner(function: str, tree: Any) -> Mapping[str, Any]:
+    """Return the first tree with more than one entry: modules around a cell have one."""
+    while isinstance(tree, Mapping) and len(tree) == 1 and isinstance(inner := next(iter(tree.values())), Mapping):
+        tree = inner
+    return Entries(function, tree).left
 
 
 def _name(cell: Cell[Any, Any]) -> str:
@@ -612,20 +640,37 @@ def _kind(function: str, cell: Any, *names: str) -> Kind:
 
 
 def _numpy(function: str, kind: Kind, params: Any) -> Any:
-    """Return parameters, or gradients, as NumPy arrays."""
+    """Return parameters as NumPy arrays."""
     if not isinstance(params, kind.params):
         raise TypeError(f"{function}: expected {kind.params.__name__}, got {type(params).__name__}.")
     return kind.params(*map(np.array, params))  # copies: torch warns about arrays that it cannot write to
 
 
-def _list_of_layers(function: str, layers: Any) -> Sequence[Any]:
-    if not isinstance(layers, Sequence) or hasattr(layers, "_fields") or not layers:
+def checked_stack(function: str, kind: Kind, layers: Any) -> list[list[Any]]:
+    """Return the directions of every layer as NumPy arrays; check that each layer reads what the one below returns."""
+    if not isinstance(layers, list | tuple) or hasattr(layers, "_fields") or not layers:
         raise TypeError(f"{function}: layers must be a list with one entry per layer, got {type(layers).__name__}.")
-    return layers
+    stack = [[_numpy(function, kind, half) for half in _halves(layer)] for layer in layers]
+    reads, dtype = stack[0][0].w_ih.shape[0], stack[0][0].w_ih.dtype
+    for depth, halves in enumerate(stack):
+        for half in halves:
+            got = (half.w_ih.dtype, half.w_ih.shape[0])
+            if got != (dtype, reads):
+                expected = f"{dtype} and {reads} features"
+                raise ValueError(f"{function}: layer {depth} must read {expected}, got {got[0]} and {got[1]}.")
+        reads = sum(half.w_hh.shape[0] for half in halves)
+    return stack
 
 
-def _layer(halves: list[Any]) -> Any:
-    return Bidirectional(*halves) if len(halves) == 2 else halves[0]
+def _layer(place: str, halves: list[Any]) -> Any:
+    """Return one direction, or two of the same shapes as a pair."""
+    if len(halves) == 1:
+        return halves[0]
+    for name in halves[0]._fields:
+        forward, backward = (f"{v.dtype}{list(v.shape)}" for v in (getattr(half, name) for half in halves))
+        if forward != backward:
+            raise ValueError(f"{place}: {name} is {forward} forward and {backward} backward; both must be alike.")
+    return Bidirectional(*halves)
 
 
 def _halves(layer: Any) -> tuple[Any, ...]:
