@@ -4,6 +4,12 @@ them all."""
 import pytest
 
 
+def some(cases, *in_make_test):
+    """Return the cases to parametrize a test with; `make test` runs those named, and CI all."""
+    assert set(in_make_test) <= set(cases)
+    return [case if case in in_make_test else pytest.param(case, marks=pytest.mark.ci) for case in cases]
+
+
 def sweep(name, count):
     """Parametrize a test with `trial`, from 0 to `count` - 1."""
 

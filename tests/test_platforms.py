@@ -42,6 +42,7 @@ from jaxlstm import (
 from jaxlstm.adapters import linen
 
 from cells import FAMILY, HOLES, RESET, B, H, I, T, draw, worst_error
+from sweeps import some
 
 ACCELERATORS = ("cuda", "tpu")
 KEY = jax.random.key(0)
@@ -166,7 +167,7 @@ ON_THE_HOST = {
 VALUE_ONLY = {"LSTM.init", "init_stack", "init_bidirectional", "initializers"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", some(["float32", "bfloat16"], "float32"))
 @pytest.mark.parametrize("name", PROGRAMS)
 @jax.debug_key_reuse(False)
 @jax.enable_x64(False)

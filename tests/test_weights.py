@@ -16,6 +16,7 @@ from jaxlstm.adapters import weights
 
 from cells import B, H, I, T, normal, worst_error
 from golden import generate
+from sweeps import some
 
 CELL = {"LSTM": LSTM, "ProjectedLSTM": variants.make_projected_lstm(3), "GRU": GRU, "RNN": RNN}
 CELL |= {"PeepholeLSTM": variants.PeepholeLSTM, "CoupledLSTM": variants.CoupledLSTM}
@@ -255,7 +256,9 @@ PEERS = {
 }
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize(
+    "name", some(PEERS, "linen GRUCell", "nnx OptimizedLSTMCell", "Equinox GRUCell", "Haiku LSTM", "Keras GRU")
+)
 @pytest.mark.filterwarnings("ignore")
 def test_layers_equal_the_other_frameworks_after_the_transfer(name):
     cell, theirs, run, read, write = PEERS[name]()
