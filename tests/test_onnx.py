@@ -245,12 +245,13 @@ def test_onnxs_own_conformance_cases(name):
 LAYERS = random_layers(LSTM, (H, 3))
 BAD = {
     "no list": (lambda: to_onnx(LSTM, LAYERS[0]), TypeError, "to_onnx: layers must be a list with one entry per layer, got LSTMParams"),
-    "another cell": (lambda: to_onnx(variants.SLSTM, LAYERS), ValueError, "to_onnx: cell must be LSTM, GRU, RNN, PeepholeLSTM or CoupledLSTM, as it is, got SLSTM"),
-    "another function": (lambda: to_onnx(variants.make_lstm(cell_clip=1.0), LAYERS), ValueError, r"as it is, got LSTM\(variant\)"),
+    "another cell": (lambda: to_onnx(variants.SLSTM, LAYERS), ValueError, "to_onnx: cell must be LSTM, GRU, RNN, PeepholeLSTM or CoupledLSTM, unmodified, got SLSTM"),
+    "another function": (lambda: to_onnx(variants.make_lstm(cell_clip=1.0), LAYERS), ValueError, r"unmodified, got LSTM\(variant\)"),
     "another dtype in the matmuls": (lambda: to_onnx(low_precision(LSTM, jnp.bfloat16), LAYERS), ValueError, "to_onnx: cell must be"),
     "params of another cell": (lambda: to_onnx(GRU, LAYERS), TypeError, "to_onnx: expected GRUParams, got LSTMParams"),
     "layers that do not fit": (lambda: to_onnx(LSTM, [LAYERS[0], LAYERS[0]]), ValueError, f"to_onnx: layer 1 must read float32 and {H} features, got float32 and {I}"),
     "bfloat16": (lambda: to_onnx(LSTM, jax.tree.map(lambda v: jnp.asarray(v, jnp.bfloat16), LAYERS)), ValueError, "to_onnx: layers must be of float16, float32, float64, got bfloat16; cast them"),
+    "a readout without a bias": (lambda: to_onnx(LSTM, LAYERS, readout=np.ones((3, 2))), TypeError, r"to_onnx: readout must be a pair \(w, b\), got ndarray"),
     "a readout of another width": (lambda: to_onnx(LSTM, LAYERS, readout=(np.ones((H, 2), np.float32), np.ones(2, np.float32))), ValueError, rf"to_onnx: readout must be \(\[3, outputs\], \[outputs\]\) of float32, got float32\[{H}, 2\]"),
 }  # fmt: skip
 

@@ -79,6 +79,8 @@ def check_torch(name, results, *, bias):
     assert {key: value.shape for key, value in back.items()} == {key: v.shape for key, v in state_dict.items()}
     assert all(value.flags.c_contiguous for value in back.values())
     assert bitwise(weights.from_torch(cell, back), layers)
+    if len(layers) == 1 and not bidirectional:  # an LSTMCell has the same names without a layer
+        assert bitwise(weights.from_torch(cell, {key[:-3]: value for key, value in back.items()}), layers)
     prefixed = weights.to_torch(cell, layers, prefix="encoder.")
     assert bitwise(weights.from_torch(cell, prefixed | {"decoder.w": np.ones(2)}, prefix="encoder."), layers)
     return layers, back
@@ -356,6 +358,8 @@ BAD = {
     "layers of two dtypes": (lambda: weights.to_torch(LSTM, [LAYER, *random_layers(LSTM, input_size=H, dtype=jnp.float64)]), ValueError, f"to_torch: layer 1 must read float32 and {H} features, got float64 and {H}"),
     "directions that differ": (lambda: weights.from_torch(LSTM, TORCH | {"weight_ih_l0_reverse": np.ones((4 * H, 9), np.float32)}), ValueError, rf"from_torch: layer 0: w_ih is float32\[{I}, {4 * H}\] forward and float32\[9, {4 * H}\] backward; both must be alike"),
     "no mapping": (lambda: weights.from_torch(LSTM, None), TypeError, "from_torch: expected arrays by name, such as a dict, got NoneType"),
+    "a Keras layer": (lambda: weights.from_keras(LSTM, LSTM), TypeError, r"from_keras: weights must be a list, such as layer.get_weights\(\), got Cell"),
+    "an Equinox module": (lambda: weights.from_equinox(LSTM, LSTM), TypeError, "from_equinox: expected arrays by name, such as a dict, got Cell"),
     "a module": (lambda: weights.from_linen(LSTM, LSTM), TypeError, "from_linen: expected arrays by name, such as a dict, got Cell"),
     "objects": (lambda: weights.from_haiku(LSTM, HAIKU | {"w": object()}), ValueError, "from_haiku: entry w must be a floating array, got object"),
     "a bias that Equinox would lose": (lambda: weights.to_equinox(LSTM, LAYER, bias=False), ValueError, "to_equinox: bias=False, but the biases"),

@@ -64,7 +64,7 @@ def to_onnx(
     """
     if not isinstance(cell, Cell) or _equations(cell) not in OPERATORS:
         names = "LSTM, GRU, RNN, PeepholeLSTM or CoupledLSTM"
-        raise ValueError(f"to_onnx: cell must be {names}, as it is, got {getattr(cell, 'name', cell)}.")
+        raise ValueError(f"to_onnx: cell must be {names}, unmodified, got {getattr(cell, 'name', cell)}.")
     stack = weights.checked_stack("to_onnx", weights.KINDS[cell.name.partition("(")[0]], layers)
     arrays = [weights.initializers_of(cell, halves) for halves in stack]
     dtype, input_size = arrays[0]["W"].dtype, arrays[0]["W"].shape[2]
@@ -79,6 +79,8 @@ def to_onnx(
         given = ("lengths" if lengths else "", initial_carries)
         ys, features = _add_layer(graph, OPERATORS[_equations(cell)], of_layer, f"layer_{depth}", ys, *given)
     if readout is not None:
+        if not isinstance(readout, tuple | list) or len(readout) != 2:
+            raise TypeError(f"to_onnx: readout must be a pair (w, b), got {type(readout).__name__}.")
         w, b = (np.asarray(value) for value in readout)
         if w.ndim != 2 or w.shape[0] != features or b.shape != w.shape[1:] or {w.dtype, b.dtype} != {dtype}:
             got = f"{w.dtype}{list(w.shape)} and {b.dtype}{list(b.shape)}"

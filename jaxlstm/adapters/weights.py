@@ -49,7 +49,7 @@ KINDS = {
 
 
 def from_torch(cell: Cell[Any, Any], state_dict: Mapping[str, Any], *, prefix: str = "") -> list[Any]:
-    """Return the layers of a `torch.nn.LSTM`, with or without `proj_size`, a `GRU` or an `RNN`.
+    """Return the layers of a `torch.nn.LSTM`, with or without `proj_size`, a `GRU` or an `RNN`; one of an `LSTMCell`.
 
     Args:
       cell: `LSTM`, `ProjectedLSTM`, `GRU` or `RNN`.
@@ -65,6 +65,8 @@ def from_torch(cell: Cell[Any, Any], state_dict: Mapping[str, Any], *, prefix: s
     directions = ("", "_reverse") if "weight_ih_l0_reverse" in entries else ("",)
     layers: list[Any] = []
     input_size = None
+    if "weight_ih" in entries:  # of an LSTMCell, GRUCell or RNNCell
+        layers.append(_from_torch(kind, entries, "", None, has_bias))
     while not layers or f"weight_ih_l{len(layers)}" in entries:
         suffixes = [f"_l{len(layers)}{direction}" for direction in directions]
         halves = [_from_torch(kind, entries, suffix, input_size, has_bias) for suffix in suffixes]
@@ -193,6 +195,10 @@ def from_keras(cell: Cell[Any, Any], weights: Sequence[Any], *, bidirectional: b
         `reset_after=False`, which is another cell. (Without a bias, the weights do not show which one it is.)
     """
     kind = _kind("from_keras", cell, *KERAS)
+    if not isinstance(weights, Sequence):
+        raise TypeError(
+            f"from_keras: weights must be a list, such as layer.get_weights(), got {type(weights).__name__}."
+        )
     directions = ("forward ", "backward ") if bidirectional else ("",)
     size, rest = divmod(len(weights), len(directions))
     if size not in (2, 3) or rest:
@@ -372,7 +378,8 @@ def from_equinox(cell: Cell[Any, Any], fields: Mapping[str, Any]) -> Any:
     """
     kind = _kind("from_equinox", cell, "LSTM", "GRU")
     static = ("input_size", "hidden_size", "use_bias")
-    entries = Entries("from_equinox", {k: v for k, v in fields.items() if k not in static and v is not None})
+    entries = Entries("from_equinox", fields)
+    entries.left = {name: value for name, value in entries.left.items() if name not in static and value is not None}
     w_ih = entries.take("weight_ih", None, None)
     rows = w_ih.shape[0]
     hidden = entries.hidden_size("weight_ih", rows, kind)
