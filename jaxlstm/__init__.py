@@ -43,7 +43,8 @@ __all__ = [  # noqa: RUF022
 for _kind in (
     *(LSTMParams, LSTMState, LSTMGates, GRUParams, GRUState, RNNParams, RNNState, Bidirectional, TrainState),
     *(regularize.Locked, regularize.Noisy, rtrl.RTRLState, rtrl.SnAp1Pattern, rtrl.OnlineState),
-    *(diagnostics.Trace, diagnostics.CellStateTerms, variants.SLSTMGates, variants.SLSTMState),
+    *(diagnostics.Trace, diagnostics.CellStateTerms, diagnostics.ClosedLoopParams),
+    *(variants.SLSTMGates, variants.SLSTMState),
     *(variants.PeepholeParams, variants.FullGateRecurrenceParams, variants.FullGateRecurrenceState),
     *(variants.LayerNormParams, variants.ProjectedParams, variants.LSTM1997State),
 ):

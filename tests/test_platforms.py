@@ -160,7 +160,8 @@ PROGRAMS = {
 }
 # These return text or values of this machine; arrays never pass through a compiled program of theirs.
 ON_THE_HOST = {
-    "make_lstm", "make_lstm_1997", "make_projected_lstm",
+    "make_lstm", "make_lstm_1997", "make_projected_lstm", "fixed_points", "linearize", "closed_loop", "stacked",
+    "sample_carries", "principal_components",
     "central_differences", "check_gradients", "compare_gradients", "make_rnn", "num_params", "snap1_pattern", "summary",
 }  # fmt: skip
 # A QR factorization has no derivative where a bfloat16 run would need one.

@@ -96,13 +96,13 @@ def count(root: Path) -> dict[str, object]:
     longest = max(private)
     code = sum(map(code_lines, sources.values()))
     # The LSTM family and the doors to other frameworks came after the engine, whose size has a bound of its own.
-    added = ("variants.py", "weights.py", "onnx.py")
+    added = ("variants.py", "weights.py", "onnx.py", "statespace.py")
     code_added = sum(code_lines(source) for path, source in sources.items() if path.name in added)
     readme = (root / "README.md").read_text(encoding="utf-8")
     return {
         "lines of the package": total,
         "of these, code": code,
-        "of these, code, without the variants, weights and ONNX": code - code_added,
+        "of these, code, without what was added to the engine": code - code_added,
         "lines of the file with the rule": lines[rule],
         "of these, code ": code_lines(sources[rule]),
         "public names at the top": len(ast.literal_eval(exported.value)),

@@ -3,6 +3,7 @@
 Is a gradient right? `check_gradients` (any model), `compare_gradients` (a recurrent cell, by several methods).
 Where does it come from? `gradient_flow`, `gradient_sources`, `cell_state_terms`, `truncated_gradient`.
 What does the net do? `trace`, `carry_jacobians`, `lyapunov_exponents`.
+Where does it rest? `fixed_points`, `linearize`; `closed_loop` for a net that feeds itself; `principal_components`.
 """
 
 from jaxlstm.diagnostics.comparison import Comparison, Departure, compare_gradients
@@ -27,6 +28,18 @@ from jaxlstm.diagnostics.dynamics import (
 )
 from jaxlstm.diagnostics.flow import gradient_flow
 from jaxlstm.diagnostics.sources import GradientSources, gradient_cosine, gradient_sources
+from jaxlstm.diagnostics.statespace import (
+    ClosedLoopParams,
+    FixedPoints,
+    Linearization,
+    PrincipalComponents,
+    closed_loop,
+    fixed_points,
+    linearize,
+    principal_components,
+    sample_carries,
+    stacked,
+)
 
 # fmt: off
 __all__ = [  # noqa: RUF022
@@ -35,4 +48,6 @@ __all__ = [  # noqa: RUF022
     "gradient_flow", "gradient_sources", "GradientSources", "gradient_cosine", "truncated_gradient",
     "cell_state_terms", "CellStateTerms", "term_shares",
     "trace", "Trace", "carry_jacobians", "jacobian_products", "lyapunov_exponents",
+    "fixed_points", "FixedPoints", "sample_carries", "linearize", "Linearization",
+    "closed_loop", "ClosedLoopParams", "stacked", "principal_components", "PrincipalComponents",
 ]
