@@ -314,3 +314,49 @@ def attention(path: Path, texts: list[str], written: list[str], attended: np.nda
         f"Where the model attends while it writes ({100 * exact_match:.2f} % of held-out strings exactly right)"
     )
     return _save(figure, path, dpi=110)
+
+
+# Dynamics.
+
+CUBE = (8, 12, 6, 1)  # corners, edges, faces, center: how many bits are undecided
+
+
+def flip_flop(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Draw the fixed points of the first net of each cell in principal components, and their kinds for all nets."""
+    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    kinds = ["stable", "1 unstable direction", "2", "3"]
+    colours, markers = ["C0", "C1", "C2", "C3"], ["o", "^", "s", "D"]
+    figure = plt.figure(figsize=(11, 7), layout="constrained")
+    grid = figure.add_gridspec(2, len(cells), height_ratios=[3, 1.3])
+    for place, cell in enumerate(cells):
+        own = [row for row in rows if row["cell"] == cell]
+        first = own[0]
+        axes: Any = figure.add_subplot(grid[0, place], projection="3d")
+        for trajectory in np.array(first["trajectories"]):
+            axes.plot(*trajectory.T, color="0.75", linewidth=0.4, zorder=1)
+        points, unstable = np.reshape(first["coordinates"], (-1, 3)), np.array(first["num_unstable"])
+        size = 0.06 * np.ptp(np.reshape(first["trajectories"], (-1, 3)), axis=0).max()
+        for point, directions in zip(points, first["unstable_directions"], strict=True):
+            for direction in np.reshape(directions, (-1, 3)):
+                unit = size * direction / max(np.linalg.norm(direction), 1e-12)
+                axes.plot(*np.stack([point - unit, point + unit]).T, color="0.2", linewidth=1)
+        for k, kind in enumerate(kinds):
+            of_kind = points[unstable == k]
+            axes.scatter(*of_kind.T, color=colours[k], marker=markers[k], s=30, depthshade=False, label=kind)
+        axes.set(title=f"{cell}, first net: {first['points']} points", xlabel="PC 1", ylabel="PC 2", zlabel="PC 3")
+        axes.set(xticklabels=[], yticklabels=[], zticklabels=[])
+        axes.set_box_aspect(None, zoom=0.98)
+        below = figure.add_subplot(grid[1, place])
+        for row in own:
+            below.plot(range(4), row["by_unstable"], "-", color="0.6", linewidth=0.8, zorder=1)
+        for k in range(4):
+            below.scatter([k] * len(own), [row["by_unstable"][k] for row in own], color=colours[k], marker=markers[k])
+        below.plot(range(4), CUBE, "_", color="black", markersize=20, label="a cube: 8, 12, 6, 1")
+        most = max(max(row["by_unstable"]) for row in own)
+        below.set(xlim=(-0.4, 3.4), ylim=(-0.06 * most, 1.12 * most), xticks=range(4), xlabel="unstable directions",
+                  title=f"all {len(own)} nets", ylabel="points" if place == 0 else None)  # fmt: skip
+        below.yaxis.get_major_locator().set_params(integer=True)
+    handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=4, title="fixed points without input")
+    below.legend(fontsize="small")
+    return _save(figure, path, dpi=110)

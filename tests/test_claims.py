@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import autodiff_vs_analytic
+from experiments import autodiff_vs_analytic, flip_flop
 from jaxlstm import (
     GRU,
     LSTM,
@@ -316,6 +316,22 @@ def test_the_figures_about_methods_are_in_the_result():
     assert round(at["rtrl", 100]["seconds"] / at["rule", 100]["seconds"]) == 62
     assert at["differences", 100]["seconds"] / at["rule", 100]["seconds"] > 1000
     assert at["rtrl", 1000]["temporaries"] < 1.01 * at["rtrl", 10]["temporaries"]
+
+
+def test_the_figures_about_the_flip_flop_are_in_the_result():
+    found = result("flip_flop")
+    page = " ".join((ROOT / "docs" / "fixed-points.md").read_text(encoding="utf-8").split())
+    assert " ".join(flip_flop.table(found).split()) in page
+    assert {row["right"] for row in found["rows"]} == {1.0} and "every net is always right" in page
+    cube = [8, 12, 6, 1]
+    of = lambda cell: [row for row in found["rows"] if row["cell"] == cell]
+    assert all(row["by_unstable"][:2] == cube[:2] and row["memories"] == 8 for row in found["rows"])
+    whole = {
+        cell: sum(row["points"] == 27 and row["by_unstable"] == cube for row in of(cell)) for cell in flip_flop.CELLS
+    }
+    said = ", ".join(f"{number} of {len(of(cell))} {cell}s" for cell, number in whole.items())
+    assert f"All 27 points of a cube: {said}" in page and whole["LSTM"] >= 4
+    assert max(row["largest_speed"] for row in found["rows"]) < 1e-28 and "1e-28" in page
 
 
 def test_a_bidirectional_net_is_two_nets_that_meet_at_the_same_step():

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import agreement, autodiff_vs_analytic, gradient_flow, grammar
+from experiments import agreement, autodiff_vs_analytic, flip_flop, gradient_flow, grammar
 from experiments.harness import trainer
 from jaxlstm import GRU, LSTM, RNN, unroll
 from jaxlstm.diagnostics import trace
@@ -223,6 +223,50 @@ def test_gradient_by_lag_equals_autodiff_from_each_state():
 
     by_lag = [jnp.linalg.norm(jax.grad(loss)(states[-1 - lag], len(states) - 1 - lag)) for lag in (0, 4)]
     assert worst_error(flow[jnp.array([0, 4])], jnp.stack(by_lag) / by_lag[0]) < 1e-12
+
+
+# The flip-flop.
+
+
+def test_a_memory_is_the_last_pulse_of_its_input():
+    xs, memories = map(np.asarray, flip_flop.pulses(jax.random.key(0), 40, 6))
+    last = np.zeros((6, 3))
+    for x, memory in zip(xs, memories, strict=True):
+        last[x != 0] = x[x != 0]
+        np.testing.assert_array_equal(memory, last)
+    assert set(np.unique(xs)) == {-1, 0, 1} and (xs[0] != 0).all()
+    assert abs((xs[1:] != 0).mean() - flip_flop.PULSE_RATE) < 0.05
+
+
+def a_perfect_net():
+    """Three units that latch, s' = tanh(4 s + 8 x), one for each bit."""
+    eye = jnp.eye(3)
+    return {"cell": RNN.init(jax.random.key(0), 3, 3)._replace(w_ih=8 * eye, w_hh=4 * eye), "readout": eye}
+
+
+@pytest.mark.ci
+@pytest.mark.usefixtures("default_settings")
+def test_a_net_built_by_hand_is_right_and_has_a_cube_of_points():
+    assert flip_flop.share_right(RNN, a_perfect_net()) == 1
+    blind = a_perfect_net() | {"readout": jnp.eye(3)[::-1]}
+    assert flip_flop.share_right(RNN, blind) < 0.6
+    found = flip_flop.portrait(RNN, a_perfect_net(), 1000)
+    assert (found["points"], found["by_unstable"], found["memories"]) == (27, [8, 12, 6, 1], 8)
+    assert np.shape(found["coordinates"]) == (27, 3) and found["largest_speed"] < 1e-25
+    # Along an axis of a unit; the other half of the principal components is rotated.
+    for number, directions in zip(found["num_unstable"], found["unstable_directions"], strict=True):
+        assert len(directions) == number
+        assert all(abs(np.linalg.norm(direction) - 1) < 1e-3 for direction in directions)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("default_settings")
+@jax.debug_key_reuse(False)  # the check takes a key that a vmapped scan reads for one read twice
+def test_flip_flop_runs(tmp_path):
+    result = flip_flop.main(hidden_size=4, steps=30, seeds=2, starts=20, workdir=str(tmp_path / "new"))
+    assert [(row["cell"], row["seed"]) for row in result["rows"]] == [(c, s) for c in flip_flop.CELLS for s in (0, 1)]
+    assert result["rows"][0]["loss"] < 1.2 and flip_flop.table(result).count("\n") == 7
+    assert (tmp_path / "new" / "flip_flop.png").stat().st_size > 10_000
 
 
 # Small runs.
