@@ -10,6 +10,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 
 def _save(figure: Any, path: Path, dpi: int) -> Path:
@@ -326,7 +327,7 @@ def flip_flop(path: Path, rows: list[dict[str, Any]]) -> Path:
     cells = list(dict.fromkeys(row["cell"] for row in rows))
     kinds = ["stable", "1 unstable direction", "2", "3"]
     colours, markers = ["C0", "C1", "C2", "C3"], ["o", "^", "s", "D"]
-    figure = plt.figure(figsize=(11, 7), layout="constrained")
+    figure = plt.figure(figsize=(11, 7), layout=ConstrainedLayoutEngine(rect=(0, 0, 0.985, 1)))
     grid = figure.add_gridspec(2, len(cells), height_ratios=[3, 1.3])
     for place, cell in enumerate(cells):
         own = [row for row in rows if row["cell"] == cell]
@@ -345,7 +346,8 @@ def flip_flop(path: Path, rows: list[dict[str, Any]]) -> Path:
             axes.scatter(*of_kind.T, color=colours[k], marker=markers[k], s=30, depthshade=False, label=kind)
         axes.set(title=f"{cell}, first net: {first['points']} points", xlabel="PC 1", ylabel="PC 2", zlabel="PC 3")
         axes.set(xticklabels=[], yticklabels=[], zticklabels=[])
-        axes.set_box_aspect(None, zoom=0.98)
+        for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+            axis.labelpad = -12  # there are no tick labels between
         below = figure.add_subplot(grid[1, place])
         for row in own:
             below.plot(range(4), row["by_unstable"], "-", color="0.6", linewidth=0.8, zorder=1)
@@ -355,7 +357,7 @@ def flip_flop(path: Path, rows: list[dict[str, Any]]) -> Path:
         most = max(max(row["by_unstable"]) for row in own)
         below.set(xlim=(-0.4, 3.4), ylim=(-0.06 * most, 1.12 * most), xticks=range(4), xlabel="unstable directions",
                   title=f"all {len(own)} nets", ylabel="points" if place == 0 else None)  # fmt: skip
-        below.yaxis.get_major_locator().set_params(integer=True)
+        below.locator_params(axis="y", integer=True)
     handles = axes.get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=4, title="fixed points without input")
     below.legend(fontsize="small")

@@ -325,13 +325,17 @@ def test_the_figures_about_the_flip_flop_are_in_the_result():
     assert {row["right"] for row in found["rows"]} == {1.0} and "every net is always right" in page
     cube = [8, 12, 6, 1]
     of = lambda cell: [row for row in found["rows"] if row["cell"] == cell]
-    assert all(row["by_unstable"][:2] == cube[:2] and row["memories"] == 8 for row in found["rows"])
+    assert all(row["by_unstable"][0] >= 8 and row["memories"] == 8 for row in found["rows"])
     whole = {
         cell: sum(row["points"] == 27 and row["by_unstable"] == cube for row in of(cell)) for cell in flip_flop.CELLS
     }
     said = ", ".join(f"{number} of {len(of(cell))} {cell}s" for cell, number in whole.items())
     assert f"All 27 points of a cube: {said}" in page and whole["LSTM"] >= 4
-    assert max(row["largest_speed"] for row in found["rows"]) < 1e-28 and "1e-28" in page
+    assert [row["points"] for row in of("RNN")].count(26) == 2 and [row["points"] for row in of("GRU")].count(43) == 1
+    (ridge,) = [row for row in of("GRU") if row["points"] == 43]
+    assert max(row["largest_speed"] for row in found["rows"] if row != ridge) < 1e-31 < 1e-27 < ridge["largest_speed"]
+    lost = {cell: max(1 - row["converged"] / 2048 for row in of(cell)) for cell in flip_flop.CELLS}
+    assert 0.16 < lost["GRU"] < 0.17 and max(lost["RNN"], lost["LSTM"]) < 0.003
 
 
 def test_a_bidirectional_net_is_two_nets_that_meet_at_the_same_step():

@@ -197,7 +197,7 @@ TABLE = {
             "by_step": (False, True), "methods": (None, {"mine": lambda *v: (None, None, None)}),
             "dtype": ("float64", "float32"), **FLAGS}),
     "fixed_points": (lambda **o: diagnostics.fixed_points(RNN, THREE_POINTS, STARTS, np.zeros(1), **o), (), {
-        "tolerance": (1e-20, 1.0), "max_iterations": (200, 1), "merge_distance": (1e-5, 5.0),
+        "tolerance": (1e-24, 1.0), "max_iterations": (200, 1), "merge_distance": (1e-5, 5.0),
         "outlier_scale": (10.0, 1.0)}),
     "sample_carries": (diagnostics.sample_carries, (key(), CARRY, 5), {"noise": (0.0, 0.5)}),
     "principal_components": (diagnostics.principal_components, (CARRY,), {"num": (2, 1)}),

@@ -59,7 +59,7 @@ def fixed_points(
     starts: PyTree,
     x: PyTree,
     *,
-    tolerance: float = 1e-20,
+    tolerance: float = 1e-24,
     max_iterations: int = 200,
     merge_distance: float = 1e-5,
     outlier_scale: float = 10.0,
@@ -73,7 +73,7 @@ def fixed_points(
       cell, params: as in `unroll`. For a stack, pass `stacked(cell)`.
       starts: carries, leaves [starts, ...], such as `sample_carries` draws from a `trace`.
       x: the input at every step, [input], constant; for a net that feeds itself, see `closed_loop`.
-      tolerance: the largest speed of a fixed point.
+      tolerance: the largest speed of a fixed point. A larger one also finds slow points, where the net almost rests.
       max_iterations: of Newton's method, for each start.
       merge_distance: points that are closer to one another are one point.
       outlier_scale: drop points further from the mean of the starts than this many times their mean distance from it.
