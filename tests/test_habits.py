@@ -227,7 +227,8 @@ MIXED = Cell(
 )
 
 
-@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.ci)], ids=["", "reverse"])
+@pytest.mark.ci
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
 @jax.debug_key_reuse(False)
 def test_keys_integers_and_flags_may_be_leaves_of_the_input_and_of_the_carry(reverse):
     params, xs, _ = draw(RNN)
