@@ -347,7 +347,7 @@ def flip_flop(path: Path, rows: list[dict[str, Any]]) -> Path:
         axes.set(title=f"{cell}, first net: {first['points']} points", xlabel="PC 1", ylabel="PC 2", zlabel="PC 3")
         axes.set(xticklabels=[], yticklabels=[], zticklabels=[])
         for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
-            axis.labelpad = -12  # there are no tick labels between
+            axis.labelpad = -12  # no tick labels need the room
         below = figure.add_subplot(grid[1, place])
         for row in own:
             below.plot(range(4), row["by_unstable"], "-", color="0.6", linewidth=0.8, zorder=1)

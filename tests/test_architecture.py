@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "diagnostics.flow": {"cell", "checks", "recurrence", "structure"},
     "diagnostics.sources": {"cell", "checks", "recurrence"},
     "diagnostics.differences": {"cell", "checks"},
-    "diagnostics.statespace": {"cell", "checks", "diagnostics.differences"},
+    "diagnostics.statespace": {"cell", "checks", "diagnostics.differences", "diagnostics.dynamics"},
     "diagnostics.comparison": {"bptt", "cell", "checks", "diagnostics.differences", "lstm", "recurrence", "rtrl"},
     "train": {"cell", "checks"},
     "ensembles": {"cell", "checks", "structure", "tuning"},

@@ -24,6 +24,7 @@ from jaxlstm import (
     unroll_stack,
     variants,
 )
+from jaxlstm.adapters import weights
 
 Function = Callable[[Array], Array]
 
@@ -118,8 +119,7 @@ def init_layers(key: Key[Array, ""], input_size: int, options: Options) -> dict[
 
 def tree_of(layers: Sequence[Any]) -> dict[str, Any]:
     """Return a stack as the nested dicts that Flax stores."""
-    if not isinstance(layers, list | tuple) or hasattr(layers, "_fields") or not layers:
-        raise TypeError(f"Recurrent: layers must be a list with one entry per layer, got {type(layers).__name__}.")
+    weights.check_list("Recurrent", layers)
     return {f"layer_{depth}": serialization.to_state_dict(layer) for depth, layer in enumerate(layers)}
 
 

@@ -5,8 +5,8 @@
     outputs = lstm.apply(variables, inputs, seq_lengths=lengths)
 
 A checkpoint of `nn.LSTMCell`, `nn.OptimizedLSTMCell` or `nn.GRUCell` loads into the cells here. `from_rnn` turns a
-checkpoint of `nn.RNN` into parameters of `Recurrent`, and `recurrent_params` takes those of any other framework, which
-`jaxlstm.adapters.weights` reads.
+checkpoint of `nn.RNN` into parameters of `Recurrent`. `recurrent_params` does the same for layers from any other
+framework, as `jaxlstm.adapters.weights` reads them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -136,7 +136,7 @@ def recurrent_params(layers: Sequence[Any]) -> dict[str, Any]:
 
 
 def from_rnn(cell: Cell[Any, Any], *trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters of a `Recurrent` from those of `nn.RNN` or `nn.Bidirectional`, one tree per layer.
+    """Turn the parameters of `nn.RNN` or `nn.Bidirectional`, one tree per layer, into those of a `Recurrent`.
 
     Args:
       cell: `LSTM` or `GRU`.

@@ -65,7 +65,7 @@ def to_onnx(
     if not isinstance(cell, Cell) or _equations(cell) not in OPERATORS:
         names = "LSTM, GRU, RNN, PeepholeLSTM or CoupledLSTM"
         raise ValueError(f"to_onnx: cell must be {names}, unmodified, got {getattr(cell, 'name', cell)}.")
-    stack = weights.checked_stack("to_onnx", weights.KINDS[cell.name.partition("(")[0]], layers)
+    stack = weights.checked_stack("to_onnx", cell, layers)
     arrays = [weights.initializers_of(cell, halves) for halves in stack]
     dtype, input_size = arrays[0]["W"].dtype, arrays[0]["W"].shape[2]
     if dtype.name not in DTYPES:

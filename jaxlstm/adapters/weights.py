@@ -105,7 +105,7 @@ def to_torch(
       ValueError: torch has no such stack; or `bias` is False and a bias is not 0.
     """
     kind = _kind("to_torch", cell, "LSTM", "ProjectedLSTM", "GRU", "RNN")
-    stack = checked_stack("to_torch", kind, layers)
+    stack = checked_stack("to_torch", cell, layers)
     if len({(len(halves), halves[0].w_hh.shape) for halves in stack}) > 1:
         raise ValueError("to_torch: torch's layers all have the same number of units and directions, these do not.")
     state_dict: dict[str, np.ndarray] = {}
@@ -261,8 +261,8 @@ def from_linen(cell: Cell[Any, Any], tree: Mapping[str, Any]) -> Any:
 
     Args:
       cell: `LSTM` or `GRU`.
-      tree: the cell's own parameters, or those of a module with nothing else in it, such as an `nn.RNN`; or those of
-        an `nn.Bidirectional`, as `forward_rnn` and `backward_rnn`.
+      tree: the parameters of the cell, of a module that holds nothing else, such as an `nn.RNN`, or of an
+        `nn.Bidirectional`, with the entries `forward_rnn` and `backward_rnn`.
 
     Raises:
       ValueError: an entry is missing, unexpected, or of a wrong shape or dtype; the message names it.
@@ -653,10 +653,16 @@ def _numpy(function: str, kind: Kind, params: Any) -> Any:
     return kind.params(*map(np.array, params))  # copies: torch warns about arrays that it cannot write to
 
 
-def checked_stack(function: str, kind: Kind, layers: Any) -> list[list[Any]]:
-    """Return the directions of every layer as NumPy arrays; check that each layer reads what the one below returns."""
+def check_list(function: str, layers: Any) -> None:
+    """Refuse what is not a list of layers, such as the parameters of one."""
     if not isinstance(layers, list | tuple) or hasattr(layers, "_fields") or not layers:
         raise TypeError(f"{function}: layers must be a list with one entry per layer, got {type(layers).__name__}.")
+
+
+def checked_stack(function: str, cell: Cell[Any, Any], layers: Any) -> list[list[Any]]:
+    """Return the directions of every layer as NumPy arrays; check that each layer reads what the one below returns."""
+    check_list(function, layers)
+    kind = KINDS[_name(cell)]
     stack = [[_numpy(function, kind, half) for half in _halves(layer)] for layer in layers]
     reads, dtype = stack[0][0].w_ih.shape[0], stack[0][0].w_ih.dtype
     for depth, halves in enumerate(stack):

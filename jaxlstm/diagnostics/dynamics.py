@@ -108,7 +108,7 @@ def carry_jacobians(
 
     def jacobian(start: PyTree, x: PyTree) -> Array:
         flat, unravel = ravel_pytree(start)
-        return jax.jacfwd(_step_of_flat(cell, params, unravel, x))(flat)
+        return jax.jacfwd(step_of_flat(cell, params, unravel, x))(flat)
 
     # Map over time and batch: the axes that the recorded carries have and a single carry does not.
     for _ in range(jax.tree.leaves(starts)[0].ndim - jax.tree.leaves(one_carry)[0].ndim):
@@ -122,7 +122,7 @@ def carry_jacobians(
     return jacobians
 
 
-def _step_of_flat(
+def step_of_flat(
     cell: Cell[Any, Any], params: PyTree, unravel: Callable[[Array], PyTree], x: PyTree
 ) -> Callable[[Array], Array]:
     """Return one step as a function from carry to carry, both flat."""
@@ -203,7 +203,7 @@ def lyapunov_exponents(
 
         def step(state: tuple[Array, Array], x: PyTree) -> tuple[tuple[Array, Array], Array]:
             flat, directions = state
-            flat, push = jax.linearize(_step_of_flat(cell, params, unravel, x), flat)
+            flat, push = jax.linearize(step_of_flat(cell, params, unravel, x), flat)
             directions, growth = jnp.linalg.qr(jax.vmap(push, 1, 1)(directions.astype(flat.dtype)).astype(wide))
             return (flat, directions), jnp.log(jnp.abs(jnp.diagonal(growth)))
 

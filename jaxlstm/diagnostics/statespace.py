@@ -37,6 +37,7 @@ from jaxlstm.checks import (
     in_callback,
 )
 from jaxlstm.diagnostics.differences import cast
+from jaxlstm.diagnostics.dynamics import step_of_flat
 
 
 class FixedPoints(NamedTuple):
@@ -205,7 +206,7 @@ def linearize(cell: Cell[Any, Any], params: PyTree, carry: PyTree, x: PyTree) ->
         flat_x, unravel_x = ravel_pytree(x)
 
         def step(s: Array, x: Array) -> Array:
-            return ravel_pytree(cell.step(params, unravel(s), unravel_x(x))[0])[0]
+            return step_of_flat(cell, params, unravel, unravel_x(x))(s)
 
         jacobians = jax.jit(jax.vmap(jax.jacfwd(step, (0, 1)), (0, None)))(flat, flat_x)
         by_carry, by_input = map(np.asarray, jacobians)
@@ -411,10 +412,7 @@ def _flat_step(
     _, unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one))
     rows = jax.vmap(lambda point: ravel_pytree(point)[0])(points)
 
-    def step(flat: Array) -> Array:
-        return ravel_pytree(cell.step(params, unravel(flat), x)[0])[0]
-
-    return rows, step, unravel
+    return rows, step_of_flat(cell, params, unravel, x), unravel
 
 
 def _check_positive(name: str, value: Any) -> None:
