@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from experiments import plots
 from experiments.harness import devices, runs
-from jaxlstm import GRU, LSTM, RNN, Cell, unroll
+from jaxlstm import GRU, LSTM, RNN, Cell, fit, init_train_state, make_train_step, unroll
 from jaxlstm.diagnostics import fixed_points, linearize, principal_components, sample_carries, trace
 
 CELLS: dict[str, Cell[Any, Any]] = {"RNN": RNN, "GRU": GRU, "LSTM": LSTM}
@@ -57,18 +57,13 @@ def train(cell: Cell[Any, Any], key: Key[Array, ""], hidden_size: int, steps: in
     params = {"cell": cell.init(key_init, BITS, hidden_size), "readout": jnp.zeros((hidden_size, BITS))}
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(1e-2, steps)))
 
-    def loss_of(params: Any, key: Key[Array, ""]) -> Array:
-        xs, memories = pulses(key, NUM_STEPS, BATCH)
-        return ((outputs(cell, params, xs) - memories) ** 2).mean()
+    def loss_fn(params: Any, batch: Key[Array, ""], carry: Any, key: Key[Array, ""]) -> Any:
+        xs, memories = pulses(batch, NUM_STEPS, BATCH)  # a batch is the key that draws it
+        return ((outputs(cell, params, xs) - memories) ** 2).mean(), (carry, {})
 
-    def step(state: Any, key: Key[Array, ""]) -> tuple[Any, Array]:
-        params, opt_state = state
-        loss, gradient = jax.value_and_grad(loss_of)(params, key)
-        updates, opt_state = optimizer.update(gradient, opt_state)
-        return (optax.apply_updates(params, updates), opt_state), loss
-
-    (params, _), losses = lax.scan(step, (params, optimizer.init(params)), jax.random.split(key_data, steps))
-    return params, losses
+    state = init_train_state(params, optimizer, jax.random.key(0))  # its key is not used: the loss draws nothing else
+    state, metrics = fit(make_train_step(loss_fn, optimizer), state, jax.random.split(key_data, steps))
+    return state.params, metrics["loss"]
 
 
 def share_right(cell: Cell[Any, Any], params: Any) -> float:
