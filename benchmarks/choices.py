@@ -29,10 +29,10 @@ from experiments.harness import devices, runs
 from jaxlstm import LSTM, Bulk, LSTMParams, LSTMState
 from jaxlstm.bulk import How, run, run_in_bulk
 from jaxlstm.masks import Steps
-from jaxlstm.tuning import Plan, make_plan
+from jaxlstm.tuning import make_plans
 
-# How each plan differs from the library's own. None for the block size: the whole sequence.
-WITHOUT: dict[str, dict[str, Any]] = {
+# How each plan differs from the library's own, on a CPU and on other platforms.
+ON_A_CPU: dict[str, dict[str, Any]] = {
     "nothing": {},
     "blocks": {"block_size": None},
     "merged axes": {"merged_axes": 0},
@@ -40,6 +40,16 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "pieces of z": {"pieces": 0},
     "closed form and kept gates": {"closed_form": False, "keep_gates": False},  # only a closed form reads kept gates
 }
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "several steps at a time": {"unroll": 1},
+    "blocks": {"block_size": None},
+    "gates computed again": {"keep_gates": True},
+    "z before the loop": {"pieces": 0},
+    "closed form": {"closed_form": False},
+}
+CPU = jax.default_backend() == "cpu"
+WITHOUT = ON_A_CPU if CPU else ELSEWHERE
 KINDS = ("forward", "gradient")
 
 log = logging.getLogger("choices")
@@ -50,8 +60,8 @@ Run = Callable[[LSTMParams, Array], Array]
 def by_plan(params: LSTMParams, xs: Array, *, without: str, rule: bool = True) -> Array:
     """Run the library's LSTM by its own plan without one choice."""
     carry: LSTMState = LSTM.initial_carry(params, xs.shape[1:2])
-    plan: Plan = make_plan(LSTM, params, Steps(xs), carry, Bulk())._replace(**WITHOUT[without])
-    plan = plan._replace(block_size=plan.block_size or len(xs))
+    plans = make_plans(LSTM, params, Steps(xs), carry, Bulk())
+    plan = (plans.on_a_cpu if CPU else plans.elsewhere)._replace(**WITHOUT[without])
     return (run_in_bulk if rule else run)(How(LSTM, plan), params, Steps(xs), carry, None)[1]
 
 
@@ -106,7 +116,8 @@ def ratios(starts: list[dict[str, dict[str, list[float]]]]) -> dict[str, dict[st
 def table(result: dict[str, Any]) -> str:
     """Return the geometric means over all shapes as text."""
     lines = [f"{'time without, over time with':28}  gradient     forward       (medians, minima)"]
-    for name in RUNS:
+    names = next(iter(result["shapes"].values()))["gradient"]
+    for name in names:
         if name == "nothing":
             continue
         cells = []

@@ -237,29 +237,69 @@ def torch(given: Arrays) -> Layer:
     from jaxlstm import LSTM
     from jaxlstm.adapters import weights
 
+    gpu = library.cuda.is_available()
+    place = "cuda" if gpu else "cpu"
     layer = library.nn.LSTM(given["w_ih"].shape[0], given["w_hh"].shape[0])
     state_dict = weights.to_torch(LSTM, [params_of(given)])
     layer.load_state_dict({name: library.from_numpy(value) for name, value in state_dict.items()})
-    xs, weight = library.from_numpy(given["xs"]).requires_grad_(), library.from_numpy(given["weight"])
+    layer.to(place)
+    xs, weight = (library.from_numpy(given[name]).to(place) for name in ("xs", "weight"))
+    xs.requires_grad_()
     wanted = (layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0, xs)
+
+    def finished(result: Any) -> Any:
+        if gpu:
+            library.cuda.synchronize()
+        return result
 
     def forward() -> Any:
         with library.no_grad():
-            return layer(xs)[0]
+            return finished(layer(xs)[0])
 
     def gradient() -> Any:
-        return library.autograd.grad((layer(xs)[0] * weight).sum(), wanted)
+        return finished(library.autograd.grad((layer(xs)[0] * weight).sum(), wanted))
 
     def read(ys: Any, gradients: Any) -> Arrays:
-        d_w_ih, d_w_hh, d_b, _, d_xs = (g.numpy() for g in gradients)
-        return {"ys": ys.numpy(), "d_w_ih": d_w_ih.T, "d_w_hh": d_w_hh.T, "d_b": d_b, "d_xs": d_xs}
+        d_w_ih, d_w_hh, d_b, _, d_xs = (g.numpy(force=True) for g in gradients)
+        return {"ys": ys.numpy(force=True), "d_w_ih": d_w_ih.T, "d_w_hh": d_w_hh.T, "d_b": d_b, "d_xs": d_xs}
 
     return Layer(forward, gradient, read)
 
 
+def cudnn(given: Arrays) -> Layer:
+    """Make a layer of `jax.experimental.rnn`, which calls cuDNN."""
+    import jax
+    import jax.numpy as jnp
+
+    if jax.default_backend() != "gpu":
+        raise ImportError("jax.experimental.rnn needs an NVIDIA GPU")
+    from jax.experimental import rnn as library
+
+    from jaxlstm import LSTM
+    from jaxlstm.adapters import weights
+
+    num_steps, batch, input_size = given["xs"].shape
+    hidden = given["w_hh"].shape[0]
+    zero, lengths = jnp.zeros((1, batch, hidden)), jnp.full(batch, num_steps, jnp.int32)
+
+    def apply(params: Any, xs: Any) -> Any:
+        return library.lstm(xs, zero, zero, params, lengths, input_size, hidden, 1, 0.0, False)[0]
+
+    def back(d: Any) -> Any:
+        w_ih, w_hh, b = weights.from_jax_rnn(LSTM, d, input_size=input_size, hidden_size=hidden)[0]
+        return w_ih, w_hh, b / 2  # the sum of the gradients of its two biases
+
+    own = weights.to_jax_rnn(LSTM, [params_of(given)])
+    return of_jax(apply, own, given, back, batch_major=True)
+
+
 def onnxruntime(given: Arrays) -> Layer:
-    """Make a layer of ONNX Runtime, which has no gradient."""
+    """Make a layer of ONNX Runtime on a CPU; it has no gradient."""
+    import jax
     import onnxruntime as library
+
+    if jax.default_backend() != "cpu":
+        raise ImportError("it would run on the CPU")
 
     from jaxlstm import LSTM
     from jaxlstm.adapters.onnx import to_onnx
@@ -289,12 +329,11 @@ PEERS: dict[str, tuple[Callable[[Arrays], Layer], str]] = {
     "Haiku": (haiku, "dm-haiku"),
     "Keras": (keras, "keras"),
     "torch": (torch, "torch"),
+    "cuDNN by JAX": (cudnn, "jax"),
     "ONNX Runtime": (onnxruntime, "onnxruntime"),
 }
 # The other JAX libraries.
-OF_JAX = tuple(
-    name for name in PEERS if name not in ("jaxlstm", "jaxlstm, scan", "fifteen lines", "torch", "ONNX Runtime")
-)
+OF_JAX = ("Flax linen", "Flax linen LSTMCell", "Flax nnx", "Flax nnx LSTMCell", "Equinox", "Haiku", "Keras")
 
 
 def measure(run: Callable[[], Any], seconds: float) -> float:

@@ -31,7 +31,7 @@ from jaxtyping import Array
 from jaxlstm.cell import Cell, PyTree, leaf_path
 from jaxlstm.masks import Steps, hold, start_of
 from jaxlstm.tangents import add, as_custom_jvp_output, filled, jvp, present
-from jaxlstm.tuning import Plan, by_platform, in_bulk, scan_blocks
+from jaxlstm.tuning import Plan, in_bulk, scan_blocks
 
 
 class Kept(NamedTuple):
@@ -70,7 +70,7 @@ def run(how: How, params: PyTree, steps: Steps, carry: PyTree, reset_carry: PyTr
         zs: Any = cell.project(params, steps.x) if plan.pieces else None
         if plan.pieces > 1:
             zs = jnp.split(zs, plan.pieces, axis=-1)
-        return lax.scan(step, carry, (steps, zs), reverse=how.reverse)
+        return lax.scan(step, carry, (steps, zs), reverse=how.reverse, unroll=plan.unroll)
 
     # With z in the loop, there is nothing to compute for a block at once.
     carry, (ys, kept) = scan_blocks(block, carry, steps, plan.block_size if plan.pieces else None, how.reverse)
@@ -90,7 +90,7 @@ def _sum_of_pieces(z: list[Array], a: Array) -> tuple[Array, Array]:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def run_in_bulk(how: How, params: PyTree, steps: Steps, carry: PyTree, reset_carry: PyTree) -> tuple[PyTree, Any, Any]:
     """Do what `run` does, differentiated by the rule below."""
-    return by_platform(run, how, params, steps, carry, reset_carry)
+    return run(how, params, steps, carry, reset_carry)
 
 
 @functools.partial(run_in_bulk.defjvp, symbolic_zeros=True)
@@ -118,7 +118,7 @@ def _rule(how: How, primals: Any, tangents: Any) -> tuple[Any, Any]:
         if how.plan.checkpoint_step:
             step = jax.checkpoint(step, prevent_cse=False)
         each = (now._replace(x=None, reset_carry=d_now.reset_carry), kept.carry, advance, forcing)
-        d_carry, (d_ys, d_starts) = lax.scan(step, d_carry, each, reverse=how.reverse)
+        d_carry, (d_ys, d_starts) = lax.scan(step, d_carry, each, reverse=how.reverse, unroll=how.plan.unroll)
         d_kept = _kept_tangent(how, params, d_params, now.x, d_now.x, kept.carry, d_starts)
         return d_carry, (d_ys, d_kept)
 

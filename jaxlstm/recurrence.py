@@ -25,7 +25,7 @@ from jaxlstm.checks import (
 )
 from jaxlstm.gradients import Bulk, Chunked, Gradient, GradientOrName, Scan, checked_gradient
 from jaxlstm.masks import Steps, hold, select, start_of, zeros_where_masked
-from jaxlstm.tuning import make_plan, scan_blocks, size_without_remainder
+from jaxlstm.tuning import by_platform, make_plans, scan_blocks, size_without_remainder
 
 Params = TypeVar("Params")
 Carry = TypeVar("Carry")
@@ -168,11 +168,13 @@ def _run(
     gradient: Bulk | Scan,
     reverse: bool,
 ) -> tuple[Carry, Array]:
-    # The plain scan runs the forward loop that a CPU runs.
     bulk = gradient if isinstance(gradient, Bulk) else None
-    plan = make_plan(cell, params, steps, carry, bulk or Bulk())
-    run_by = run_in_bulk if bulk and plan.by_rule else run
-    carry, ys, _ = run_by(How(cell, plan, reverse), params, steps, carry, reset_carry)
+    plans = make_plans(cell, params, steps, carry, bulk or Bulk())
+    if bulk and plans.by_rule:
+        by_plan = lambda plan, *arguments: run_in_bulk(How(cell, plan, reverse), *arguments)
+        carry, ys, _ = by_platform(by_plan, plans, params, steps, carry, reset_carry)
+    else:  # the plain scan is the same program on every platform
+        carry, ys, _ = run(How(cell, plans.on_a_cpu, reverse), params, steps, carry, reset_carry)
     return carry, ys
 
 

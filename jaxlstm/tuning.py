@@ -1,8 +1,9 @@
 """Choices made for the compiler: how a recurrence is cut into blocks, and the shapes that XLA runs fast.
 
 No choice changes the result. `benchmarks/choices.py` removes one choice at a time and divides the time without it by
-the time with it, in one interleaved run: geometric means over the six shapes of the benchmark, on two cores of an AMD
-EPYC (`benchmarks/results/choices.json`). Only pieces change the forward pass; the other rows there show the noise.
+the time with it, in one interleaved run. On two cores of an AMD EPYC, geometric means over the six shapes of the
+benchmark (`benchmarks/results/choices.json`); only pieces change the forward pass, and the other rows there show the
+noise:
 
     time without, over time with  gradient     forward       (medians, minima)
     blocks                        1.03, 1.02   0.97, 0.99
@@ -12,7 +13,15 @@ EPYC (`benchmarks/results/choices.json`). Only pieces change the forward pass; t
     closed form and kept gates    1.17, 1.15   0.99, 0.99
 
 The means hide what each choice is for: blocks for long sequences and for memory, kept gates for wide layers, pieces for
-few streams.
+few streams. On an NVIDIA H100, means over two shapes (`benchmarks/results/choices-gpu.json`); blocks are for memory,
+and these two sequences are too short for them:
+
+    time without, over time with  gradient     forward       (medians, minima)
+    several steps at a time       1.56, 1.58   1.52, 1.51
+    blocks                        0.98, 1.00   1.01, 0.99
+    gates computed again          1.07, 1.09   1.01, 0.99
+    z before the loop             1.04, 1.04   1.03, 1.02
+    closed form                   1.07, 1.09   1.00, 1.00
 """
 
 import dataclasses
@@ -31,13 +40,18 @@ from jaxlstm.gradients import Bulk
 from jaxlstm.masks import Steps
 from jaxlstm.structure import equations
 
-# A block of z of this size stays in a CPU's cache while the rest of the block is computed from it ...
+# On a CPU, a block of z of this size stays in the cache while the rest of the block is computed from it ...
 BLOCK_BYTES = 3 << 20
-# ... unless it has fewer rows, in time and batch, than these: smaller matmuls leave an accelerator idle.
+# ... unless it has fewer rows, in time and batch, than these: smaller matmuls are slow.
 BLOCK_ROWS = 1024
-# Devices on a mesh add up their weight gradients after every block, so there are few large ones.
-BLOCK_BYTES_ON_DEVICES = 64 << 20
-MOST_BLOCKS_ON_DEVICES = 8
+# On an accelerator or a mesh, a sequence is one block as long as its z takes no more than this; the gradient then takes
+# five times as much. A longer one is cut into this many blocks: less than half of a plain scan's memory, and as many
+# sums of weight gradients over devices.
+ONE_BLOCK_BYTES = 64 << 20
+NUM_BLOCKS = 8
+# A GPU spends more time on starting the operations of a step than on running them, so its loops take up to this many
+# steps at a time. More steps take longer to compile and gain little.
+UNROLLED = 6
 # Up to here, z is computed before the loop on a CPU too; above, it would be written to memory and read back.
 SHORT_BYTES = 8 << 20
 # Up to this size of z, keeping the gates, which take as much memory, costs less time than computing them again ...
@@ -52,24 +66,31 @@ ONLY_BY_SCAN = {"custom_vjp_call", "custom_vjp_call_jaxpr", "pure_callback", "io
 
 
 class Plan(NamedTuple):
-    """How a recurrence is run and differentiated; no choice changes the result."""
+    """How a recurrence is run and differentiated on one platform; no choice changes the result."""
 
     block_size: int | None = None  # steps differentiated at once; None: all
     merged_axes: int = 0  # leading axes, time and batch, merged into one for the matmuls of a block; 0: none
     pieces: int = 0  # z of a block is computed before its loop and cut into this many; 0: inside the loop
-    pieces_off_cpu: int = 1  # the same on accelerators
     closed_form: bool = True  # use the cell's `gates_jvp`
     keep_gates: bool = False  # for the backward pass, which otherwise computes them again
     checkpoint_step: bool = True  # compute all of a backward step in its loop; False: a part in a loop before it
-    by_rule: bool = True  # differentiate by the rule; False: by the plain scan
+    unroll: int = 1  # time steps in one pass of a loop
 
 
-def make_plan(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree, gradient: Bulk) -> Plan:
+class Plans(NamedTuple):
+    """The plan for each platform, and whether the rule can differentiate the cell."""
+
+    on_a_cpu: Plan
+    elsewhere: Plan
+    by_rule: bool  # False: differentiate by the plain scan
+
+
+def make_plans(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree, gradient: Bulk) -> Plans:
     """Decide how to run a recurrence.
 
-    The plan depends on shapes alone: the platform is not known when a program is traced, and `jax.export` lowers it for
-    other machines. `by_platform` and `in_bulk` choose when it is lowered. Memory besides the outputs: the carry before
-    every step, the gates of every step if they are kept, and about five times z of one block.
+    The plans depend on shapes alone: the platform is not known when a program is traced, and `jax.export` lowers it for
+    other machines. `by_platform` chooses when it is lowered. Memory besides the outputs: the carry before every step,
+    the gates of every step if they are kept, and about five times z of one block.
     """
     project, z = jax.make_jaxpr(cell.project, return_shape=True)(params, steps.x)
     recur, a = jax.make_jaxpr(cell.recur, return_shape=True)(params, carry)
@@ -79,36 +100,37 @@ def make_plan(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree,
     spread = on_devices((params, steps, carry))
     reshapes = known and gradient.block_size is None and not spread
     closed_form = cell.gates_jvp is not None and not _reads_any(gates.jaxpr, len(jax.tree.leaves(params)))
+    # JAX 0.12 loses the sharding types inside a checkpoint if no mesh is in use.
+    both = Plan(closed_form=closed_form, checkpoint_step=not on_unknown_mesh((params, steps, carry)))
 
-    block_size = gradient.block_size if isinstance(num_steps, int) else None
-    if block_size is None and known:
-        block_size = _block_size(z, num_bytes, spread)
-    pieces = _num_pieces(z, a, hidden_size) if reshapes and closed_form else 0
-    keep_gates = gradient.keep_gates
-    if keep_gates is None:
-        keep_gates = known and num_bytes <= (LARGE_KEPT_BYTES if hidden_size >= LARGE_HIDDEN else KEPT_BYTES)
-    return Plan(
-        block_size=block_size,
+    sizes = [gradient.block_size if isinstance(num_steps, int) else None] * 2
+    if sizes[0] is None and known:
+        sizes = _block_sizes(z, num_bytes, spread)
+    kept_bytes = LARGE_KEPT_BYTES if hidden_size >= LARGE_HIDDEN else KEPT_BYTES
+    kept = [known and num_bytes <= kept_bytes, False] if gradient.keep_gates is None else [gradient.keep_gates] * 2
+    on_a_cpu = both._replace(
+        block_size=sizes[0],
         merged_axes=jax.tree.leaves(z)[0].ndim - 1 if reshapes else 0,
-        pieces=pieces if known and num_bytes <= SHORT_BYTES else 0,
-        pieces_off_cpu=max(1, pieces),
-        closed_form=closed_form,
-        keep_gates=keep_gates and closed_form,
-        # JAX 0.12 loses the sharding types inside a checkpoint if no mesh is in use.
-        checkpoint_step=not on_unknown_mesh((params, steps, carry)),
-        by_rule=_rule_applies(project, recur, gates),
+        pieces=_num_pieces(z, a, hidden_size) if reshapes and closed_form and num_bytes <= SHORT_BYTES else 0,
+        keep_gates=kept[0] and closed_form,
     )
+    elsewhere = both._replace(
+        block_size=sizes[1],
+        pieces=1,
+        keep_gates=kept[1] and closed_form,
+        unroll=size_without_remainder(sizes[1] or num_steps, UNROLLED) if isinstance(num_steps, int) else 1,
+    )
+    return Plans(on_a_cpu, elsewhere, _rule_applies(project, recur, gates))
 
 
-def _block_size(z: PyTree, num_bytes: int, spread: bool) -> int | None:
-    """Return how many steps fill a block, or None if the sequence is shorter than two blocks."""
+def _block_sizes(z: PyTree, num_bytes: int, spread: bool) -> list[int | None]:
+    """Return how many steps fill a block on a CPU and elsewhere; None if the sequence is shorter than two blocks."""
     num_steps, *lead = jax.tree.leaves(z)[0].shape
     steps_of = lambda size, of_all: math.ceil(size * num_steps / max(1, of_all))
-    if spread:
-        size = max(steps_of(BLOCK_BYTES_ON_DEVICES, num_bytes), math.ceil(num_steps / MOST_BLOCKS_ON_DEVICES))
-    else:
-        size = max(4, steps_of(BLOCK_BYTES, num_bytes), steps_of(BLOCK_ROWS, num_steps * math.prod(lead[:-1])))
-    return size_without_remainder(num_steps, size) if 2 * size < num_steps else None
+    on_a_cpu = max(4, steps_of(BLOCK_BYTES, num_bytes), steps_of(BLOCK_ROWS, num_steps * math.prod(lead[:-1])))
+    elsewhere = num_steps if num_bytes <= ONE_BLOCK_BYTES else math.ceil(num_steps / NUM_BLOCKS)
+    even = lambda size: size_without_remainder(num_steps, size) if 2 * size < num_steps else None
+    return [even(elsewhere if spread else on_a_cpu), even(elsewhere)]
 
 
 def _size(z: PyTree) -> tuple[Any, bool, Any]:
@@ -157,17 +179,22 @@ def on_devices(arrays: PyTree) -> bool:
     return in_use or any(map(is_sharded, jax.tree.leaves(arrays)))
 
 
-def by_platform(run: Callable[..., Any], how: Any, *arguments: PyTree) -> Any:
-    """Run with z computed where the platform that the program is lowered for wants it.
+def by_platform(run: Callable[..., Any], plans: Plans, *arguments: PyTree) -> Any:
+    """Return `run(plan, *arguments)` by the plan of the platform that the program is lowered for.
 
-    In its loop over time, a CPU computes z nearly as fast as before the loop, and writes none of it to memory. For an
-    accelerator, it is one more small matmul to start in every step.
+    A mesh knows its platform. There, a branch would stay in the compiled program: XLA keeps it around the sum over
+    devices.
     """
-    if how.plan.pieces == how.plan.pieces_off_cpu:
-        return run(how, *arguments)
-    elsewhere = how._replace(plan=how.plan._replace(pieces=how.plan.pieces_off_cpu))
-    on_a_cpu, off_it = (functools.partial(run, of_platform) for of_platform in (how, elsewhere))
-    return lax.platform_dependent(*arguments, cpu=on_a_cpu, default=off_it)
+    on_a_cpu, elsewhere = (functools.partial(run, plan) for plan in (plans.on_a_cpu, plans.elsewhere))
+    if device := _device_of_mesh(arguments):
+        return (on_a_cpu if device.platform == "cpu" else elsewhere)(*arguments)
+    return lax.platform_dependent(*arguments, cpu=on_a_cpu, default=elsewhere)
+
+
+def _device_of_mesh(arrays: PyTree) -> Any:
+    """Return the kind of device of the mesh in use, or of the one that the arrays are typed with; None if unknown."""
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arrays))]
+    return next((mesh.abstract_device for mesh in meshes if not mesh.empty), None)
 
 
 # Blocks of time.
@@ -207,19 +234,15 @@ def scan_blocks(
 
 
 def in_bulk(cell: Cell[Any, Any], plan: Plan) -> Cell[Any, Any]:
-    """Make the cell that, on a CPU, projects and recurs on a block with time and batch merged into one axis.
+    """Make the cell that projects and recurs on a block with time and batch merged into one axis.
 
     XLA's CPU backend multiplies two matrices faster than it contracts over two axes. Accelerators gain nothing, and
     where the batch is sharded, merging would gather it on every device.
     """
     if plan.merged_axes < 2:
         return cell
-
-    def merged_on_a_cpu(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-        merged = functools.partial(_merged, function, plan.merged_axes)
-        return functools.partial(lax.platform_dependent, cpu=merged, default=function)
-
-    return dataclasses.replace(cell, project=merged_on_a_cpu(cell.project), recur=merged_on_a_cpu(cell.recur))
+    merged = lambda function: functools.partial(_merged, function, plan.merged_axes)
+    return dataclasses.replace(cell, project=merged(cell.project), recur=merged(cell.recur))
 
 
 def _merged(function: Callable[..., PyTree], axes: int, params: PyTree, tree: PyTree) -> PyTree:

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlstm import LSTM, Bulk, Cell, Chunked, Scan, unroll
 from jaxlstm.bulk import How, run_in_bulk
 from jaxlstm.masks import Steps, zeros_where_masked
-from jaxlstm.tuning import Plan, make_plan, size_without_remainder
+from jaxlstm.tuning import Plan, make_plans, size_without_remainder
 
 from cells import CELLS, HOLES, RESET, B, H, I, T, draw, normal, worst_error
 from sweeps import sweep
@@ -170,6 +170,7 @@ def test_random_configurations_are_equal(trial, request):
         closed_form=closed,
         keep_gates=choose([False, closed]),
         checkpoint_step=choose([True, False]),
+        unroll=choose([1, 2, T]),
     )
     how = choose(["bulk", Bulk(block_size=3), plan, plan, plan])
     bulk, scan = (
@@ -283,26 +284,40 @@ def test_gates_that_read_parameters_are_not_differentiated_by_the_closed_form():
 # How a recurrence is run.
 
 
-def plan_of(cell, shape, gradient=None, hidden=64):
+def plans_of(cell, shape, gradient=None, hidden=64):
     params = jax.eval_shape(lambda: cell.init(jax.random.key(0), I, hidden))
     carry = jax.eval_shape(lambda p: cell.initial_carry(p, shape[1:]), params)
-    return make_plan(cell, params, Steps(jax.ShapeDtypeStruct((*shape, I), "float32")), carry, gradient or Bulk())
+    return make_plans(cell, params, Steps(jax.ShapeDtypeStruct((*shape, I), "float32")), carry, gradient or Bulk())
 
 
-def test_the_plan_depends_on_size_cell_and_what_the_caller_asks_for():
+def on_a_cpu(*args, **kwargs):
+    return plans_of(*args, **kwargs).on_a_cpu
+
+
+def elsewhere(*args, **kwargs):
+    return plans_of(*args, **kwargs).elsewhere
+
+
+def test_the_plans_depend_on_size_cell_and_what_the_caller_asks_for():
     short, long = (100, 16), (5000, 16)  # 1.6 and 82 MB of z
-    assert plan_of(LSTM, short) == Plan(merged_axes=2, pieces=4, pieces_off_cpu=4, keep_gates=True)
-    size = plan_of(LSTM, long).block_size
-    assert plan_of(LSTM, long) == Plan(size, merged_axes=2, pieces_off_cpu=4)
+    assert on_a_cpu(LSTM, short) == Plan(merged_axes=2, pieces=4, keep_gates=True)
+    size = on_a_cpu(LSTM, long).block_size
+    assert on_a_cpu(LSTM, long) == Plan(size, merged_axes=2)
     assert 100 <= size <= 250  # some 3 MB
-    assert plan_of(LSTM, (450, 16)).pieces == 4 and plan_of(LSTM, (550, 16)).pieces == 0  # 7.4 and 9 MB
-    assert plan_of(LSTM, (4000, 16)).keep_gates and not plan_of(LSTM, (4200, 16)).keep_gates  # 65.5 and 68.8 MB
-    gru = plan_of(ALL["GRU"], short)
-    assert (gru.pieces, gru.pieces_off_cpu, gru.closed_form, gru.keep_gates) == (0, 1, False, False)
+    assert on_a_cpu(LSTM, (450, 16)).pieces == 4 and on_a_cpu(LSTM, (550, 16)).pieces == 0  # 7.4 and 9 MB
+    assert on_a_cpu(LSTM, (4000, 16)).keep_gates and not on_a_cpu(LSTM, (4200, 16)).keep_gates  # 65.5 and 68.8 MB
+    gru = on_a_cpu(ALL["GRU"], short)
+    assert (gru.pieces, gru.closed_form, gru.keep_gates) == (0, False, False)
+    assert on_a_cpu(LSTM, short, Bulk(block_size=10)) == Plan(10, keep_gates=True)
+
+    assert elsewhere(LSTM, short) == Plan(pieces=1, unroll=5)
+    assert elsewhere(LSTM, (4096, 16)) == Plan(pieces=1, unroll=4)  # 64 MB
+    assert elsewhere(LSTM, long) == Plan(625, pieces=1, unroll=5)  # an eighth
+    assert elsewhere(LSTM, (101, 16)).unroll == 6  # none of 4, 5 and 6 divides 101
+    assert elsewhere(LSTM, long, Bulk(block_size=8)) == Plan(8, pieces=1, unroll=4)
     for keep in (False, True):
-        assert plan_of(LSTM, long, Bulk(keep_gates=keep)).keep_gates is keep
-        assert plan_of(LSTM, short, Bulk(keep_gates=keep)).keep_gates is keep
-    assert plan_of(LSTM, short, Bulk(block_size=10)) == Plan(10, keep_gates=True)
+        for shape in (short, long):
+            assert [plan.keep_gates for plan in plans_of(LSTM, shape, Bulk(keep_gates=keep))[:2]] == [keep, keep]
 
 
 def test_z_may_be_one_number_per_step():
@@ -321,8 +336,8 @@ def test_z_may_be_one_number_per_step():
 
 
 def test_wide_layers_keep_the_gates_longer():
-    assert plan_of(LSTM, (3000, 8), hidden=512).keep_gates and not plan_of(LSTM, (3000, 8), hidden=500).keep_gates
-    assert plan_of(LSTM, (32000, 1), hidden=512).keep_gates and not plan_of(LSTM, (33000, 1), hidden=512).keep_gates
+    assert on_a_cpu(LSTM, (3000, 8), hidden=512).keep_gates and not on_a_cpu(LSTM, (3000, 8), hidden=500).keep_gates
+    assert on_a_cpu(LSTM, (32000, 1), hidden=512).keep_gates and not on_a_cpu(LSTM, (33000, 1), hidden=512).keep_gates
 
 
 @pytest.mark.parametrize(
@@ -334,8 +349,8 @@ def test_wide_layers_keep_the_gates_longer():
         ((190, 16), 128, None),  # less than two blocks
     ],
 )
-def test_a_block_fills_the_cache_and_is_large_enough_for_an_accelerator(shape, hidden, size):
-    assert plan_of(LSTM, shape, hidden=hidden).block_size == size
+def test_on_a_cpu_a_block_fills_the_cache_and_its_matmuls_are_not_small(shape, hidden, size):
+    assert on_a_cpu(LSTM, shape, hidden=hidden).block_size == size
 
 
 @pytest.mark.parametrize("num_steps, keep_gates, barrier", [(T, None, False), (90_000, None, False), (T, False, True)])
@@ -422,23 +437,28 @@ def sharded_program():
 
 def test_no_collective_is_inside_a_loop_when_the_batch_is_sharded(sharded_program):
     collective = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)")
-    *loops, entry = re.split(r"\n(?=%|ENTRY)", sharded_program)
-    assert entry.startswith("ENTRY") and " while(" in entry
-    assert collective.search(entry)  # the sum over devices, once
-    assert not [text for text in loops if collective.search(text)]
+    computations = {
+        text.split()[text.startswith("ENTRY")]: text for text in re.split(r"\n(?=%|ENTRY)", sharded_program)
+    }
+    in_loops = set(re.findall(r"body=(%[\w.-]+)", sharded_program))
+    assert in_loops
+    while called := {name for loop in in_loops for name in re.findall(r"%[\w.-]+", computations[loop])} & (
+        computations.keys() - in_loops
+    ):
+        in_loops |= called
+    assert not [name for name in in_loops if collective.search(computations[name])]
+    assert [name for name in computations.keys() - in_loops if collective.search(computations[name])]  # the sums
 
 
 def test_a_mesh_in_use_makes_blocks_large():
     params, _, _ = draw(LSTM)
     carry = LSTM.initial_carry(params, (64,))
-    plan = lambda steps: make_plan(LSTM, params, Steps(jnp.zeros((steps, 64, I))), carry, Bulk())
-    assert plan(3000).block_size < 1000 and plan(3000).merged_axes == 2
+    plans = lambda steps: make_plans(LSTM, params, Steps(jnp.zeros((steps, 64, I))), carry, Bulk())
+    assert plans(3000).on_a_cpu.block_size < 1000 and plans(3000).on_a_cpu.merged_axes == 2
     with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
-        assert plan(3000).block_size is None and plan(3000).merged_axes == 0
-        assert plan(3000).pieces == 0 and plan(3000).pieces_off_cpu == 1
-        # 64 MB hold 8192 steps, and 8000 divide 40,000. Of a longer sequence, an eighth is more.
-        assert plan(40_000).block_size == 8000
-        assert plan(80_000).block_size == 10_000
+        assert plans(3000)[:2] == (Plan(keep_gates=True), Plan(pieces=1, unroll=6))
+        # 64 MB hold 8192 steps. A longer sequence is cut into eight blocks.
+        assert [[plan.block_size for plan in plans(size)[:2]] for size in (8000, 40_000)] == [[None] * 2, [5000] * 2]
 
 
 @pytest.mark.parametrize("most, size", [(4, 4), (7, 5), (16, 10), (3, 2)])

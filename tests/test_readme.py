@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import ahead, benchmark
+from benchmarks import benchmark
 from jaxlstm import LSTM, unroll
 from jaxlstm.moved import MOVED
 
@@ -164,15 +164,19 @@ def test_the_character_models_figures_equal_the_committed_result():
     assert all(row["agrees"] for check in result["gradient_check"].values() for row in check.values())
 
 
-RESULTS = [json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "benchmarks" / "results").glob("cpu-*.json"))]
+def benchmarks_of(pattern):
+    return [json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "benchmarks" / "results").glob(pattern))]
+
+
+RESULTS, (ON_A_GPU,) = benchmarks_of("cpu-*.json"), benchmarks_of("gpu-*.json")
 
 
 def test_there_is_one_benchmark_per_machine_and_each_has_the_fifteen_lines():
     assert RESULTS and len({result["device"] for result in RESULTS}) == len(RESULTS)
-    for result in RESULTS:
+    assert all(result["config"]["starts"] * result["config"]["rounds"] >= 5 for result in RESULTS)
+    for result in [*RESULTS, ON_A_GPU]:
         assert f"### {result['device']}\n\n{benchmark.table(result)}" in TEXT["docs/benchmark.md"]
         assert [tuple(row["shape"]) for row in result["shapes"]] == list(benchmark.SHAPES)
-        assert result["config"]["starts"] * result["config"]["rounds"] >= 5
         for row in result["shapes"]:
             assert all("fifteen lines" in benchmark.ratios(row, kind) for kind in benchmark.KINDS)
 
@@ -197,10 +201,23 @@ def test_the_benchmarks_page_equals_the_committed_result():
     assert all(found["fifteen lines"] > 1 for found in gradients), "never faster"
 
 
+def test_the_benchmarks_page_describes_the_result_of_a_gpu():
+    *others, _ = [benchmark.ratios(row, "gradient") for row in ON_A_GPU["shapes"]]
+    for peer in ("fastest JAX library", "fifteen lines"):
+        assert all(found[peer] > 2 for found in others), "less than half the time"
+    ahead_of_torch = [benchmark.ratios(row, "gradient")["torch"] > 1 for row in ON_A_GPU["shapes"]]
+    assert ahead_of_torch == [True, True, True, False, True, False]
+    memory = [row["temporaries"]["jaxlstm"] / row["temporaries"]["fifteen lines"] for row in ON_A_GPU["shapes"]]
+    assert max(ON_A_GPU["shapes"][4]["temporaries"][name] for name in ("jaxlstm", "fifteen lines")) < 1e6
+    assert f"takes {benchmark.span(memory[:4] + memory[5:])} times the memory" in " ".join(
+        TEXT["docs/benchmark.md"].split()
+    )
+
+
 def test_the_readmes_speeds_equal_the_committed_results():
-    def mean(kind, name):
+    def mean(kind, name, results=RESULTS):
         of = lambda result: [benchmark.ratios(row, kind)[name] for row in result["shapes"]]
-        return benchmark.span([benchmark.geometric_mean(of(result)) for result in RESULTS])
+        return benchmark.span([benchmark.geometric_mean(of(result)) for result in results])
 
     assert benchmark.span([1.254, 1.191]) == "1.19 to 1.25" and benchmark.span([1.251, 1.249]) == "1.25"
 
@@ -211,13 +228,14 @@ def test_the_readmes_speeds_equal_the_committed_results():
     assert f"fifteen lines of `lax.scan` {lines} times, and torch {torch} times." in readme
     forward = "{}, {} and {}".format(*(mean("forward", name) for name in names))
     assert f"For the forward pass the factors are {forward}." in readme
-    (large,) = [
-        row["found"]
-        for row in read_json("benchmarks", "results", "ahead.json")["devices"]["NVIDIA H100"]
-        if tuple(row["shape"]) == ahead.LARGE and row["dtype"] == "float32"
-    ]
-    assert large["jaxlstm"]["bytes"] < 0.2 * large["fifteen lines"]["bytes"], "a fifth"
-    assert large["jaxlstm"]["kernels"] < 0.5 * large["fifteen lines"]["kernels"], "fewer than half"
+    gradient, forward = (
+        "{}, {} and {}".format(*(mean(kind, name, [ON_A_GPU]) for name in names)) for kind in ("gradient", "forward")
+    )
+    assert (
+        f"On an NVIDIA H100, the factors of the gradient are {gradient}, and of the forward pass {forward};" in readme
+    )
+    sizes = ON_A_GPU["shapes"][-1]["temporaries"]
+    assert sizes["jaxlstm"] < 0.5 * sizes["fifteen lines"], "less than half"
 
 
 def test_the_full_suites_figures_equal_its_reports(request):
