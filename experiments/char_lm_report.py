@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Array
-
 from experiments import plots, text
 from experiments.harness import devices, runs
 from jaxlstm import LSTM, unroll_stack
@@ -61,7 +59,7 @@ def write(
       The content of result.json.
     """
     metrics = runs.read_metrics(folder)
-    result = {
+    result: dict[str, Any] = {
         "held_out_bits": bits,
         "learned": bits < baselines["5-gram"] and bits < baselines["xz"],
         "baselines": baselines,
@@ -69,13 +67,14 @@ def write(
         "evaluations": [row for row in metrics if "held_out_bits" in row],
         "config": config,
         "corpus": {"characters": len(data.text), "held_out": len(data.held_out), "sha256": data.sha256},
+        "read": read_sentence(model, data),
         "versions": runs.versions(),
     }
     if devices.is_first():
         runs.write_json(folder / "result.json", result)
         pictures = [
             plots.learning_curve(folder / "learning_curve.png", metrics, baselines),
-            plots.gate_maps(folder / "gates.png", *read_sentence(model, data)),
+            plots.gate_maps(folder / "gates.png", result["read"]),
         ]
         log.info(
             "%s: %.3f bits per held-out character; the 5-gram needs %.3f, xz %.3f",
@@ -88,14 +87,12 @@ def write(
     return result
 
 
-def read_sentence(model: Any, data: text.Corpus, width: int = 80) -> tuple[str, dict[str, Array]]:
-    """Return a held-out sentence, and the last layer's gates and cell state at each of its characters."""
+def read_sentence(model: Any, data: text.Corpus, width: int = 60) -> dict[str, Any]:
+    """Return a held-out sentence, and gates and cell state of the last layer at each of its characters."""
     sentences = re.findall(r"(?<=[.!?]\s)[A-Z][^.!?]{30,400}[.!?](?=\s)", data.held_out) or [data.held_out]
     longest_first = sorted(sentences, key=len, reverse=True)
     sentence = next((s for s in longest_first if len(s) <= width), sentences[0][:width])
     tokens = text.encode(sentence, data.symbols)[:, None]
     *below, last = model.layers
     _, xs = unroll_stack(LSTM, below, model.embedding[tokens])
-    recorded = trace(LSTM, last, xs)
-    values = {**recorded.gates._asdict(), "c": recorded.carry.c}
-    return sentence, {name: value[:, 0] for name, value in values.items()}
+    return plots.read_aloud(sentence, trace(LSTM, last, xs[:, 0]))

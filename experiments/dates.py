@@ -44,6 +44,7 @@ OUTPUTS = "0123456789-"
 WIDTH, STEPS = 32, 10
 NUM_STRINGS, NUM_HELD_OUT = 60_000, 5_000
 SHOWN = ("Wednesday, 3 May 1989", "the 21st of October, 2015", "Dec. 1, '99", "1997 August 8", "2/11/1990", "11.2.1990")
+DRAWN = (SHOWN[0], SHOWN[5])
 
 log = logging.getLogger("dates")
 
@@ -186,11 +187,14 @@ def report(folder: Path, config: dict[str, Any], params: Any, texts: list[str], 
         "exact match": 1 - len(wrong) / len(texts),
         "wrong": wrong[:10],
         "shown": dict(zip(SHOWN, spell(written), strict=True)),
+        "attended": {
+            text: {"written": answer, "weights": np.asarray(own, float)[:, : len(text)].round(3).tolist()}
+            for text, answer, own in zip(SHOWN, spell(written), weights, strict=True)
+            if text in DRAWN
+        },
     }
     runs.write_json(folder / "result.json", result)
-    picture = plots.attention(
-        folder / "attention.png", list(SHOWN), spell(written), np.asarray(weights), result["exact match"]
-    )
+    picture = plots.attention(folder / "attention.png", result["attended"], result["exact match"])
     for text, answer in result["shown"].items():
         log.info("%-26s %s", text, answer)
     log.info("%.2f %% of %d held-out strings exactly right", 100 * result["exact match"], len(texts))

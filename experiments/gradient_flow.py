@@ -261,16 +261,15 @@ def no_evaluation(state: TrainState, metrics: trainer.Metrics, steps_per_second:
     return {}
 
 
-def read_line(nets: Net, corpus: text.Corpus, seeds: int) -> tuple[str, dict[str, Any]]:
+def read_line(nets: Net, corpus: text.Corpus, seeds: int) -> dict[str, Any]:
     """Return a held-out line, and the gates of an LSTM with forget bias 1 and inputs of scale 1 that reads it."""
     place = [setting for setting in SETTINGS if setting.cell == "LSTM"].index(Setting("LSTM", "orthogonal", 1.0, 1.0))
     net = jax.tree.map(operator.itemgetter(seeds * place), nets)  # the first seed
-    line = max((line.strip() for line in corpus.held_out.splitlines() if len(line) <= 80), key=len)
-    recorded = trace(LSTM, net.cell, net.embedding[text.encode(line, corpus.symbols)])
-    return line, {**recorded.gates._asdict(), "c": recorded.carry.c}
+    line = max((line.strip() for line in corpus.held_out.splitlines() if len(line) <= 60), key=len)
+    return plots.read_aloud(line, trace(LSTM, net.cell, net.embedding[text.encode(line, corpus.symbols)]))
 
 
-def report(folder: Path, config: dict[str, Any], measured: dict[str, Any], gates: tuple[str, Any]) -> dict[str, Any]:
+def report(folder: Path, config: dict[str, Any], measured: dict[str, Any], read: dict[str, Any]) -> dict[str, Any]:
     """Write result.json and the pictures, and log the outcome."""
     lag = LAGS // 2
     compared = {step: verdicts(rows, lag) for step, rows in measured.items()}
@@ -280,6 +279,7 @@ def report(folder: Path, config: dict[str, Any], measured: dict[str, Any], gates
         "device": devices.found(),
         "verdicts": compared,
         "measured": measured,
+        "read": read,
     }
     runs.write_json(folder / "result.json", result)
     for step, rows in compared.items():
@@ -294,7 +294,7 @@ def report(folder: Path, config: dict[str, Any], measured: dict[str, Any], gates
         plots.flow_in_training(folder / "in_training.png", measured),
         plots.four_terms(folder / "four_terms.png", measured),
         plots.gate_histograms(folder / "gate_histograms.png", measured),
-        plots.gate_maps(folder / "gates.png", *gates),
+        plots.gate_maps(folder / "gates.png", read),
     ]
     log.info("%s\n%s", folder / "result.json", "\n".join(map(str, pictures)))
     return result

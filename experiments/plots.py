@@ -1,4 +1,4 @@
-"""Pictures of the experiments. Each one can be read without its experiment."""
+"""Pictures of the experiments, from what their result files hold. Each one can be read without its experiment."""
 
 import math
 from pathlib import Path
@@ -8,15 +8,28 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from jaxlstm import LSTMGates
+from jaxlstm.diagnostics import Linearization, PrincipalComponents, Trace
+from jaxlstm.plots import COLORS, MARKERS, flow_by_lag, gate_map, phase_portrait
 
 
 def _save(figure: Any, path: Path, dpi: int) -> Path:
     figure.savefig(path, dpi=dpi)
     plt.close(figure)  # pyplot keeps figures, and warns after twenty
     return path
+
+
+def _one_legend(figure: Any, panels: Any, **place: Any) -> None:
+    """Replace the legends of all panels by the first one's, beside them."""
+    handles = panels[0].get_legend_handles_labels()
+    for axes in panels:
+        axes.get_legend().remove()
+    figure.legend(*handles, **place)
 
 
 # Language models.
@@ -50,11 +63,24 @@ def learning_curve(path: Path, metrics: list[dict[str, Any]], baselines: dict[st
     return _save(figure, path, dpi=130)
 
 
-def gate_maps(path: Path, sentence: str, trace: dict[str, Any]) -> Path:
-    """Draw i, f, g, o and c over a sentence: one row per unit, one column per character.
+UNITS = 20  # more rows than this are noise
 
-    The units are sorted by their mean forget gate: those that remember longest come first.
+
+def read_aloud(sentence: str, recorded: Trace) -> dict[str, Any]:
+    """Return what `gate_maps` draws, for a result file: gates and cell state of some units at every character.
+
+    The units are spread evenly over the order by mean forget gate, those that remember longest first.
     """
+    values = {name: np.asarray(value) for name, value in recorded.gates._asdict().items()}
+    values["c"] = np.asarray(recorded.carry.c)
+    order = np.argsort(values["f"].mean(axis=0))[::-1]
+    units = order[np.linspace(0, len(order) - 1, min(UNITS, len(order))).round().astype(int)]
+    rows = {name: np.round(value[:, units].astype(float), 3).tolist() for name, value in values.items()}
+    return {"sentence": sentence, "units": units.tolist(), "of": len(order), **rows}
+
+
+def gate_maps(path: Path, read: dict[str, Any]) -> Path:
+    """Draw what `read_aloud` returns: one row per unit, one column per character."""
     titles = {
         "i": "input gate i: how much the cell writes",
         "f": "forget gate f: how much it keeps",
@@ -62,67 +88,66 @@ def gate_maps(path: Path, sentence: str, trace: dict[str, Any]) -> Path:
         "o": "output gate o: how much it shows",
         "c": "cell state c: what it remembers",
     }
-    order = np.argsort(np.asarray(trace["f"]).mean(axis=0))[::-1]
-    figure, rows = plt.subplots(5, 1, figsize=(13, 15), layout="constrained", sharex=True)
+    symbols = ["·" if symbol == " " else symbol if symbol.isprintable() else "↵" for symbol in read["sentence"]]
+    values = {name: jnp.array(read[name]) for name in titles}
+    gates = LSTMGates(*(values[name] for name in LSTMGates._fields))
+    recorded = Trace(None, None, None, gates, {"c": values["c"]}, None)
+    figure, rows = plt.subplots(5, 1, figsize=(10, 11), layout="constrained", sharex=True)
     for axes, (name, title) in zip(rows, titles.items(), strict=True):
-        values = np.asarray(trace[name])[:, order].T
-        limit = 1.0 if name != "c" else float(np.quantile(np.abs(values), 0.99))
-        colours = (
-            {"cmap": "viridis", "vmin": 0, "vmax": 1}
-            if name in "ifo"
-            else {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
-        )
-        image = axes.imshow(values, aspect="auto", interpolation="nearest", **colours)
-        axes.set(title=title, ylabel="unit, sorted by mean f")
-        figure.colorbar(image, ax=axes, pad=0.01)
-    symbols = ["·" if symbol == " " else symbol if symbol.isprintable() else "↵" for symbol in sentence]
-    rows[-1].set_xticks(range(len(sentence)), symbols, family="monospace")
+        gate_map(recorded, name, labels=symbols, ax=axes)
+        axes.set(title=title, xlabel=None, ylabel=None, yticks=[])
+    figure.supylabel(f"{len(read['units'])} of {read['of']} units, sorted by mean f: the longest memory on top")
     rows[-1].set_xlabel("character read (· is a space, ↵ a newline)")
-    return _save(figure, path, dpi=110)
+    rows[-1].tick_params(axis="x", labelfontfamily="monospace", length=0)
+    return _save(figure, path, dpi=100)
 
 
 # The gradient by lag.
 
 NETS = {
-    ("RNN", None): ("RNN", "C3"),
-    ("GRU", None): ("GRU", "C2"),
-    ("LSTM", 0.0): ("LSTM, b_f = 0", "#a6cee3"),
-    ("LSTM", 1.0): ("LSTM, b_f = 1", "#5ba3cf"),
-    ("LSTM", 3.0): ("LSTM, b_f = 3", "#1f78b4"),
-    ("LSTM", "chrono"): ("LSTM, chrono", "#08306b"),
+    ("RNN", None): ("RNN", COLORS[1]),
+    ("GRU", None): ("GRU", COLORS[2]),
+    ("LSTM", 0.0): ("LSTM, b_f = 0", COLORS[5]),
+    ("LSTM", 1.0): ("LSTM, b_f = 1", COLORS[0]),
+    ("LSTM", 3.0): ("LSTM, b_f = 3", COLORS[3]),
+    ("LSTM", "chrono"): ("LSTM, chrono", COLORS[6]),
 }
 
 
 def gradient_flow(path: Path, measured: dict[str, Any], recurrent: str) -> Path:
-    """Draw how much of the gradient is left at every lag, before and after training, for small and large inputs."""
+    """Draw how much of the gradient is left at every lag, before and after training, for small and large inputs.
+
+    Six bands would hide one another, so bars show the range of the seeds at a few lags, side by side.
+    """
     first, *_, last = measured
-    figure, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained", sharex=True, sharey=True)
+    figure, panels = plt.subplots(2, 2, figsize=(10, 8), layout="constrained", sharex=True, sharey=True)
     for row, (step, when) in zip(panels, ((first, "before training"), (last, f"after {last} steps")), strict=True):
         for axes, scale in zip(row, (0.1, 1.0), strict=True):
-            for found in measured[step]:
-                if (found["recurrent"], found["scale"]) == (recurrent, scale):
-                    label, colour = NETS[found["cell"], found["forget"]]
-                    _band(axes, np.array(found["flow"]), label, colour)
+            own = [found for found in measured[step] if (found["recurrent"], found["scale"]) == (recurrent, scale)]
+            for place, found in enumerate(own):
+                label, color = NETS[found["cell"], found["forget"]]
+                flow_by_lag(_as_flow(found), band=None, label=label, color=color, ax=axes)
+                lags = np.array([25, 50, 75]) + 2 * place - len(own) + 1
+                at_lags = np.array(found["flow"])[:, lags]
+                axes.vlines(lags, at_lags.min(axis=0), at_lags.max(axis=0), color=color, linewidth=3, alpha=0.5)
             _by_lag(axes, f"{when}, inputs of scale {scale:g}")
     for axes in panels[:, 0]:
         axes.set_ylabel("norm of the gradient, relative to lag 0")
     for axes in panels[1]:
         axes.set_xlabel("lag: steps back from the loss")
-    figure.suptitle(
-        f"How far back the gradient reaches, with {recurrent} recurrent weights (median and range of the seeds)"
-    )
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=12)
+    figure.suptitle(f"How far back the gradient reaches, with {recurrent} recurrent weights\n"
+                    "(lines: median of the seeds; bars: their range)")  # fmt: skip
+    _one_legend(figure, panels.flat, loc="outside lower center", ncols=3, fontsize=12)
     return _save(figure, path, dpi=100)
 
 
-def _band(axes: Any, flow: np.ndarray, label: str, colour: Any) -> None:
-    flow = np.maximum(flow, 1e-30)
-    axes.plot(np.median(flow, axis=0), color=colour, linewidth=2, label=label)
-    axes.fill_between(range(flow.shape[1]), flow.min(axis=0), flow.max(axis=0), color=colour, alpha=0.25, linewidth=0)
+def _as_flow(found: dict[str, Any]) -> np.ndarray:
+    """Return norms [seed, lag] as `gradient_flow` returns gradients: [time, batch, units], with one unit."""
+    return np.array(found["flow"]).T[::-1, :, None]
 
 
 def _by_lag(axes: Any, title: str) -> None:
-    axes.set(title=title, yscale="log", ylim=(1e-9, 1e2), xlim=(0, 100))
+    axes.set(title=title, ylim=(1e-9, 1e2), xlim=(0, 100), xlabel=None, ylabel=None)
     axes.grid(color="0.92")
 
 
@@ -139,15 +164,15 @@ def flow_in_training(path: Path, measured: dict[str, Any]) -> Path:
     colours = plt.get_cmap("plasma")(np.linspace(0, 0.85, len(measured)))
     for axes, (key, (label, _)) in zip(panels.flat, NETS.items(), strict=True):
         for (step, rows), colour in zip(measured.items(), colours, strict=True):
-            found = _orthogonal(rows, *key)
-            _band(axes, np.array(found["flow"]), f"{step} steps", colour)
+            flow = _as_flow(_orthogonal(rows, *key))
+            flow_by_lag(flow, label=f"{step} steps", color=mpl.colors.to_hex(colour), ax=axes)
         _by_lag(axes, label)
     for axes in panels[:, 0]:
         axes.set_ylabel("gradient, relative to lag 0")
     for axes in panels[1]:
         axes.set_xlabel("lag")
     figure.suptitle("How training changes the gradient (orthogonal recurrent weights, inputs of scale 1)")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=12)
+    _one_legend(figure, panels.flat, loc="outside lower center", ncols=4, fontsize=12)
     return _save(figure, path, dpi=100)
 
 
@@ -301,20 +326,20 @@ def unit(path: Path, clause: dict[str, Any], title: str) -> Path:
     return _save(figure, path, dpi=100)
 
 
-def attention(path: Path, texts: list[str], written: list[str], attended: np.ndarray, exact_match: float) -> Path:
+def attention(path: Path, attended: dict[str, dict[str, Any]], exact_match: float) -> Path:
     """Draw the attention weights: one panel per text, one row per symbol written, one column per character read."""
-    figure, rows = plt.subplots(len(texts), 1, figsize=(10, 2.9 * len(texts)), layout="constrained")
-    for axes, text, answer, weights in zip(rows, texts, written, attended, strict=True):
-        image = axes.imshow(weights[:, : len(text)], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    figure, rows = plt.subplots(len(attended), 1, figsize=(8, 3.1 * len(attended)), layout="constrained")
+    for axes, (text, found) in zip(rows, attended.items(), strict=True):
+        image = axes.imshow(found["weights"], cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(text)), list(text), family="monospace", fontsize=12)
-        axes.set_yticks(range(len(answer)), list(answer), family="monospace", fontsize=10)
-        axes.set_title(f"{text}   →   {answer}", family="monospace", fontsize=12)
+        axes.set_yticks(range(len(found["written"])), list(found["written"]), family="monospace", fontsize=10)
+        axes.set_title(f"{text}   →   {found['written']}", family="monospace", fontsize=12)
         axes.set_ylabel("symbol written")
-    figure.colorbar(image, ax=rows, label="attention weight", shrink=0.3)
+    figure.colorbar(image, ax=rows, label="attention weight", shrink=0.5)
     figure.suptitle(
         f"Where the model attends while it writes ({100 * exact_match:.2f} % of held-out strings exactly right)"
     )
-    return _save(figure, path, dpi=110)
+    return _save(figure, path, dpi=100)
 
 
 # Dynamics.
@@ -325,25 +350,16 @@ CUBE = (8, 12, 6, 1)  # corners, edges, faces, center: how many bits are undecid
 def flip_flop(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Draw the fixed points of the first net of each cell in principal components, and their kinds for all nets."""
     cells = list(dict.fromkeys(row["cell"] for row in rows))
-    kinds = ["stable", "1 unstable direction", "2", "3"]
-    colours, markers = ["C0", "C1", "C2", "C3"], ["o", "^", "s", "D"]
+    portraits: list[Any] = []
     figure = plt.figure(figsize=(11, 7), layout=ConstrainedLayoutEngine(rect=(0, 0, 0.985, 1)))
     grid = figure.add_gridspec(2, len(cells), height_ratios=[3, 1.3])
     for place, cell in enumerate(cells):
         own = [row for row in rows if row["cell"] == cell]
         first = own[0]
         axes: Any = figure.add_subplot(grid[0, place], projection="3d")
-        for trajectory in np.array(first["trajectories"]):
-            axes.plot(*trajectory.T, color="0.75", linewidth=0.4, zorder=1)
-        points, unstable = np.reshape(first["coordinates"], (-1, 3)), np.array(first["num_unstable"])
-        size = 0.06 * np.ptp(np.reshape(first["trajectories"], (-1, 3)), axis=0).max()
-        for point, directions in zip(points, first["unstable_directions"], strict=True):
-            for direction in np.reshape(directions, (-1, 3)):
-                unit = size * direction / max(np.linalg.norm(direction), 1e-12)
-                axes.plot(*np.stack([point - unit, point + unit]).T, color="0.2", linewidth=1)
-        for k, kind in enumerate(kinds):
-            of_kind = points[unstable == k]
-            axes.scatter(*of_kind.T, color=colours[k], marker=markers[k], s=30, depthshade=False, label=kind)
+        components, points, around = _as_found(first)
+        phase_portrait(components, np.array(first["trajectories"]).swapaxes(0, 1), points, around, ax=axes)
+        portraits.append(axes)
         axes.set(title=f"{cell}, first net: {first['points']} points", xlabel="PC 1", ylabel="PC 2", zlabel="PC 3")
         axes.set(xticklabels=[], yticklabels=[], zticklabels=[])
         for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
@@ -352,13 +368,23 @@ def flip_flop(path: Path, rows: list[dict[str, Any]]) -> Path:
         for row in own:
             below.plot(range(4), row["by_unstable"], "-", color="0.6", linewidth=0.8, zorder=1)
         for k in range(4):
-            below.scatter([k] * len(own), [row["by_unstable"][k] for row in own], color=colours[k], marker=markers[k])
+            below.scatter([k] * len(own), [row["by_unstable"][k] for row in own], color=COLORS[k], marker=MARKERS[k])
         below.plot(range(4), CUBE, "_", color="black", markersize=20, label="a cube: 8, 12, 6, 1")
         most = max(max(row["by_unstable"]) for row in own)
         below.set(xlim=(-0.4, 3.4), ylim=(-0.06 * most, 1.12 * most), xticks=range(4), xlabel="unstable directions",
                   title=f"all {len(own)} nets", ylabel="points" if place == 0 else None)  # fmt: skip
         below.locator_params(axis="y", integer=True)
-    handles = axes.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=4, title="fixed points without input")
+    _one_legend(figure, portraits, loc="outside upper center", ncols=4, title="fixed points without input")
     below.legend(fontsize="small")
     return _save(figure, path, dpi=110)
+
+
+def _as_found(row: dict[str, Any]) -> tuple[PrincipalComponents, np.ndarray, Linearization]:
+    """Return a row's coordinates as points of a space with three axes, in which they are their own components."""
+    points, number = np.reshape(row["coordinates"], (-1, 3)), np.array(row["num_unstable"])
+    right = np.zeros((len(points), 3, 3))
+    for own, directions in zip(right, row["unstable_directions"], strict=True):
+        own[:, : len(directions)] = np.reshape(directions, (-1, 3)).T
+    unknown: Any = [None] * len(Linearization._fields)
+    around = Linearization(*unknown)._replace(eigenvalues=np.zeros((len(points), 3)), right=right, num_unstable=number)
+    return PrincipalComponents(jnp.zeros(3), jnp.eye(3), jnp.array(row["explained"])), points, around

@@ -2,14 +2,14 @@
 
 The top level holds what you need to build and train a model. More is in the submodules `jaxlstm.diagnostics` (compare,
 check and take gradients apart), `jaxlstm.regularize`, `jaxlstm.rtrl` (learning forward in time),
-`jaxlstm.initializers` and `jaxlstm.variants` (peepholes, coupled gates, projections and more).
+`jaxlstm.initializers`, `jaxlstm.variants` (peepholes, coupled gates, projections and more) and `jaxlstm.plots`.
 """
 
 import contextlib
 
 from jax import export
 
-from jaxlstm import diagnostics, initializers, regularize, rtrl, variants
+from jaxlstm import diagnostics, initializers, plots, regularize, rtrl, variants  # noqa: F401
 from jaxlstm.baselines import GRU, RNN, GRUParams, GRUState, RNNParams, RNNState, make_rnn
 from jaxlstm.bidirectional import Bidirectional, init_bidirectional, unroll_bidirectional
 from jaxlstm.bptt import lstm_bptt

@@ -45,11 +45,19 @@ MAY_IMPORT = {
     "train": {"cell", "checks"},
     "ensembles": {"cell", "checks", "structure", "tuning"},
     "variants": {"cell", "checks", "lstm"},
+    "plots": {
+        "cell",
+        "checks",
+        "diagnostics.comparison",
+        "diagnostics.dynamics",
+        "diagnostics.sources",
+        "diagnostics.statespace",
+    },
     "moved": set(),
 }
 ADAPTERS = {f"jaxlstm.adapters.{name}" for name in ("linen", "nnx", "onnx", "weights")}  # public modules too
 STOREYS = ("examples", "experiments", "benchmarks")
-ROOMS = ("diagnostics", "initializers", "regularize", "rtrl", "variants")
+ROOMS = ("diagnostics", "initializers", "plots", "regularize", "rtrl", "variants")
 
 
 def imports(path):
@@ -86,7 +94,7 @@ def is_public(module, name):
     """Return whether a name can be imported from the top or from one of the rooms."""
     room = module.removeprefix("jaxlstm.")
     if module == "jaxlstm":
-        return name in jaxlstm.__all__
+        return name in jaxlstm.__all__ or name in ROOMS
     if room in ROOMS:
         return name in getattr(jaxlstm, room).__all__
     return module in ("jaxlstm.bptt", "jaxlstm.baselines", "jaxlstm.train") and not name.startswith("_")
@@ -163,7 +171,7 @@ def test_the_package_is_as_readable_as_it_should_be():
     assert counted["words of README.md"] <= 1000
     assert counted["comment lines per 100 lines of code"] >= 3
     assert counted["of these, code, without what was added to the engine"] <= 3620
-    assert counted["of these, code"] <= 4850
+    assert counted["of these, code"] <= 5120
 
 
 def test_the_numbers_cited_in_the_gradient_by_hand_are_those_of_the_derivation():

@@ -200,6 +200,23 @@ def test_training_brings_the_reaches_together():
     assert min(left) > 2e-5 and max(left) < 9e-4
 
 
+def test_after_training_with_large_inputs_the_gru_reaches_further_than_the_lstms():
+    rows = result("gradient_flow")["measured"]["600"]
+    page = " ".join((ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").split())
+    apart = []
+    for recurrent in ("orthogonal", "uniform"):
+        for scale in (0.1, 1.0):
+            own = [row for row in rows if (row["recurrent"], row["scale"]) == (recurrent, scale)]
+            (gru,) = [np.array(row["flow"])[:, 50] for row in own if row["cell"] == "GRU"]
+            lstms = {row["forget"]: np.array(row["flow"])[:, 50] for row in own if row["cell"] == "LSTM"}
+            highest = max(np.median(at_50) for at_50 in lstms.values())
+            assert (np.median(gru) > highest) == (scale == 1.0)
+            if scale == 1.0:
+                assert f"{np.median(gru):.0e}" in page and f"at most {highest:.0e}" in page
+                apart += [(recurrent, forget) for forget, at_50 in lstms.items() if gru.min() > at_50.max()]
+    assert apart == [("uniform", 0.0)]
+
+
 def test_the_figures_about_gradient_flow_are_in_the_result():
     found = result("gradient_flow")
     at_50 = {

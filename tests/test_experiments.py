@@ -1,18 +1,21 @@
 """The experiments on gradients: their data, their measurements, and small runs of each one."""
 
 import functools
+import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from matplotlib import pyplot as plt
 
-from experiments import agreement, autodiff_vs_analytic, flip_flop, gradient_flow, grammar
+from experiments import agreement, autodiff_vs_analytic, flip_flop, gradient_flow, grammar, plots
 from experiments.harness import trainer
-from jaxlstm import GRU, LSTM, RNN, unroll
-from jaxlstm.diagnostics import trace
+from jaxlstm import GRU, LSTM, RNN, LSTMGates, LSTMState, unroll
+from jaxlstm.diagnostics import Trace, trace
 
 from cells import draw, normal, worst_error
 
@@ -267,6 +270,85 @@ def test_flip_flop_runs(tmp_path):
     assert [(row["cell"], row["seed"]) for row in result["rows"]] == [(c, s) for c in flip_flop.CELLS for s in (0, 1)]
     assert result["rows"][0]["loss"] < 1.2 and flip_flop.table(result).count("\n") == 7
     assert (tmp_path / "new" / "flip_flop.png").stat().st_size > 10_000
+
+
+# Pictures from the committed results.
+
+
+def committed(*place):
+    folder = Path(__file__).parents[1] / "experiments" / "results"
+    return json.loads(folder.joinpath(*place, "result.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def figure_of(monkeypatch):
+    """Return a function that draws a picture and returns its figure."""
+    monkeypatch.setattr(plots, "_save", lambda figure, path, dpi: figure)
+    yield lambda draw, *data: draw(Path("unused.png"), *data)
+    plt.close("all")
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("recurrent", ["orthogonal", "uniform"])
+def test_the_picture_of_the_gradient_by_lag_has_the_medians_and_ranges_of_the_result(figure_of, recurrent):
+    measured = committed("gradient_flow")["measured"]
+    figure = figure_of(plots.gradient_flow, measured, recurrent)
+    panels = [(step, scale) for step in ("0", "600") for scale in (0.1, 1.0)]
+    for axes, (step, scale) in zip(figure.axes, panels, strict=True):
+        rows = [row for row in measured[step] if (row["recurrent"], row["scale"]) == (recurrent, scale)]
+        assert len(axes.lines) == len(axes.collections) == len(rows) == 6
+        for line, bars, row in zip(axes.lines, axes.collections, rows, strict=True):
+            flow = np.array(row["flow"])
+            np.testing.assert_allclose(line.get_ydata(), np.median(flow, axis=0))
+            for (lag, low), (_, high) in bars.get_segments():
+                assert (low, high) == (flow[:, int(lag)].min(), flow[:, int(lag)].max())
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [label for label, _ in plots.NETS.values()]
+
+
+@pytest.mark.ci
+def test_the_picture_of_the_gates_has_twenty_units_and_its_sentence(figure_of):
+    read = committed("char_lm")["read"]
+    figure = figure_of(plots.gate_maps, read)
+    images = [axes.images[0].get_array() for axes in figure.axes[:5]]
+    for image, name in zip(images, "ifgoc", strict=True):
+        np.testing.assert_allclose(image, np.array(read[name]).T)
+        assert image.shape == (20, len(read["sentence"]))
+    shown = "".join(tick.get_text() for tick in figure.axes[4].get_xticklabels())
+    assert shown.replace("·", " ") == read["sentence"]
+    kept = np.array(read["f"]).mean(axis=0)
+    assert (np.diff(kept) < 1e-3).all() and len(set(read["units"])) == 20
+
+
+def test_units_are_spread_over_the_order_by_mean_forget_gate():
+    f = np.linspace(0, 1, 50)[np.random.default_rng(0).permutation(50)]
+    gates = LSTMGates(*[np.tile(f, (3, 1))] * 4)
+    read = plots.read_aloud("abc", Trace(None, None, None, gates, LSTMState(gates.f, gates.f), None))
+    assert f[read["units"]][[0, -1]].tolist() == [1, 0] and len(read["units"]) == 20 and read["of"] == 50
+    assert abs(np.diff(f[read["units"]]) + 1 / 19).max() < 0.02
+
+
+@pytest.mark.ci
+def test_the_picture_of_the_attention_has_two_texts(figure_of):
+    attended = committed("dates", "functions")["attended"]
+    figure = figure_of(plots.attention, attended, 1.0)
+    assert len(attended) == 2 and len(figure.axes) == 3
+    for axes, (text, found) in zip(figure.axes, attended.items(), strict=False):
+        np.testing.assert_array_equal(axes.images[0].get_array(), found["weights"])
+        assert axes.get_title().startswith(text) and np.shape(found["weights"]) == (10, len(text))
+        np.testing.assert_allclose(np.sum(found["weights"], axis=1), 1, atol=0.02)
+
+
+@pytest.mark.ci
+def test_the_picture_of_the_flip_flop_has_every_point_of_the_first_nets(figure_of):
+    rows = committed("flip_flop")["rows"]
+    figure = figure_of(plots.flip_flop, rows)
+    portraits = [axes for axes in figure.axes if axes.name == "3d"]
+    for axes, cell in zip(portraits, ("RNN", "GRU", "LSTM"), strict=True):
+        (first,) = [row for row in rows if row["cell"] == cell and row["seed"] == 0]
+        drawn = np.concatenate([np.array(dots._offsets3d).T for dots in axes.collections])
+        np.testing.assert_allclose(sorted(drawn.tolist()), sorted(first["coordinates"]))
+        assert len(axes.lines) == len(first["trajectories"]) + sum(first["num_unstable"])
 
 
 # Small runs.

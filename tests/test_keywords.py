@@ -22,6 +22,7 @@ from jaxlstm import (
     Scan,
     diagnostics,
     initializers,
+    plots,
     regularize,
     rtrl,
     variants,
@@ -31,6 +32,20 @@ from jaxlstm.adapters.onnx import to_onnx
 from jaxlstm.bptt import lstm_forward
 
 from cells import B, H, I, T, draw, normal
+from test_plots import (
+    AROUND,
+    COMPARED_GRADIENTS,
+    EXPONENTS,
+    FLOW,
+    ONE,
+    PATHS,
+    PLACES,
+    PLANE,
+    SOURCES,
+    TRACE,
+    panel,
+    pixels_of,
+)
 
 PARAMS, XS, CARRY = draw(LSTM)
 OTHER_CARRY = jax.tree.map(lambda v: v + 1, CARRY)
@@ -201,6 +216,20 @@ TABLE = {
         "outlier_scale": (10.0, 1.0)}),
     "sample_carries": (diagnostics.sample_carries, (key(), CARRY, 5), {"noise": (0.0, 0.5)}),
     "principal_components": (diagnostics.principal_components, (CARRY,), {"num": (2, 1)}),
+    "gate_map": (pixels_of(plots.gate_map), (TRACE, "f"), {"sequence": (0, 1)}),
+    "gate_map, one": (pixels_of(plots.gate_map), (ONE, "f"), {
+        "units": (None, [1, 0]), "labels": (None, "abcde"), "ax": (None, panel())}),
+    "flow_by_lag": (pixels_of(plots.flow_by_lag), (FLOW,), {
+        "band": ((0.0, 1.0), None), "label": (None, "a"), "color": (None, "red"), "ax": (None, panel())}),
+    "source_matrix": (pixels_of(plots.source_matrix), (SOURCES,), {
+        "leaf": (None, "a"), "decades": (8.0, 0.5), "ax": (None, panel())}),
+    "error_by_step": (pixels_of(plots.error_by_step), (COMPARED_GRADIENTS, "mine"), {"ax": (None, panel())}),
+    "eigenvalue_plane": (pixels_of(plots.eigenvalue_plane), (AROUND,), {"ax": (None, panel())}),
+    "phase_portrait": (pixels_of(plots.phase_portrait), (PLANE,), {
+        "carries": (None, PATHS), "points": (None, PLACES), "ax": (None, panel())}),
+    "phase_portrait, points": (pixels_of(plots.phase_portrait), (PLANE, PATHS, PLACES), {"around": (None, AROUND)}),
+    "lyapunov_spectrum": (pixels_of(plots.lyapunov_spectrum), (EXPONENTS,), {
+        "reference": (None, [0.9]), "ax": (None, panel())}),
     "from_torch": (weights.from_torch, (LSTM, weights.to_torch(LSTM, STACK)), {"prefix": ("", "lstm.")}),
     "to_torch": (weights.to_torch, (LSTM, STACK), {"prefix": ("", "lstm."), "bias": (True, False)}),
     "from_jax_rnn": (lambda **o: weights.from_jax_rnn(LSTM, VECTOR, **{"input_size": I, "hidden_size": H} | o), (), {
@@ -243,7 +272,7 @@ def test_a_keyword_is_not_ignored(name, keyword):
 
 
 def test_every_public_keyword_is_in_the_table():
-    rooms = (jaxlstm, initializers, regularize, rtrl, diagnostics, variants)
+    rooms = (jaxlstm, initializers, regularize, rtrl, diagnostics, variants, plots)
     functions = {f"{cell.name.partition('(')[0]}.init": cell.init for cell in (LSTM, GRU, RNN)}
     functions |= {f"{name}.init": getattr(variants, name).init for name in VARIANTS}
     for room in rooms:

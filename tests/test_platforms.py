@@ -28,6 +28,7 @@ from jaxlstm import (
     lstm_bptt,
     make_rnn,
     make_train_step,
+    plots,
     regularize,
     rtrl,
     segment_resets,
@@ -162,6 +163,8 @@ PROGRAMS = {
 ON_THE_HOST = {
     "make_lstm", "make_lstm_1997", "make_projected_lstm", "fixed_points", "linearize", "closed_loop", "stacked",
     "sample_carries", "principal_components",
+    "gate_map", "flow_by_lag", "source_matrix", "error_by_step", "eigenvalue_plane", "phase_portrait",
+    "lyapunov_spectrum",
     "central_differences", "check_gradients", "compare_gradients", "make_rnn", "num_params", "snap1_pattern", "summary",
 }  # fmt: skip
 # A QR factorization has no derivative where a bfloat16 run would need one.
@@ -193,7 +196,7 @@ def test_every_function_and_its_gradient_lower_for_accelerators(name, dtype):
 
 def test_every_public_function_is_lowered():
     tried = {word for name in PROGRAMS for word in name.split(", ")} | ON_THE_HOST
-    for room in (jaxlstm, regularize, rtrl, diagnostics, variants):
+    for room in (jaxlstm, regularize, rtrl, diagnostics, variants, plots):
         public = {name for name in room.__all__ if callable(getattr(room, name)) and name.islower()}
         assert public <= tried, public - tried
     assert set(initializers.__all__) == {"torch", "keras", "flax", "chrono"}
