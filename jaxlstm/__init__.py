@@ -15,6 +15,7 @@ from jaxlstm.bidirectional import Bidirectional, init_bidirectional, unroll_bidi
 from jaxlstm.bptt import lstm_bptt
 from jaxlstm.cell import Cell, num_params, summary
 from jaxlstm.ensembles import sweep
+from jaxlstm.epochs import evaluate, fit_epochs, shuffled_batches
 from jaxlstm.gradients import Bulk, Chunked, Scan
 from jaxlstm.layers import generate, init_stack, step_stack, unroll_stack
 from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState, split_gates
@@ -35,6 +36,7 @@ __all__ = [  # noqa: RUF022
     "init_stack", "unroll_stack", "step_stack", "generate",
     "Bidirectional", "init_bidirectional", "unroll_bidirectional",
     "TrainState", "init_train_state", "make_train_step", "fit", "sweep",
+    "shuffled_batches", "evaluate", "fit_epochs",
     "diagnostics", "initializers", "regularize", "rtrl", "variants",
 ]
 # fmt: on

@@ -95,6 +95,16 @@ def rtrl_steps(mask=None, reset=None, pattern=None):
     return pull(jnp.ones((B, H)))
 
 
+def stopped_early(**options):
+    """Train a number that rises from epoch to epoch, so that the first one is the best."""
+    optimizer = optax.sgd(0.1)
+    step = jaxlstm.make_train_step(lambda w, batch: ((batch + 100 - w) ** 2).mean(), optimizer)
+    state = jaxlstm.init_train_state(jnp.zeros(()), optimizer, key())
+    batches = lambda key: jaxlstm.shuffled_batches(key, WEIGHT.ravel(), 8)
+    options = {"key": key(1), "num_epochs": 4, "patience": 4} | options
+    return jaxlstm.fit_epochs(step, state, batches, lambda w: w, **options)
+
+
 VARIANTS = [name for name in variants.__all__ if name.endswith("LSTM")]
 OF_1997 = variants.make_lstm_1997().init(jax.random.key(4), I, H, dtype="float64")
 FLAGS = {"mask": (None, MASK), "reset": (None, RESET)}
@@ -166,6 +176,8 @@ TABLE = {
     "lstm_bptt": (jaxlstm.lstm_bptt, (PARAMS, XS, CARRY), {"mask": (None, MASK)}),
     "lstm_forward": (lstm_forward, (PARAMS, XS, CARRY), {"mask": (None, MASK)}),
     "init_train_state": (jaxlstm.init_train_state, (PARAMS, optax.sgd(0.1), key()), {"carry": ((), CARRY)}),
+    "fit_epochs": (stopped_early, (), {
+        "key": (key(1), key(2)), "num_epochs": (4, 6), "patience": (1, 2)}),
     "dropout_mask": (regularize.dropout_mask, (key(), 0.5, (3, 4)), DTYPE),
     "zoneout": (lambda output: regularize.zoneout(LSTM, 0.5, output=output).step(PARAMS, CARRY, XS[0]), (), {
         "output": (lambda carry: carry.h, lambda carry: carry.c)}),
