@@ -1,6 +1,7 @@
 """Every public keyword does something: another value gives another result, shape, program or error."""
 
 import inspect
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,12 @@ def stopped_early(**options):
     batches = lambda key: jaxlstm.shuffled_batches(key, WEIGHT.ravel(), 8)
     options = {"key": key(1), "num_epochs": 4, "patience": 4} | options
     return jaxlstm.fit_epochs(step, state, batches, lambda w: w, **options)
+
+
+def written_and_read(like):
+    with tempfile.TemporaryDirectory() as folder:
+        weights.write_safetensors(f"{folder}/model.safetensors", [np.ones(2)])
+        return weights.read_safetensors(f"{folder}/model.safetensors", like=like)
 
 
 VARIANTS = [name for name in variants.__all__ if name.endswith("LSTM")]
@@ -221,6 +228,7 @@ TABLE = {
     "to_keras": (weights.to_keras, (LSTM, PARAMS), {"bias": (True, False)}),
     "to_nnx": (weights.to_nnx, (LSTM, PARAMS), {"optimized": (True, False)}),
     "to_equinox": (weights.to_equinox, (LSTM, PARAMS), {"bias": (True, False)}),
+    "read_safetensors": (written_and_read, (), {"like": (None, [np.ones(2)])}),
     "from_onnx": (weights.from_onnx, (GRU, ONNX_GRU), {"linear_before_reset": (1, 0)}),
     "from_onnx, coupled": (weights.from_onnx, (LSTM, weights.to_onnx_initializers(LSTM, PARAMS)), {
         "input_forget": (0, 1)}),
