@@ -9,7 +9,7 @@ import contextlib
 
 from jax import export
 
-from jaxlstm import diagnostics, initializers, plots, regularize, rtrl, variants  # noqa: F401
+from jaxlstm import diagnostics, epochs, initializers, plots, regularize, rtrl, variants  # noqa: F401
 from jaxlstm.baselines import GRU, RNN, GRUParams, GRUState, RNNParams, RNNState, make_rnn
 from jaxlstm.bidirectional import Bidirectional, init_bidirectional, unroll_bidirectional
 from jaxlstm.bptt import lstm_bptt

@@ -170,12 +170,10 @@ def _run(
 ) -> tuple[Carry, Array]:
     bulk = gradient if isinstance(gradient, Bulk) else None
     plans = make_plans(cell, params, steps, carry, bulk or Bulk())
-    if bulk and plans.by_rule:
-        by_plan = lambda plan, *arguments: run_in_bulk(How(cell, plan, reverse), *arguments)
-        carry, ys, _ = by_platform(by_plan, plans, params, steps, carry, reset_carry)
-    else:  # the plain scan is the same program on every platform
-        carry, ys, _ = run(How(cell, plans.on_a_cpu, reverse), params, steps, carry, reset_carry)
-    return carry, ys
+    if bulk is None or not plans.by_rule:  # the plain scan is the same program on every platform
+        return run(How(cell, plans.on_a_cpu, reverse), params, steps, carry, reset_carry)[:2]
+    by_plan = lambda plan, *arguments: run_in_bulk(How(cell, plan, reverse), *arguments)[:2]
+    return by_platform(by_plan, plans, params, steps, carry, reset_carry)
 
 
 def _run_in_chunks(

@@ -156,6 +156,13 @@ FAULTS = [
     Fault("step not counted", "jaxlstm/train.py", "state.step + 1, state.key", "state.step, state.key", "test_train.py"),
     Fault("gradient norm after the update", "jaxlstm/train.py", "optax.tree.norm(grads)", "optax.tree.norm(updates)",
           "test_train.py"),
+    Fault("one order for every epoch", "jaxlstm/epochs.py", "jax.random.fold_in(key, epoch)", "key", "test_epochs.py"),
+    Fault("the last parameters, not the best", "jaxlstm/epochs.py", "return run.best._replace(", "return run.state._replace(",
+          "test_epochs.py"),
+    Fault("items left over do not count", "jaxlstm/epochs.py", "    if left_over:", "    if False:", "test_epochs.py"),
+    Fault("padding counts", "jaxlstm/epochs.py", "jnp.sum(v, where=mask, dtype", "jnp.sum(v, dtype", "test_epochs.py"),
+    Fault("patience counted from the start", "jaxlstm/epochs.py", "jnp.where(better, 0, run.waited + 1)", "run.waited + 1",
+          "test_epochs.py"),
     # The main job.
     Fault("dropout key reused between layers", "experiments/char_lm.py", "jax.random.fold_in(key, depth)", "key",
           "test_char_lm.py"),

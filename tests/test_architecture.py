@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "diagnostics.statespace": {"cell", "checks", "diagnostics.differences", "diagnostics.dynamics"},
     "diagnostics.comparison": {"bptt", "cell", "checks", "diagnostics.differences", "lstm", "recurrence", "rtrl"},
     "train": {"cell", "checks"},
+    "epochs": {"cell", "checks", "train"},
     "ensembles": {"cell", "checks", "structure", "tuning"},
     "variants": {"cell", "checks", "lstm"},
     "plots": {
@@ -57,7 +58,7 @@ MAY_IMPORT = {
 }
 ADAPTERS = {f"jaxlstm.adapters.{name}" for name in ("linen", "nnx", "onnx", "weights")}  # public modules too
 STOREYS = ("examples", "experiments", "benchmarks")
-ROOMS = ("diagnostics", "initializers", "plots", "regularize", "rtrl", "variants")
+ROOMS = ("diagnostics", "epochs", "initializers", "plots", "regularize", "rtrl", "variants")
 
 
 def imports(path):
@@ -171,7 +172,7 @@ def test_the_package_is_as_readable_as_it_should_be():
     assert counted["words of README.md"] <= 1000
     assert counted["comment lines per 100 lines of code"] >= 3
     assert counted["of these, code, without what was added to the engine"] <= 3620
-    assert counted["of these, code"] <= 5120
+    assert counted["of these, code"] <= 5250
 
 
 def test_the_numbers_cited_in_the_gradient_by_hand_are_those_of_the_derivation():

@@ -1,6 +1,7 @@
 """Every public keyword does something: another value gives another result, shape, program or error."""
 
 import inspect
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jaxlstm import (
     RNNState,
     Scan,
     diagnostics,
+    epochs,
     initializers,
     plots,
     regularize,
@@ -110,6 +112,22 @@ def rtrl_steps(mask=None, reset=None, pattern=None):
     return pull(jnp.ones((B, H)))
 
 
+def stopped_early(**options):
+    """Train a number that rises from epoch to epoch, so that the first one is the best."""
+    optimizer = optax.sgd(0.1)
+    step = jaxlstm.make_train_step(lambda w, batch: ((batch + 100 - w) ** 2).mean(), optimizer)
+    state = jaxlstm.init_train_state(jnp.zeros(()), optimizer, key())
+    batches = lambda key: epochs.shuffled_batches(key, WEIGHT.ravel(), 8)
+    options = {"key": key(1), "num_epochs": 4, "patience": 4} | options
+    return epochs.fit_epochs(step, state, batches, lambda w: w, **options)
+
+
+def written_and_read(like):
+    with tempfile.TemporaryDirectory() as folder:
+        weights.write_safetensors(f"{folder}/model.safetensors", [np.ones(2)])
+        return weights.read_safetensors(f"{folder}/model.safetensors", like=like)
+
+
 VARIANTS = [name for name in variants.__all__ if name.endswith("LSTM")]
 OF_1997 = variants.make_lstm_1997().init(jax.random.key(4), I, H, dtype="float64")
 FLAGS = {"mask": (None, MASK), "reset": (None, RESET)}
@@ -181,6 +199,8 @@ TABLE = {
     "lstm_bptt": (jaxlstm.lstm_bptt, (PARAMS, XS, CARRY), {"mask": (None, MASK)}),
     "lstm_forward": (lstm_forward, (PARAMS, XS, CARRY), {"mask": (None, MASK)}),
     "init_train_state": (jaxlstm.init_train_state, (PARAMS, optax.sgd(0.1), key()), {"carry": ((), CARRY)}),
+    "fit_epochs": (stopped_early, (), {
+        "key": (key(1), key(2)), "num_epochs": (4, 6), "patience": (1, 2)}),
     "dropout_mask": (regularize.dropout_mask, (key(), 0.5, (3, 4)), DTYPE),
     "zoneout": (lambda output: regularize.zoneout(LSTM, 0.5, output=output).step(PARAMS, CARRY, XS[0]), (), {
         "output": (lambda carry: carry.h, lambda carry: carry.c)}),
@@ -238,6 +258,7 @@ TABLE = {
     "to_keras": (weights.to_keras, (LSTM, PARAMS), {"bias": (True, False)}),
     "to_nnx": (weights.to_nnx, (LSTM, PARAMS), {"optimized": (True, False)}),
     "to_equinox": (weights.to_equinox, (LSTM, PARAMS), {"bias": (True, False)}),
+    "read_safetensors": (written_and_read, (), {"like": (None, [np.ones(2)])}),
     "from_onnx": (weights.from_onnx, (GRU, ONNX_GRU), {"linear_before_reset": (1, 0)}),
     "from_onnx, coupled": (weights.from_onnx, (LSTM, weights.to_onnx_initializers(LSTM, PARAMS)), {
         "input_forget": (0, 1)}),
@@ -272,7 +293,7 @@ def test_a_keyword_is_not_ignored(name, keyword):
 
 
 def test_every_public_keyword_is_in_the_table():
-    rooms = (jaxlstm, initializers, regularize, rtrl, diagnostics, variants, plots)
+    rooms = (jaxlstm, epochs, initializers, regularize, rtrl, diagnostics, variants, plots)
     functions = {f"{cell.name.partition('(')[0]}.init": cell.init for cell in (LSTM, GRU, RNN)}
     functions |= {f"{name}.init": getattr(variants, name).init for name in VARIANTS}
     for room in rooms:

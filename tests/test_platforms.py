@@ -17,6 +17,7 @@ from jaxlstm import (
     Chunked,
     Scan,
     diagnostics,
+    epochs,
     fit,
     generate,
     init_bidirectional,
@@ -41,6 +42,7 @@ from jaxlstm import (
     variants,
 )
 from jaxlstm.adapters import linen
+from jaxlstm.epochs import evaluate, fit_epochs, shuffled_batches
 
 from cells import FAMILY, HOLES, RESET, B, H, I, T, draw, worst_error
 from sweeps import some
@@ -76,6 +78,15 @@ FLAX = linen.Recurrent(H)
 def trained(p, xs):
     step = make_train_step(lambda p, xs: loss_of(unroll(LSTM, p, xs)[1]), OPTIMIZER)
     return fit(step, init_train_state(p, OPTIMIZER, KEY), jnp.stack([xs, xs]))[0].params
+
+
+def trained_by_epochs(p, xs):
+    p, xs = jax.lax.stop_gradient((p, xs))  # a loop that stops early has no gradient
+    measure = lambda p, xs: (unroll(LSTM, p, xs.swapaxes(0, 1))[1] ** 2, jnp.ones((T, len(xs), B, H), bool))
+    step = make_train_step(lambda p, xs: measure(p, xs)[0].mean(), OPTIMIZER)
+    validate = lambda p: evaluate(measure, p, jnp.stack([xs, xs, xs]), 2)
+    batches = lambda key: shuffled_batches(key, jnp.stack([xs, xs]), 1)
+    return fit_epochs(step, init_train_state(p, OPTIMIZER, KEY), batches, validate, key=KEY, num_epochs=3, patience=1)
 
 
 def online(p, xs):
@@ -129,6 +140,10 @@ PROGRAMS = {
     "init_bidirectional": lambda p, xs, c: init_bidirectional(KEY, make_rnn("relu"), I, H, dtype=xs.dtype),
     "LSTM.init": lambda p, xs, c: LSTM.init(KEY, I, H, dtype=xs.dtype),
     "fit, make_train_step, init_train_state": lambda p, xs, c: trained(p, xs),
+    "fit_epochs": lambda p, xs, c: trained_by_epochs(p, xs),
+    "evaluate, shuffled_batches": lambda p, xs, c: evaluate(
+        lambda p, x: (unroll(LSTM, p, x)[1], jnp.ones((1, 2, B, H), bool)), p, shuffled_batches(KEY, xs, 2), 1
+    ),
     "sweep": lambda p, xs, c: sweep(lambda x: unroll(LSTM, p, x)[1], jnp.stack([xs, 2 * xs])),
     "initializers": lambda p, xs, c: (
         initializers.torch(KEY, I, H, dtype=xs.dtype),
@@ -196,7 +211,7 @@ def test_every_function_and_its_gradient_lower_for_accelerators(name, dtype):
 
 def test_every_public_function_is_lowered():
     tried = {word for name in PROGRAMS for word in name.split(", ")} | ON_THE_HOST
-    for room in (jaxlstm, regularize, rtrl, diagnostics, variants, plots):
+    for room in (jaxlstm, epochs, regularize, rtrl, diagnostics, variants, plots):
         public = {name for name in room.__all__ if callable(getattr(room, name)) and name.islower()}
         assert public <= tried, public - tried
     assert set(initializers.__all__) == {"torch", "keras", "flax", "chrono"}

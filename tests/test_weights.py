@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -439,6 +440,64 @@ def test_safetensors_files(tmp_path, monkeypatch):
     assert not (tmp_path / "exploded").exists()
     with pytest.raises(FileNotFoundError):
         weights.read_safetensors("absent.safetensors")
+
+
+class Model(NamedTuple):
+    layers: list
+    scale: jax.Array  # a number
+    tables: dict
+
+
+def own_model(dtype=jnp.bfloat16):
+    tables = {"b": np.arange(6).reshape(2, 3).T, "a": {"c": jnp.array([-0.0, jnp.inf])}}
+    return Model(random_layers(LSTM, dtype=dtype) * 2, jnp.float32(0.1), tables)
+
+
+def test_a_safetensors_file_of_any_pytree(tmp_path):
+    pytest.importorskip("safetensors")
+    path, model = tmp_path / "model.safetensors", own_model()
+    weights.write_safetensors(path, model)
+    names = ["layers/0/b", "layers/0/w_hh", "layers/0/w_ih", "layers/1/b", "layers/1/w_hh", "layers/1/w_ih"]
+    assert sorted(weights.read_safetensors(path)) == [*names, "scale", "tables/a/c", "tables/b"]
+    for like in (own_model(), jax.eval_shape(own_model)):
+        again = weights.read_safetensors(path, like=like)
+        assert jax.tree.structure(again) == jax.tree.structure(model)
+        for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
+            assert isinstance(got, jax.Array) and (got.dtype, got.shape) == (want.dtype, want.shape)
+            assert np.asarray(got).tobytes() == np.ascontiguousarray(want).tobytes()
+
+
+@pytest.mark.parametrize(
+    "like, message",
+    [
+        (
+            lambda model: model._replace(layers=model.layers[:1]),
+            r"layers/1/b is bfloat16\[16\] in .*, but absent in `like`",
+        ),
+        (
+            lambda model: model._replace(layers=model.layers * 2),
+            r"layers/2/w_ih is absent in .*, but bfloat16\[5, 16\] in",
+        ),
+        (
+            lambda model: model._replace(scale=jnp.ones(1, "float32")),
+            r"scale is float32\[\] in .*, but float32\[1\] in",
+        ),
+        (lambda model: own_model("float32"), r"layers/0/w_ih is bfloat16\[.*, but float32"),
+    ],
+)
+def test_a_file_that_holds_another_model_is_refused(like, message, tmp_path):
+    pytest.importorskip("safetensors")
+    weights.write_safetensors(tmp_path / "model.safetensors", own_model())
+    with pytest.raises(ValueError, match="read_safetensors: " + message):
+        weights.read_safetensors(tmp_path / "model.safetensors", like=like(own_model()))
+
+
+def test_two_arrays_with_one_path_are_not_written(tmp_path):
+    pytest.importorskip("safetensors")
+    for model in ({"a/b": np.ones(1), "a": {"b": np.ones(2)}}, {"a": [np.ones(1)], "a/0": np.ones(1)}):
+        with pytest.raises(ValueError, match="write_safetensors: two arrays would have one name, among a/"):
+            weights.write_safetensors(tmp_path / "model.safetensors", model)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_no_framework_is_imported_to_convert():

@@ -529,27 +529,50 @@ def initializers_of(cell: Cell[Any, Any], halves: Sequence[Any]) -> dict[str, np
 # Files.
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Return the arrays of a safetensors file by name. It holds arrays only: reading it runs no code.
+def read_safetensors(path: str | os.PathLike[str], *, like: Any = None) -> Any:
+    """Return the arrays of a safetensors file. It holds arrays only: reading it runs no code.
+
+    Args:
+      path: the file.
+      like: a pytree with the structure, shapes and dtypes that `write_safetensors` wrote, such as new parameters, or
+        what `jax.eval_shape` returns for them.
+
+    Returns:
+      NumPy arrays by name, a dict. With `like`, the pytree again, with JAX arrays as its leaves.
 
     Raises:
-      ValueError: the file is truncated, or is not a safetensors file, such as a pickle that `torch.save` wrote.
+      ValueError: the file is truncated, or is not a safetensors file, such as a pickle that `torch.save` wrote; or an
+        array is not as in `like`.
     """
     import safetensors
     import safetensors.numpy
 
     try:
-        return safetensors.numpy.load_file(path)
+        arrays = safetensors.numpy.load_file(path)
     except safetensors.SafetensorError as error:
         cure = "Convert a pickle where it was made, with safetensors.torch.save_file."
         raise ValueError(f"read_safetensors: {path} is not a whole safetensors file: {error}. {cure}") from None
+    if like is None:
+        return arrays
+    expected, found = (
+        {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in tree.items()} for tree in (_by_path(like), arrays)
+    )
+    for name in [*expected, *found]:
+        want, got = (shapes.get(name, "absent") for shapes in (expected, found))
+        if want != got:
+            raise ValueError(f"read_safetensors: {name} is {got} in {path}, but {want} in `like`.")
+    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in expected])
 
 
-def write_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
-    """Write arrays to a safetensors file; nested dicts become names like "cell/ii/kernel"."""
+def write_safetensors(path: str | os.PathLike[str], arrays: Any) -> None:
+    """Write a pytree of arrays to a safetensors file, under names such as "layers/0/w_ih" or "cell/ii/kernel".
+
+    Raises:
+      ValueError: two arrays would have one name.
+    """
     import safetensors.numpy
 
-    safetensors.numpy.save_file(_contiguous(_flat(arrays)), path)
+    safetensors.numpy.save_file(_contiguous(_by_path(arrays)), path)
 
 
 # What the functions above share.
@@ -624,6 +647,15 @@ def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat |= _flat(value, f"{path}{name}/") if isinstance(value, Mapping) else {f"{path}{name}": value}
     return flat
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a pytree by path, such as "layers/0/w_ih", in JAX's order."""
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda value: hasattr(value, "dtype"))  # a variable of nnx
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    if len(set(names)) < len(names):
+        raise ValueError(f"write_safetensors: two arrays would have one name, among {', '.join(names)}.")
+    return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
 
 
 def _inner(function: str, tree: Any) -> Mapping[str, Any]:
@@ -721,4 +753,5 @@ def _check_no_bias(function: str, params: Any) -> None:
 
 
 def _contiguous(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    # Not `ascontiguousarray`, which gives a number an axis.
+    return {name: np.asarray(value, order="C") for name, value in arrays.items()}
