@@ -106,20 +106,15 @@ def make_plans(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree
     sizes = [gradient.block_size if isinstance(num_steps, int) else None] * 2
     if sizes[0] is None and known:
         sizes = _block_sizes(z, num_bytes, spread)
-    kept_bytes = LARGE_KEPT_BYTES if hidden_size >= LARGE_HIDDEN else KEPT_BYTES
-    kept = [known and num_bytes <= kept_bytes, False] if gradient.keep_gates is None else [gradient.keep_gates] * 2
-    on_a_cpu = both._replace(
-        block_size=sizes[0],
-        merged_axes=jax.tree.leaves(z)[0].ndim - 1 if reshapes else 0,
-        pieces=_num_pieces(z, a, hidden_size) if reshapes and closed_form and num_bytes <= SHORT_BYTES else 0,
-        keep_gates=kept[0] and closed_form,
-    )
-    elsewhere = both._replace(
-        block_size=sizes[1],
-        pieces=1,
-        keep_gates=kept[1] and closed_form,
-        unroll=size_without_remainder(sizes[1] or num_steps, UNROLLED) if isinstance(num_steps, int) else 1,
-    )
+    pieces = _num_pieces(z, a, hidden_size) if reshapes and closed_form and num_bytes <= SHORT_BYTES else 0
+    merged_axes = jax.tree.leaves(z)[0].ndim - 1 if reshapes else 0
+    unroll = size_without_remainder(sizes[1] or num_steps, UNROLLED) if isinstance(num_steps, int) else 1
+    fits = known and num_bytes <= (LARGE_KEPT_BYTES if hidden_size >= LARGE_HIDDEN else KEPT_BYTES)
+    kept = [closed_form and keep for keep in (fits, False)]
+    if gradient.keep_gates is not None:
+        kept = [closed_form and gradient.keep_gates] * 2
+    on_a_cpu = both._replace(block_size=sizes[0], merged_axes=merged_axes, pieces=pieces, keep_gates=kept[0])
+    elsewhere = both._replace(block_size=sizes[1], pieces=1, keep_gates=kept[1], unroll=unroll)
     return Plans(on_a_cpu, elsewhere, _rule_applies(project, recur, gates))
 
 
@@ -246,6 +241,9 @@ def in_bulk(cell: Cell[Any, Any], plan: Plan) -> Cell[Any, Any]:
 
 
 def _merged(function: Callable[..., PyTree], axes: int, params: PyTree, tree: PyTree) -> PyTree:
-    lead = jax.tree.leaves(tree)[0].shape[:axes]
+    leaves = jax.tree.leaves(tree)
+    if not leaves:  # a cell without a carry recurs on nothing
+        return function(params, tree)
+    lead = leaves[0].shape[:axes]
     merged = jax.tree.map(lambda v: v.reshape(math.prod(lead), *v.shape[axes:]), tree)
     return jax.tree.map(lambda v: v.reshape(*lead, *v.shape[1:]), function(params, merged))
