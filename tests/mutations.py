@@ -36,9 +36,10 @@ AIMED = {
     "precision": "precision", "checks": "recurrence layers train fuzz habits meshes comparison",
     "layers": "layers regularize", "bidirectional": "layers regularize", "regularize": "regularize",
     "bptt": "bptt", "rtrl": "rtrl structure", "structure": "structure rtrl", "train": "train", "epochs": "epochs",
-    "__main__": "main",
+    "ensembles": "train", "plots": "plots", "__main__": "main",
     "diagnostics/comparison": "comparison", "diagnostics/differences": "differences bptt comparison main",
     "diagnostics/sources": "sources", "diagnostics/flow": "diagnostics", "diagnostics/dynamics": "diagnostics",
+    "diagnostics/statespace": "statespace", "adapters/weights": "weights", "adapters/onnx": "onnx",
     "adapters/conventions": "adapters", "adapters/linen": "adapters", "adapters/nnx": "adapters",
 }  # fmt: skip
 
