@@ -223,6 +223,9 @@ def in_bulk(cell: Cell[Any, Any], plan: Plan) -> Cell[Any, Any]:
 
 
 def _merged(function: Callable[..., PyTree], axes: int, params: PyTree, tree: PyTree) -> PyTree:
-    lead = jax.tree.leaves(tree)[0].shape[:axes]
+    leaves = jax.tree.leaves(tree)
+    if not leaves:  # a cell without a carry recurs on nothing
+        return function(params, tree)
+    lead = leaves[0].shape[:axes]
     merged = jax.tree.map(lambda v: v.reshape(math.prod(lead), *v.shape[axes:]), tree)
     return jax.tree.map(lambda v: v.reshape(*lead, *v.shape[1:]), function(params, merged))
