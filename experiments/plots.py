@@ -362,3 +362,35 @@ def flip_flop(path: Path, rows: list[dict[str, Any]]) -> Path:
     figure.legend(*handles, loc="outside upper center", ncols=4, title="fixed points without input")
     below.legend(fontsize="small")
     return _save(figure, path, dpi=110)
+
+
+# Agents with memory.
+
+
+def ppo(path: Path, rows: list[dict[str, Any]], num_steps: int) -> Path:
+    """Draw the success in the T-maze over the length of its corridor, and the return of RepeatPrevious in training."""
+    looks = {"LSTM": ("C0", "o"), "GRU": ("C2", "s"), "RNN": ("C3", "^"), "no memory": ("0.35", "D"),
+             "LSTM, reset=done": ("C1", "v")}  # fmt: skip
+    figure, (maze, repeat) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    for net, (colour, marker) in looks.items():
+        own = [row for row in rows if (row["task"], row["net"]) == ("T-maze", net)]
+        last = np.array([np.array(row["success"])[:, -1] for row in own])  # [length, seed]
+        lengths = np.array([row["number"] for row in own]) * (1 + 0.03 * (list(looks).index(net) - 2))
+        maze.plot(lengths, last.mean(axis=1), color=colour, linewidth=2, marker=marker, markersize=7, label=net)
+        maze.vlines(lengths, last.min(axis=1), last.max(axis=1), color=colour, linewidth=2, alpha=0.5)
+        (curves,) = (np.array(row["return"]) for row in rows if (row["task"], row["net"]) == ("RepeatPrevious", net))
+        at = num_steps * (np.arange(curves.shape[1]) + 1) / curves.shape[1] / 1000
+        repeat.plot(at, curves.mean(axis=0), color=colour, linewidth=2, marker=marker, markevery=4, markersize=7)
+        repeat.fill_between(at, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+    for axes, guess in ((maze, 0.5), (repeat, -0.5)):
+        axes.axhline(guess, color="black", linewidth=1, linestyle="--", label="guessing")
+        axes.grid(color="0.92")
+    ticks = sorted({row["number"] for row in rows if row["task"] == "T-maze"})
+    maze.set(title="T-maze: right arm chosen", xlabel="steps from the sign to the junction", xscale="log",
+             ylabel="share of episodes", ylim=(0, 1.04))  # fmt: skip
+    maze.set_xticks(ticks, map(str, ticks))
+    maze.minorticks_off()
+    repeat.set(title="RepeatPrevious", xlabel="thousand steps of experience", ylabel="return", ylim=(-1, 1.08))
+    figure.suptitle("Recurrent PPO: mean and range of the seeds")
+    figure.legend(*maze.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return _save(figure, path, dpi=100)
