@@ -394,3 +394,32 @@ def ppo(path: Path, rows: list[dict[str, Any]], num_steps: int) -> Path:
     figure.suptitle("Recurrent PPO: mean and range of the seeds")
     figure.legend(*maze.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return _save(figure, path, dpi=100)
+
+
+def lorenz(path: Path, result: dict[str, Any]) -> Path:
+    """Draw the attractor of the true system and of the first net of each cell, and the exponents of all nets."""
+    colours = {"true": "black", "LSTM": "C0", "GRU": "C2", "RNN": "C3"}
+    shown = {"true": result["true"]["run"]} | {row["net"]: row["run"] for row in result["rows"] if "run" in row}
+    exponents = {"true": result["true"]["exponents"]}
+    exponents |= {net: [row["exponents"] for row in result["rows"] if row["net"] == net] for net in list(shown)[1:]}
+    figure = plt.figure(figsize=(10, 6), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.2, 1])
+    above, below = parts
+    panels = above.subplots(1, len(shown), sharex=True, sharey=True)
+    for axes, (name, run) in zip(panels, shown.items(), strict=True):
+        x, _, z = np.array(run).T
+        axes.plot(x, z, color=colours[name], linewidth=0.5)
+        axes.set(title="the true system" if name == "true" else f"{name} on its own", xlabel="x")
+    panels[0].set_ylabel("z")
+    panels = below.subplots(1, 3)
+    for n, (axes, published) in enumerate(zip(panels, (0.906, 0, -14.57), strict=True)):
+        for place, (name, values) in enumerate(exponents.items()):
+            of_seeds = np.array(values)[:, n]
+            at = place + np.linspace(-0.15, 0.15, len(of_seeds))
+            axes.plot(at, of_seeds, "o", color=colours[name], markersize=5)
+        axes.axhline(published, color="black", linewidth=1, linestyle="--")
+        axes.set_xticks(range(len(exponents)), list(exponents))
+        axes.set(title=f"exponent {n + 1} (dashed: {published:g})", xlim=(-0.6, len(exponents) - 0.4))
+        axes.grid(axis="y", color="0.92")
+    panels[0].set_ylabel("per unit of time")
+    return _save(figure, path, dpi=100)

@@ -304,12 +304,12 @@ def loss(cell: Cell[Any, Any], agent: Agent, experience: Experience, settings: S
 
 
 def train(
-    cell: Cell[Any, Any], units: int, env: Env, settings: Settings, key: Key[Array, ""]
+    cell: Cell[Any, Any], env: Env, settings: Settings, agent: Agent, key: Key[Array, ""]
 ) -> tuple[Agent, dict[str, Float[Array, "update"]]]:
     """Train one agent; return it and, for every update, the episodes that ended, the sum of their returns, and how many
     ended with a reward.
     """
-    key_init, key_env, key_updates = jax.random.split(key, 3)
+    key_env, key_updates = jax.random.split(key)
     batches = settings.epochs * settings.minibatches
     rate = optax.linear_schedule(settings.learning_rate, 0.0, settings.updates * batches)
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(rate, eps=1e-5))
@@ -331,7 +331,6 @@ def train(
         rewarded = (rollout.done & (rollout.reward > 0)).sum()
         return (learner, world), {"episodes": rollout.done.sum(), "returns": rollout.total.sum(), "rewarded": rewarded}
 
-    agent = init_agent(key_init, cell, env, units)
     learner = init_train_state(agent, optimizer, key)  # its key is not used: the loss draws nothing
     states = jax.vmap(env.enter)(jax.random.split(key_env, settings.num_envs))
     carry = cell.initial_carry(agent.cell, (settings.num_envs,))
@@ -349,8 +348,13 @@ def train_seeds(
 ) -> tuple[Agent, dict[str, Float[Array, "seed update"]]]:
     """Train one agent for every key, in one program for all corridor lengths (or all k)."""
     cell, units, reset_by = NETS[net]
+    env = TASKS[task].make(number)
     settings = settings._replace(discount=TASKS[task].discount, reset_by=reset_by)
-    return jax.vmap(functools.partial(train, cell, units, TASKS[task].make(number), settings))(keys)
+    keys_init, keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    # One after the other, because batched QR factorizations in one program can wait for one another forever on a CPU
+    # with two cores (jaxlib 0.10.2).
+    agents = lax.map(functools.partial(init_agent, cell=cell, env=env, units=units), keys_init)
+    return jax.vmap(functools.partial(train, cell, env, settings))(agents, keys)
 
 
 def row_of(task: str, number: int, net: str, settings: Settings, seeds: int) -> dict[str, Any]:
