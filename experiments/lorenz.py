@@ -32,8 +32,8 @@ CENTER, SCALE = np.array([0.0, 0.0, 23.5]), np.array([8.0, 9.0, 8.6])  # about m
 TRAINING_STEPS = 50_000  # of the trajectory that the nets see
 FORCED, FREE, BATCH = 20, 30, 32  # steps of a window read from the truth, then from the net's own predictions
 NOISE = 0.02  # added to the true states that it reads, in deviations
-NUM_EXPONENTS, WARMUP = 4, 2500  # steps before the mean begins
-READ, SHOWN = 100, 2000  # steps that a trained net reads of the truth; steps of its own in the picture
+NUM_EXPONENTS, WARMUP = 4, 2500  # exponents of each net; steps before their mean begins
+READ, SHOWN = 100, 900  # steps that a trained net reads of the truth; steps of its own in the picture
 
 log = logging.getLogger("lorenz")
 
@@ -238,6 +238,7 @@ def main(
                     row["run"] = _short(_unscaled(found["run"][0, :SHOWN]))
                 result["rows"].append(row)
             runs.write_json(path, result)  # after every cell, so that Ctrl-C loses little
+    runs.write_json(path, result)
     picture = plots.lorenz(folder / "lorenz.png", result)
     log.info("%s\n%s\n%s", table(result), path, picture)
     return result

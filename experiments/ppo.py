@@ -257,17 +257,17 @@ def advantages(rollout: Rollout, discount: float, trace: float) -> Float[Array, 
 class Settings(NamedTuple):
     """The settings of PPO."""
 
-    num_envs: int = 16
+    num_envs: int = 32
     num_steps: int = 128  # of a rollout
-    updates: int = 300
+    updates: int = 200
     epochs: int = 4
     minibatches: int = 4
     learning_rate: float = 3e-3  # falls to 0
     discount: float = 0.99
     trace: float = 0.95  # λ of the advantages
     clip: float = 0.2
-    entropy: float = 0.01
-    value: float = 0.5
+    entropy: float = 0.03
+    value: float = 0.1
     burn_in: int = 0  # first steps of a sequence that only bring the carry up to date, without loss or gradient
     reset_by: Literal["previous done", "done"] = "previous done"
 
@@ -376,8 +376,8 @@ def main(
     lengths: tuple[int, ...] = (5, 10, 20, 40, 80),
     k: int = 4,
     seeds: int = 5,
-    updates: int = 300,
-    num_envs: int = 16,
+    updates: int = 200,
+    num_envs: int = 32,
     num_steps: int = 128,
     burn_in: int = 0,
     workdir: str | None = None,
