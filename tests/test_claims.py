@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import autodiff_vs_analytic, flip_flop, lorenz
+from experiments import autodiff_vs_analytic, flip_flop, lorenz, ppo
 from jaxlstm import (
     GRU,
     LSTM,
@@ -358,6 +358,35 @@ def test_the_figures_about_the_lorenz_system_are_in_the_result():
     assert thirds == {"LSTM": "−8.7 to −7.2", "GRU": "−7.0 to −4.3", "RNN": "−16.7 to −9.2"}
     assert all(said in page for said in thirds.values()) and "0.870 to 0.903" in page and "0.535 to 0.761" in page
     assert np.sort(np.abs(of["RNN"][:, 2] + 14.57))[:2].round(2).tolist() == [0.54, 1.94]
+
+
+def test_the_figures_about_agents_with_memory_are_in_the_result():
+    found = result("ppo")
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    config = found["config"]
+    assert ppo.table(found) in page and config["seeds"] == 5 and config["burn_in"] == 0
+    experience = config["updates"] * config["num_envs"] * config["num_steps"]
+    assert f"{experience:,} steps of experience" in page
+    maze = {
+        (net, length): [
+            curve[-1] for curve in found_of(found["rows"], net=net, number=length, task="T-maze")["success"]
+        ]
+        for net in ppo.NETS
+        for length in config["lengths"]
+    }
+    for net in ("LSTM", "GRU"):
+        assert min(maze[net, length][seed] for length in (5, 10, 20, 40) for seed in range(5)) > 0.985
+        assert min(maze[net, 80]) < 0.51 and sorted(maze[net, 80])[1] > 0.99
+    assert min(maze["RNN", 20]) > 0.985 and max(maze["RNN", 40] + maze["RNN", 80]) < 0.52
+    guessed = {net: ends(np.ravel([maze[net, length] for length in config["lengths"]])) for net in ppo.NETS}
+    assert guessed["no memory"] == "0.49 to 0.52" and guessed["LSTM, reset=done"] == "0.45 to 0.57"
+    repeated = {row["net"]: np.array(row["return"]) for row in found["rows"] if row["task"] == "RepeatPrevious"}
+    assert ends(repeated["LSTM, reset=done"][:, -1]) == "0.87 to 0.94" and min(repeated["LSTM"][:, -1]) > 0.995
+    assert all(repeated[net][:, -1].min() > 0.98 for net in ("LSTM", "GRU", "RNN"))
+    assert repeated["RNN"][:, 1].min() > max(repeated[net][:, 1].max() for net in ppo.NETS if net != "RNN")
+    assert f"{repeated['no memory'][:, -1].mean():.2f}" == "-0.50"
+    assert all(said in page for said in (guessed["no memory"], guessed["LSTM, reset=done"], "0.87 to 0.94"))
+    assert all(4750 < row["parameters"] < 5100 for row in found["rows"])
 
 
 def test_a_bidirectional_net_is_two_nets_that_meet_at_the_same_step():
