@@ -1,4 +1,4 @@
-"""How long a corridor can an agent remember a sign through? Recurrent PPO with an LSTM, a GRU, an RNN, and no memory.
+"""How long does an agent remember a sign? Recurrent PPO with an LSTM, a GRU, an RNN and a net without memory.
 
 The T-maze (Bakker, Reinforcement learning with long short-term memory, 2001) has a sign at its entrance, a corridor,
 and a junction where the sign says which arm is right. RepeatPrevious (Morad et al., POPGym, 2023) asks for the suit of
