@@ -388,3 +388,64 @@ def _as_found(row: dict[str, Any]) -> tuple[PrincipalComponents, np.ndarray, Lin
     unknown: Any = [None] * len(Linearization._fields)
     around = Linearization(*unknown)._replace(eigenvalues=np.zeros((len(points), 3)), right=right, num_unstable=number)
     return PrincipalComponents(jnp.zeros(3), jnp.eye(3), jnp.array(row["explained"])), points, around
+
+
+# Agents with memory.
+
+
+def ppo(path: Path, rows: list[dict[str, Any]], num_steps: int) -> Path:
+    """Draw the success in the T-maze over the length of its corridor, and the return of RepeatPrevious in training."""
+    looks = {"LSTM": ("C0", "o"), "GRU": ("C2", "s"), "RNN": ("C3", "^"), "no memory": ("0.35", "D"),
+             "LSTM, reset=done": ("C1", "v")}  # fmt: skip
+    figure, (maze, repeat) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    for net, (colour, marker) in looks.items():
+        own = [row for row in rows if (row["task"], row["net"]) == ("T-maze", net)]
+        last = np.array([np.array(row["success"])[:, -1] for row in own])  # [length, seed]
+        lengths = np.array([row["number"] for row in own]) * (1 + 0.03 * (list(looks).index(net) - 2))
+        maze.plot(lengths, last.mean(axis=1), color=colour, linewidth=2, marker=marker, markersize=7, label=net)
+        maze.vlines(lengths, last.min(axis=1), last.max(axis=1), color=colour, linewidth=2, alpha=0.5)
+        (curves,) = (np.array(row["return"]) for row in rows if (row["task"], row["net"]) == ("RepeatPrevious", net))
+        at = num_steps * (np.arange(curves.shape[1]) + 1) / curves.shape[1] / 1000
+        repeat.plot(at, curves.mean(axis=0), color=colour, linewidth=2, marker=marker, markevery=4, markersize=7)
+        repeat.fill_between(at, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+    for axes, guess in ((maze, 0.5), (repeat, -0.5)):
+        axes.axhline(guess, color="black", linewidth=1, linestyle="--", label="guessing")
+        axes.grid(color="0.92")
+    ticks = sorted({row["number"] for row in rows if row["task"] == "T-maze"})
+    maze.set(title="T-maze: right arm chosen", xlabel="steps from the sign to the junction", xscale="log",
+             ylabel="share of episodes", ylim=(0, 1.04))  # fmt: skip
+    maze.set_xticks(ticks, map(str, ticks))
+    maze.minorticks_off()
+    repeat.set(title="RepeatPrevious", xlabel="thousand steps of experience", ylabel="return", ylim=(-1, 1.08))
+    figure.suptitle("Recurrent PPO: mean and range of the seeds")
+    figure.legend(*maze.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return _save(figure, path, dpi=100)
+
+
+def lorenz(path: Path, result: dict[str, Any]) -> Path:
+    """Draw the attractor of the true system and of the first net of each cell, and the exponents of all nets."""
+    colours = {"true": "black", "LSTM": "C0", "GRU": "C2", "RNN": "C3"}
+    shown = {"true": result["true"]["run"]} | {row["net"]: row["run"] for row in result["rows"] if "run" in row}
+    exponents = {"true": result["true"]["exponents"]}
+    exponents |= {net: [row["exponents"] for row in result["rows"] if row["net"] == net] for net in list(shown)[1:]}
+    figure = plt.figure(figsize=(10, 6), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.2, 1])
+    above, below = parts
+    panels = above.subplots(1, len(shown), sharex=True, sharey=True)
+    for axes, (name, run) in zip(panels, shown.items(), strict=True):
+        x, _, z = np.array(run).T
+        axes.plot(x, z, color=colours[name], linewidth=0.5)
+        axes.set(title="the true system" if name == "true" else f"{name} on its own", xlabel="x")
+    panels[0].set_ylabel("z")
+    panels = below.subplots(1, 3)
+    for n, (axes, published) in enumerate(zip(panels, (0.906, 0, -14.57), strict=True)):
+        for place, (name, values) in enumerate(exponents.items()):
+            of_seeds = np.array(values)[:, n]
+            at = place + np.linspace(-0.15, 0.15, len(of_seeds))
+            axes.plot(at, of_seeds, "o", color=colours[name], markersize=5)
+        axes.axhline(published, color="black", linewidth=1, linestyle="--")
+        axes.set_xticks(range(len(exponents)), list(exponents))
+        axes.set(title=f"exponent {n + 1} (dashed: {published:g})", xlim=(-0.6, len(exponents) - 0.4))
+        axes.grid(axis="y", color="0.92")
+    panels[0].set_ylabel("per unit of time")
+    return _save(figure, path, dpi=100)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import autodiff_vs_analytic, flip_flop
+from experiments import autodiff_vs_analytic, flip_flop, lorenz, ppo
 from jaxlstm import (
     GRU,
     LSTM,
@@ -266,8 +266,8 @@ def means(found, question, distance):
     return {cell: f"{np.mean(right):.2f}" for cell, right in found[question][distance].items()}
 
 
-def ends(values):
-    return f"{min(values):.2f} to {max(values):.2f}"
+def ends(values, digits=2):
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
 
 
 def test_a_simple_rnn_carries_number_across_sixty_words_but_hardly_gender():
@@ -353,6 +353,57 @@ def test_the_figures_about_the_flip_flop_are_in_the_result():
     assert max(row["largest_speed"] for row in found["rows"] if row != ridge) < 1e-31 < 1e-27 < ridge["largest_speed"]
     lost = {cell: max(1 - row["converged"] / 2048 for row in of(cell)) for cell in flip_flop.CELLS}
     assert 0.16 < lost["GRU"] < 0.17 and max(lost["RNN"], lost["LSTM"]) < 0.003
+
+
+def test_the_figures_about_the_lorenz_system_are_in_the_result():
+    found = result("lorenz")
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert lorenz.table(found) in page
+    true = np.array(found["true"]["exponents"])
+    assert np.abs(true - lorenz.PUBLISHED).max() < 0.01
+    of = {net: np.array([row["exponents"] for row in found["rows"] if row["net"] == net]) for net in lorenz.NETS}
+    assert {net: len(exponents) for net, exponents in of.items()} == {"LSTM": 5, "GRU": 5, "RNN": 5}
+    (at_rest,) = [row for row in found["rows"] if row["exponents"][0] < 0]
+    assert at_rest["net"] == "GRU" and f"{at_rest['follows']:.1f}" == "1.8"
+    assert [f"{value:.2f}" for value in at_rest["exponents"][:2]] == ["-0.06", "-0.06"]
+    chaotic = np.concatenate([of["LSTM"], of["GRU"][of["GRU"][:, 0] > 0]])
+    assert (f"{chaotic[:, 0].min():.3f}", f"{chaotic[:, 0].max():.3f}") == ("0.870", "0.903")
+    assert len(chaotic) == 9 and np.abs(chaotic[:, 1]).max() < 0.001
+    assert chaotic[:, 0].mean() < true[:, 0].min() and ends(of["RNN"][:, 0], 3) == "0.535 to 0.761"
+    assert sorted(of["RNN"][:, 1].round(3))[:2] == [-0.036, -0.027] and sorted(of["RNN"][:, 1])[2] > -0.0015
+    thirds = {net: ends(exponents[:, 2], 1).replace("-", "−") for net, exponents in of.items()}
+    assert thirds == {"LSTM": "−8.7 to −7.2", "GRU": "−7.0 to −4.3", "RNN": "−16.7 to −9.2"}
+    assert all(said in page for said in thirds.values()) and "0.870 to 0.903" in page and "0.535 to 0.761" in page
+    assert np.sort(np.abs(of["RNN"][:, 2] + 14.57))[:2].round(2).tolist() == [0.54, 1.94]
+
+
+def test_the_figures_about_agents_with_memory_are_in_the_result():
+    found = result("ppo")
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    config = found["config"]
+    assert ppo.table(found) in page and config["seeds"] == 5 and config["burn_in"] == 0
+    experience = config["updates"] * config["num_envs"] * config["num_steps"]
+    assert f"{experience:,} steps of experience" in page
+    maze = {
+        (net, length): [
+            curve[-1] for curve in found_of(found["rows"], net=net, number=length, task="T-maze")["success"]
+        ]
+        for net in ppo.NETS
+        for length in config["lengths"]
+    }
+    for net in ("LSTM", "GRU"):
+        assert min(maze[net, length][seed] for length in (5, 10, 20, 40) for seed in range(5)) > 0.985
+        assert min(maze[net, 80]) < 0.51 and sorted(maze[net, 80])[1] > 0.99
+    assert min(maze["RNN", 20]) > 0.985 and max(maze["RNN", 40] + maze["RNN", 80]) < 0.52
+    guessed = {net: ends(np.ravel([maze[net, length] for length in config["lengths"]])) for net in ppo.NETS}
+    assert guessed["no memory"] == "0.49 to 0.52" and guessed["LSTM, reset=done"] == "0.45 to 0.57"
+    repeated = {row["net"]: np.array(row["return"]) for row in found["rows"] if row["task"] == "RepeatPrevious"}
+    assert ends(repeated["LSTM, reset=done"][:, -1]) == "0.87 to 0.94" and min(repeated["LSTM"][:, -1]) > 0.995
+    assert all(repeated[net][:, -1].min() > 0.98 for net in ("LSTM", "GRU", "RNN"))
+    assert repeated["RNN"][:, 1].min() > max(repeated[net][:, 1].max() for net in ppo.NETS if net != "RNN")
+    assert f"{repeated['no memory'][:, -1].mean():.2f}" == "-0.50"
+    assert all(said in page for said in (guessed["no memory"], guessed["LSTM, reset=done"], "0.87 to 0.94"))
+    assert all(4750 < row["parameters"] < 5100 for row in found["rows"])
 
 
 def test_a_bidirectional_net_is_two_nets_that_meet_at_the_same_step():

@@ -684,3 +684,26 @@ def test_no_steps_in_chunks():
 
 def test_an_error_outside_of_any_public_function_is_its_message():
     assert str(ArgumentValueError("no")) == "no"
+
+
+@pytest.mark.parametrize("gradient", [Bulk(), Chunked(chunk_size=3)], ids=["bulk", "chunked"])
+def test_a_cell_without_a_carry_has_the_right_gradient(gradient):
+    cell = Cell(
+        init=RNN.init,
+        initial_carry=lambda params, batch_shape=(): (),
+        gates=lambda params, carry, z, a: (carry, jnp.tanh(z)),
+        recur=lambda params, carry: None,
+        name="no carry",
+    )
+    params, xs, _ = draw(RNN)
+
+    def by_unroll(params, xs):
+        carry, ys = unroll(cell, params, xs, reset=RESET, gradient=gradient)
+        assert carry == ()
+        return (ys**2).sum()
+
+    def by_hand(params, xs):
+        return (jnp.tanh(xs @ params.w_ih + params.b[None, None]) ** 2).sum()
+
+    got, want = (jax.jit(jax.value_and_grad(f, (0, 1)))(params, xs) for f in (by_unroll, by_hand))
+    assert worst_error(got, want) < 1e-14
