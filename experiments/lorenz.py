@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
@@ -222,10 +221,7 @@ def main(
             bar.set_postfix_str(name)
             if name in {row["net"] for row in result["rows"]}:
                 continue
-            # One after the other, because batched QR factorizations in one program can wait for one another forever on
-            # a CPU with two cores (jaxlib 0.10.2).
-            draw = functools.partial(init_net, cell=cell, hidden_size=hidden_size)
-            nets = jax.jit(functools.partial(lax.map, draw))(keys[0])
+            nets = jax.jit(jax.vmap(functools.partial(init_net, cell=cell, hidden_size=hidden_size)))(keys[0])
             nets, losses = jax.jit(jax.vmap(functools.partial(train, cell, seen, steps)))(nets, keys[1])
             with jax.enable_x64(True):
                 nets = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), nets)

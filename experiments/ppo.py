@@ -351,9 +351,7 @@ def train_seeds(
     env = TASKS[task].make(number)
     settings = settings._replace(discount=TASKS[task].discount, reset_by=reset_by)
     keys_init, keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    # One after the other, because batched QR factorizations in one program can wait for one another forever on a CPU
-    # with two cores (jaxlib 0.10.2).
-    agents = lax.map(functools.partial(init_agent, cell=cell, env=env, units=units), keys_init)
+    agents = jax.vmap(functools.partial(init_agent, cell=cell, env=env, units=units))(keys_init)
     return jax.vmap(functools.partial(train, cell, env, settings))(agents, keys)
 
 

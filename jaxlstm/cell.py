@@ -139,10 +139,18 @@ def glorot_orthogonal(
     """Draw w_ih Glorot-uniform and w_hh orthogonal, both gate by gate (Glorot & Bengio 2010; Saxe et al. 2014)."""
     # Gate by gate: over all gates at once, the fan-out of a Glorot draw would be too large, and w_hh not orthogonal.
     key_ih, key_hh = jax.random.split(key)
-    glorot, orthogonal = jax.nn.initializers.glorot_uniform(), jax.nn.initializers.orthogonal()
+    glorot = jax.nn.initializers.glorot_uniform()
     w_ih = per_gate(glorot, key_ih, (input_size, hidden_size), num_gates, dtype)
     w_hh = per_gate(orthogonal, key_hh, (hidden_size, hidden_size), num_gates, dtype)
     return w_ih, w_hh
+
+
+def orthogonal(key: Key[Array, ""], shape: Sequence[int], dtype: DTypeLike) -> Float[Array, "rows columns"]:
+    """Draw as `jax.nn.initializers.orthogonal` does, under `vmap` one matrix after the other.
+
+    Two batched QR factorizations in one program can wait for each other forever on a CPU (seen with jaxlib 0.10.2).
+    """
+    return jax.custom_batching.sequential_vmap(lambda key: jax.nn.initializers.orthogonal()(key, shape, dtype))(key)
 
 
 def per_gate(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
-from jaxlstm.cell import glorot_orthogonal, per_gate
+from jaxlstm.cell import glorot_orthogonal, orthogonal, per_gate
 from jaxlstm.checks import ArgumentValueError, border, checked_init, shown
 from jaxlstm.lstm import LSTMParams, gate_bias
 
@@ -49,7 +49,7 @@ def keras(key: Key[Array, ""], input_size: int, hidden_size: int, *, dtype: DTyp
     key = checked_init(key, input_size, hidden_size, dtype)
     key_ih, key_hh = jax.random.split(key)
     w_ih = jax.nn.initializers.glorot_uniform()(key_ih, (input_size, 4 * hidden_size), jnp.float32)
-    w_hh = jax.nn.initializers.orthogonal()(key_hh, (hidden_size, 4 * hidden_size), jnp.float32)
+    w_hh = orthogonal(key_hh, (hidden_size, 4 * hidden_size), jnp.float32)
     return LSTMParams(w_ih.astype(dtype), w_hh.astype(dtype), gate_bias(hidden_size, dtype, f=1.0))
 
 
@@ -63,7 +63,7 @@ def flax(key: Key[Array, ""], input_size: int, hidden_size: int, *, dtype: DType
     key = checked_init(key, input_size, hidden_size, dtype)
     key_ih, key_hh = jax.random.split(key)
     w_ih = per_gate(jax.nn.initializers.lecun_normal(), key_ih, (input_size, hidden_size), 4, dtype)
-    w_hh = per_gate(jax.nn.initializers.orthogonal(), key_hh, (hidden_size, hidden_size), 4, dtype)
+    w_hh = per_gate(orthogonal, key_hh, (hidden_size, hidden_size), 4, dtype)
     return LSTMParams(w_ih, w_hh, gate_bias(hidden_size, dtype))
 
 

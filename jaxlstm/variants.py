@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from jaxlstm.cell import Cell, glorot_orthogonal, matmul, per_gate
+from jaxlstm.cell import Cell, glorot_orthogonal, matmul, orthogonal, per_gate
 from jaxlstm.checks import ArgumentValueError, border, cached, check_count, check_float, check_function, checked_init
 from jaxlstm.lstm import LSTM, LSTMGates, LSTMParams, LSTMState, activations, gate_bias, gates_jvp, initial_carry
 
@@ -213,7 +213,7 @@ def init_full_gate_recurrence(
     check_float("forget_bias", forget_bias)
     key, key_gates = jax.random.split(key)
     w_ih, w_hh = glorot_orthogonal(key, input_size, hidden_size, 4, dtype)
-    orthogonal, square = jax.nn.initializers.orthogonal(), (hidden_size, hidden_size)
+    square = (hidden_size, hidden_size)
     rows = [per_gate(orthogonal, row, square, 3, dtype) for row in jax.random.split(key_gates, 3)]
     b, p = gate_bias(hidden_size, dtype, f=forget_bias), jnp.zeros(3 * hidden_size, dtype)
     return FullGateRecurrenceParams(w_ih, w_hh, jnp.concatenate(rows), b, p)
@@ -415,7 +415,7 @@ def init_projected(
     proj_size = (hidden_size + 1) // 2 if proj_size is None else proj_size
     check_count("proj_size", proj_size, 1)
     key_ih, key_hh, key_hr = jax.random.split(key, 3)
-    glorot, orthogonal = jax.nn.initializers.glorot_uniform(), jax.nn.initializers.orthogonal()
+    glorot = jax.nn.initializers.glorot_uniform()
     return ProjectedParams(
         w_ih=per_gate(glorot, key_ih, (input_size, hidden_size), 4, dtype),
         w_hh=per_gate(orthogonal, key_hh, (proj_size, hidden_size), 4, dtype),

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlstm import GRU, LSTM, RNN, Cell, make_rnn, num_params, summary, unroll
+from jaxlstm import GRU, LSTM, RNN, Cell, initializers, make_rnn, num_params, summary, unroll
 
-from cells import CELLS, LEAKY, B, H, I, T, draw, worst_error
+from cells import CELLS, FAMILY, LEAKY, B, H, I, T, draw, worst_error
 
 every_cell = pytest.mark.parametrize("cell", [cell for cell, _ in CELLS.values()], ids=CELLS)
 
@@ -152,3 +152,28 @@ def test_summary_names_every_leaf_of_any_tree():
     assert re.search(r"embedding +\[3, 2\] +float32 +6\n", text)
     assert re.search(r"layers\.0\.w_hh +\[5, 20\] +float32 +100\n", text)
     assert re.search(r"total +166$", text)
+
+
+EVERY_INIT = {name: cell.init for name, (cell, _) in (CELLS | FAMILY).items() if name != "leaky"} | {
+    name: getattr(initializers, name) for name in initializers.__all__ if name != "chrono"
+}
+
+
+@pytest.mark.parametrize("name", EVERY_INIT)
+def test_seeds_under_vmap_draw_what_they_draw_alone_and_no_factorization_is_batched(name):
+    """Two batched QR factorizations in one program can wait for each other forever (jaxlib 0.10.2, two cores)."""
+    keys = jax.random.split(jax.random.key(3), 2)
+    draw_all = jax.jit(jax.vmap(lambda key: EVERY_INIT[name](key, I, H)))
+    want = jax.tree.map(lambda *drawn: jnp.stack(drawn), *(EVERY_INIT[name](key, I, H) for key in keys))
+    assert all(map(jnp.array_equal, jax.tree.leaves(draw_all(keys)), jax.tree.leaves(want)))
+    assert not batched_factorizations(draw_all, keys)
+
+
+def test_a_batched_factorization_is_found():
+    keys = jax.random.split(jax.random.key(3), 2)
+    draw_all = jax.jit(jax.vmap(lambda key: jax.nn.initializers.orthogonal()(key, (H, H))))
+    assert batched_factorizations(draw_all, keys)
+
+
+def batched_factorizations(function, *arguments):
+    return re.findall(r'geqrf.*num_batch_dims = "[1-9]', function.lower(*arguments).as_text())
