@@ -2,7 +2,8 @@
 
 The top level holds what you need to build and train a model. More is in the submodules `jaxlstm.diagnostics` (compare,
 check and take gradients apart), `jaxlstm.regularize`, `jaxlstm.rtrl` (learning forward in time),
-`jaxlstm.initializers`, `jaxlstm.variants` (peepholes, coupled gates, projections and more) and `jaxlstm.plots`.
+`jaxlstm.initializers`, `jaxlstm.variants` (peepholes, coupled gates, projections and more), `jaxlstm.epochs` (batches
+and early stopping), `jaxlstm.plots` and `jaxlstm.adapters` (Flax, ONNX, and weights of other frameworks).
 """
 
 import contextlib

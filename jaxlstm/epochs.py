@@ -140,6 +140,8 @@ def fit_epochs(
 ) -> tuple[TrainState, Metrics]:
     """Train epoch by epoch, stop early, and return the state after the best epoch.
 
+    To train on from the state that it returns, call it again with another `key`; patience starts anew.
+
     A pure function: `sweep` runs it for many seeds and learning rates in one program, in which each run stops for
     itself. It stops with a `lax.while_loop`, so it has no gradient of its own; differentiate `fit`.
 
@@ -150,8 +152,9 @@ def fit_epochs(
       validate: computes a number from the parameters after each epoch, lower being better. It is often a call of
         `evaluate` on data that the batches do not contain. For an accuracy, return `-accuracy`.
       key: each epoch gets a key of its own, made from this one.
-      num_epochs: at most so many epochs.
-      patience: stop after so many epochs in a row without a new lowest number; a NaN is not lower than anything.
+      num_epochs: the largest number of epochs.
+      patience: the number of epochs in a row without a new lowest number after which training stops. A NaN is not lower
+        than anything. It may be traced, so that a sweep can try several.
 
     Returns:
       The whole state after the epoch with the lowest number, so `state.params` are the best parameters. It is the state
@@ -233,6 +236,8 @@ def _checked_items(data: PyTree, batch_size: int) -> tuple[PyTree, int]:
     if len(firsts) != 1 or firsts == {()}:
         raise ArgumentValueError(f"data must share their first axis, the number of items, got {describe(data)}.")
     ((num_items,),) = firsts
+    if not num_items:
+        raise ArgumentValueError(f"data must hold at least one item, got {describe(data)}.")
     check_count("batch_size", batch_size, 1, num_items)
     return data, num_items
 
@@ -244,6 +249,8 @@ def _checked_measure(result: Any) -> tuple[PyTree, Array]:
     values, mask = as_arrays(values=result[0], mask=result[1])
     if getattr(mask, "dtype", None) != jnp.bool_:
         raise ArgumentTypeError(f"measure must return its mask as one bool array, got {describe(mask)}.")
+    if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(values)):
+        raise ArgumentTypeError(f"measure must return real or bool values, got {describe(values)}.")
     if any(leaf.shape != mask.shape for leaf in jax.tree.leaves(values)):
         raise ArgumentValueError(
             f"measure must return values with the shape of their mask, {list(mask.shape)}, got {describe(values)}."

@@ -63,7 +63,8 @@ def gate_map(
 ) -> "Axes":
     """Draw one gate, or one part of the carry, over a sequence: a row per unit, a column per step.
 
-    Gates have a scale from 0 to 1. What can be negative, such as the cell state, has a scale with 0 in the middle.
+    A gate that is nowhere negative has a scale from 0 to 1. One that is, such as g, has a scale from −1 to 1. A part of
+    the carry has a scale with 0 in the middle.
 
     Args:
       recorded: from `trace`, [time, units], or [time, batch, units] with `sequence`.
@@ -108,7 +109,6 @@ def gate_map(
     is_positive = name in gates and bool((values >= 0).all())
     values = values[:, rows]
     limit = float(np.abs(values).max(initial=0)) or 1.0
-    # Pictures of one gate have the same scale, whatever its values are.
     limit = max(1.0, limit) if name in gates else limit
     axes = _axes(ax)
     colors: dict[str, Any] = {"cmap": "cividis", "vmin": 0} if is_positive else {"cmap": "RdBu_r", "vmin": -limit}

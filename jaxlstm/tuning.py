@@ -46,11 +46,11 @@ BLOCK_BYTES = 3 << 20
 BLOCK_ROWS = 1024
 # On an accelerator or a mesh, a sequence is one block as long as its z takes no more than this; the gradient then takes
 # five times as much. A longer one is cut into this many blocks: less than half of a plain scan's memory, and as many
-# sums of weight gradients over devices.
+# sums of weight gradients over devices; up to twice as many where that divides the sequence evenly.
 ONE_BLOCK_BYTES = 64 << 20
 NUM_BLOCKS = 8
 # A GPU spends more time on starting the operations of a step than on running them, so its loops take up to this many
-# steps at a time. More steps take longer to compile and gain little.
+# steps at a time: more steps take longer to compile.
 UNROLLED = 6
 # Up to here, z is computed before the loop on a CPU too; above, it would be written to memory and read back.
 SHORT_BYTES = 8 << 20
@@ -88,9 +88,10 @@ class Plans(NamedTuple):
 def make_plans(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree, gradient: Bulk) -> Plans:
     """Decide how to run a recurrence.
 
-    The plans depend on shapes alone: the platform is not known when a program is traced, and `jax.export` lowers it for
-    other machines. `by_platform` chooses when it is lowered. Memory besides the outputs: the carry before every step,
-    the gates of every step if they are kept, and about five times z of one block.
+    The plans depend on shapes and on whether a mesh is in use, but not on the platform: it is not known when a program
+    is traced, and `jax.export` lowers it for other machines. `by_platform` chooses when it is lowered. Memory besides
+    the outputs: the carry before every step, the gates of every step if they are kept, and about five times z of one
+    block.
     """
     project, z = jax.make_jaxpr(cell.project, return_shape=True)(params, steps.x)
     recur, a = jax.make_jaxpr(cell.recur, return_shape=True)(params, carry)
@@ -110,9 +111,7 @@ def make_plans(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree
     merged_axes = jax.tree.leaves(z)[0].ndim - 1 if reshapes else 0
     unroll = size_without_remainder(sizes[1] or num_steps, UNROLLED) if isinstance(num_steps, int) else 1
     fits = known and num_bytes <= (LARGE_KEPT_BYTES if hidden_size >= LARGE_HIDDEN else KEPT_BYTES)
-    kept = [closed_form and keep for keep in (fits, False)]
-    if gradient.keep_gates is not None:
-        kept = [closed_form and gradient.keep_gates] * 2
+    kept = [closed_form and (keep if gradient.keep_gates is None else gradient.keep_gates) for keep in (fits, False)]
     on_a_cpu = both._replace(block_size=sizes[0], merged_axes=merged_axes, pieces=pieces, keep_gates=kept[0])
     elsewhere = both._replace(block_size=sizes[1], pieces=1, keep_gates=kept[1], unroll=unroll)
     return Plans(on_a_cpu, elsewhere, _rule_applies(project, recur, gates))
@@ -156,11 +155,13 @@ def _rule_applies(project: Any, recur: Any, gates: Any) -> bool:
     """Return whether the rule can differentiate the functions of a cell; where it cannot, the plain scan can.
 
     A `custom_vjp` in the loop has no forward derivative, from which JAX would make the backward pass. A callback may
-    not be called for all steps at once, and JAX cannot transpose a `cond` that was mapped over all steps. What the
-    functions close over is differentiated too, but the rule knows only the parameters.
+    not be called for all steps at once, and JAX cannot transpose a `cond` that was mapped over all steps, except one on
+    the platform, such as an inner `unroll` has. What the functions close over is differentiated too, but the rule knows
+    only the parameters.
     """
     closed_over = [const for closed in (project, recur, gates) for const in closed.consts]
-    in_loop = {op.primitive.name for closed in (recur, gates) for op in equations(closed.jaxpr)}
+    ops = [op for closed in (recur, gates) for op in equations(closed.jaxpr)]
+    in_loop = {op.primitive.name for op in ops if op.params.get("branches_platforms") is None}
     return not in_loop & ONLY_BY_SCAN and not any(isinstance(const, jax.core.Tracer) for const in closed_over)
 
 

@@ -255,6 +255,10 @@ ERRORS = {
         lambda: shuffled_batches(KEY, LEAVES, 2)),
     r"shuffled_batches: data must share their first axis, the number of items, got float64\[\]": (
         lambda: shuffled_batches(KEY, 3.0, 2)),
+    r"shuffled_batches: data must hold at least one item, got float64\[0,2\]": (
+        lambda: shuffled_batches(KEY, np.zeros((0, 2)), 1)),
+    r"evaluate: measure must return real or bool values, got complex128\[2\]": (
+        lambda: evaluate(lambda p, b: (b * 1j, b > 0), (), ONES, 2)),
     r"shuffled_batches: batch_size must be 1 to 4, got 5": lambda: shuffled_batches(KEY, ONES, 5),
     r"shuffled_batches: batch_size must be 1 to 4, got 0": lambda: shuffled_batches(KEY, ONES, 0),
     r"shuffled_batches: key must be a JAX key, got int": lambda: shuffled_batches(0, ONES, 2),

@@ -208,6 +208,9 @@ def test_the_benchmarks_page_describes_the_result_of_a_gpu():
         assert all(found[peer] > 2 for found in others), "less than half the time"
     ahead_of_torch = [benchmark.ratios(row, "gradient")["torch"] > 1 for row in ON_A_GPU["shapes"]]
     assert ahead_of_torch == [True, True, True, False, True, False]
+    assert (ON_A_GPU["config"]["starts"], ON_A_GPU["config"]["rounds"]) == (1, 4)
+    forward = [benchmark.ratios(row, "forward")["torch"] > 1 for row in ON_A_GPU["shapes"]]
+    assert forward == [False, True, True, False, False, False]
     memory = [row["temporaries"]["jaxlstm"] / row["temporaries"]["fifteen lines"] for row in ON_A_GPU["shapes"]]
     assert max(ON_A_GPU["shapes"][4]["temporaries"][name] for name in ("jaxlstm", "fifteen lines")) < 1e6
     assert f"takes {benchmark.span(memory[:4] + memory[5:])} times the memory" in " ".join(

@@ -33,6 +33,8 @@ from jaxlstm import (
     unroll,
 )
 from jaxlstm.checks import ArgumentValueError
+from jaxlstm.masks import Steps
+from jaxlstm.tuning import make_plans
 
 import oracles
 from cells import CELLS, HOLES, LEAKY, RESET, B, H, I, T, draw, normal, worst_error
@@ -707,3 +709,27 @@ def test_a_cell_without_a_carry_has_the_right_gradient(gradient):
 
     got, want = (jax.jit(jax.value_and_grad(f, (0, 1)))(params, xs) for f in (by_unroll, by_hand))
     assert worst_error(got, want) < 1e-14
+
+
+def test_a_cell_that_unrolls_another_one_is_differentiated_by_the_rule():
+    """Its loop holds a choice by platform, which is no `cond` of the user's."""
+    inner, xs_inner, _ = draw(RNN)
+
+    def gates(params, carry, z, a):
+        _, hs = unroll(RNN, params[1], jnp.tanh(z + a)[None, :, : min(I, H)], gradient=Bulk(block_size=1))
+        h = jnp.tanh(z + a) * hs[0]
+        return h, h
+
+    cell = Cell(
+        init=lambda key, input_size, hidden_size, *, dtype="float32": None,
+        initial_carry=lambda params, batch_shape=(): jnp.zeros((*batch_shape, H), xs_inner.dtype),
+        gates=gates,
+        project=lambda params, x: RNN.project(params[0], x),
+        recur=lambda params, h: h @ params[0].w_hh,
+        name="nested",
+    )
+    params = (draw(RNN, seed=7)[0], inner._replace(w_ih=inner.w_ih[: min(I, H)]))
+    loss = lambda how: lambda p, x: (unroll(cell, p, x, gradient=how)[1] ** 2).sum()
+    got, want = (jax.jit(jax.grad(loss(how), (0, 1)))(params, xs_inner) for how in (Bulk(), Scan()))
+    assert worst_error(got, want) < 1e-14
+    assert make_plans(cell, params, Steps(xs_inner), jnp.zeros((B, H)), Bulk()).by_rule

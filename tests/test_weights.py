@@ -505,3 +505,14 @@ def test_no_framework_is_imported_to_convert():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "jaxlstm" in loaded
     assert not {"torch", "flax", "haiku", "equinox", "keras", "onnx", "onnxruntime", "safetensors"} & set(loaded)
+
+
+@jax.enable_x64(False)
+def test_a_file_with_64_bits_is_not_rounded_in_silence(tmp_path):
+    arrays = {"a": np.array([1 / 3, 2.0])}
+    weights.write_safetensors(tmp_path / "a.safetensors", arrays)
+    np.testing.assert_array_equal(weights.read_safetensors(tmp_path / "a.safetensors")["a"], arrays["a"])
+    with pytest.raises(
+        ValueError, match=r"read_safetensors: a is float64, which JAX would round. Turn on jax_enable_x64"
+    ):
+        weights.read_safetensors(tmp_path / "a.safetensors", like=arrays)

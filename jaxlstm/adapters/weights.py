@@ -542,7 +542,7 @@ def read_safetensors(path: str | os.PathLike[str], *, like: Any = None) -> Any:
 
     Raises:
       ValueError: the file is truncated, or is not a safetensors file, such as a pickle that `torch.save` wrote; or an
-        array is not as in `like`.
+        array is not as in `like`, or has 64 bits where JAX has 32.
     """
     import safetensors
     import safetensors.numpy
@@ -561,7 +561,12 @@ def read_safetensors(path: str | os.PathLike[str], *, like: Any = None) -> Any:
         want, got = (shapes.get(name, "absent") for shapes in (expected, found))
         if want != got:
             raise ValueError(f"read_safetensors: {name} is {got} in {path}, but {want} in `like`.")
-    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in expected])
+    leaves = {name: jnp.asarray(arrays[name]) for name in expected}
+    for name, leaf in leaves.items():
+        if leaf.dtype != arrays[name].dtype:
+            cure = "Turn on jax_enable_x64, or leave `like` out."
+            raise ValueError(f"read_safetensors: {name} is {arrays[name].dtype}, which JAX would round. {cure}")
+    return jax.tree.unflatten(jax.tree.structure(like), list(leaves.values()))
 
 
 def write_safetensors(path: str | os.PathLike[str], arrays: Any) -> None:
