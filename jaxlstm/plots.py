@@ -47,6 +47,8 @@ def _axes(ax: "Axes | None", projection: str | None = None) -> "Axes":
     except ImportError as error:
         raise ImportError("jaxlstm.plots needs matplotlib: pip install 'jaxlstm[plots]'") from error
     if ax is not None:
+        if not hasattr(ax, "plot"):
+            raise ArgumentTypeError(f"ax must be Axes of matplotlib, such as plt.gca(), got {shown(ax)}.")
         return ax
     return pyplot.subplots(layout="constrained", subplot_kw={"projection": projection})[1]
 
@@ -100,7 +102,7 @@ def gate_map(
     num_steps, num_units = values.shape
     if not values.size:
         raise ArgumentValueError(f"recorded must hold at least one step and one unit, got {name} {list(values.shape)}.")
-    rows = np.arange(num_units).tolist() if units is None else np.asarray(units).tolist()
+    rows = np.arange(num_units).tolist() if units is None else np.atleast_1d(units).tolist()
     for unit in rows:
         check_count("units", unit, 0, num_units - 1)
     if labels is not None and len(labels) != num_steps:
@@ -145,19 +147,25 @@ def flow_by_lag(
     Raises:
       ValueError: the gradient at the last step is 0, so that nothing can be relative to it; or a wrong band.
     """
-    if band is not None and not 0 <= band[0] <= band[1] <= 1:
+    if band is not None and not (np.shape(band) == (2,) and 0 <= band[0] <= band[1] <= 1):
         raise ArgumentValueError(f"band must be two quantiles, 0 <= low <= high <= 1, got {shown(band)}.")
     leaves = [_numbers(leaf) for leaf in jax.tree.leaves(flow)]
+    if len({leaf.shape[:-1] for leaf in leaves}) != 1 or leaves[0].ndim < 2:
+        raise ArgumentValueError(
+            f"flow must be what gradient_flow returns, [time, *batch, units], got {describe(flow) or flow}."
+        )
     norms = np.sqrt(sum((leaf**2).sum(axis=-1) for leaf in leaves))  # [time, *batch]
     if not norms.size or not (norms[-1] > 0).all():
         raise ArgumentValueError(
-            "flow must end with a gradient that is not 0; let loss_fn read the last output, and end no sequence early."
+            "flow must end with a gradient that is not 0 or NaN; let loss_fn read the last output, and end no sequence "
+            "early."
         )
     by_lag = (norms / norms[-1]).reshape(len(norms), -1)[::-1]
     axes = _axes(ax)
     # A call for each net: the lines that are already there say how many nets came before.
-    color = COLORS[len(axes.lines) % len(COLORS)] if color is None else color
-    axes.plot(np.median(by_lag, axis=1), color=color, label=label, linewidth=2)
+    before = sum(line.get_gid() == "flow" for line in axes.lines)
+    color = COLORS[before % len(COLORS)] if color is None else color
+    axes.plot(np.median(by_lag, axis=1), color=color, label=label, linewidth=2, gid="flow")
     if band is not None and by_lag.shape[1] > 1:
         low, high = np.quantile(by_lag, band, axis=1)
         axes.fill_between(range(len(by_lag)), low, high, color=color, alpha=0.2, linewidth=0)

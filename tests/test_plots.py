@@ -214,9 +214,10 @@ def test_a_band_between_quantiles_and_none():
 
 def test_nets_on_the_same_axes_have_different_colors_and_one_may_be_chosen():
     axes = plots.flow_by_lag(FLOW, label="one")
+    axes.axhline(0.5, label="_")
     plots.flow_by_lag(FLOW, label="two", ax=axes)
     plots.flow_by_lag(FLOW, label="three", color="#123456", ax=axes)
-    assert [line.get_color() for line in axes.lines] == [*plots.COLORS[:2], "#123456"]
+    assert [axes.lines[n].get_color() for n in (0, 2, 3)] == [*plots.COLORS[:2], "#123456"]
     assert to_rgba(axes.collections[2].get_facecolor()[0])[:3] == to_rgba("#123456")[:3]
     assert texts(axes) == ["one", "two", "three"]
 
@@ -380,7 +381,11 @@ def test_exponents_are_drawn_by_number_with_their_range_and_reference():
         (lambda: plots.gate_map(ONE, "f", labels="ab"), ValueError, "one text for each of 5 steps, got 2"),
         (lambda: plots.gate_map(jax.tree.map(lambda v: v[:0], ONE), "f"), ValueError, "at least one step and one unit"),
         (lambda: plots.flow_by_lag(FLOW, band=(0.9, 0.1)), ValueError, "flow_by_lag: band must be two quantiles"),
-        (lambda: plots.flow_by_lag(0 * FLOW.h), ValueError, "flow must end with a gradient that is not 0; let loss_fn"),
+        (lambda: plots.flow_by_lag(FLOW, band=3), ValueError, "flow_by_lag: band must be two quantiles"),
+        (lambda: plots.flow_by_lag({}), ValueError, "flow must be what gradient_flow returns, [time, *batch, units], got {}"),
+        (lambda: plots.flow_by_lag(np.ones(5)), ValueError, "[time, *batch, units], got float64[5]"),
+        (lambda: plots.flow_by_lag(FLOW, ax=3), TypeError, "flow_by_lag: ax must be Axes of matplotlib, such as plt.gca"),
+        (lambda: plots.flow_by_lag(0 * FLOW.h), ValueError, "flow must end with a gradient that is not 0 or NaN; let"),
         (lambda: plots.flow_by_lag(FLOW.h[:0]), ValueError, "flow must end with a gradient that is not 0"),
         (lambda: plots.source_matrix(FLOW), TypeError, "source_matrix: sources must be what gradient_sources returns"),
         (lambda: plots.source_matrix(SOURCES, "w"), ValueError, "leaf must be one of a, b, got 'w'"),
