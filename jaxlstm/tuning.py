@@ -114,7 +114,8 @@ def make_plans(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree
     kept = [closed_form and (keep if gradient.keep_gates is None else gradient.keep_gates) for keep in (fits, False)]
     on_a_cpu = both._replace(block_size=sizes[0], merged_axes=merged_axes, pieces=pieces, keep_gates=kept[0])
     elsewhere = both._replace(block_size=sizes[1], pieces=1, keep_gates=kept[1], unroll=unroll)
-    return Plans(on_a_cpu, elsewhere, _rule_applies(project, recur, gates))
+    # Where `jax.export` leaves a size unknown, one plan serves all platforms.
+    return Plans(on_a_cpu, elsewhere if known else on_a_cpu, _rule_applies(project, recur, gates))
 
 
 def _block_sizes(z: PyTree, num_bytes: int, spread: bool) -> list[int | None]:
@@ -182,8 +183,9 @@ def by_platform(run: Callable[..., Any], plans: Plans, *arguments: PyTree) -> An
     devices.
     """
     on_a_cpu, elsewhere = (functools.partial(run, plan) for plan in (plans.on_a_cpu, plans.elsewhere))
-    if device := _device_of_mesh(arguments):
-        return (on_a_cpu if device.platform == "cpu" else elsewhere)(*arguments)
+    device = _device_of_mesh(arguments)
+    if device or plans.on_a_cpu == plans.elsewhere:
+        return (on_a_cpu if device and device.platform == "cpu" else elsewhere)(*arguments)
     return lax.platform_dependent(*arguments, cpu=on_a_cpu, default=elsewhere)
 
 

@@ -322,6 +322,13 @@ def test_a_mesh_decides_by_its_devices_and_leaves_no_branch(platform, want):
     assert text.count("stablehlo.while") == 2  # one block
 
 
+def test_an_export_of_unknown_size_has_one_plan_and_no_branch():
+    (batch,) = export.symbolic_shape("batch")
+    xs = jax.ShapeDtypeStruct((1000, batch, 32), "float32")
+    text = export.export(jax.jit(gradient), platforms=["cuda"])(OF_LONG, xs).mlir_module()
+    assert "stablehlo.case" not in text and text.count("stablehlo.while") == 2
+
+
 @pytest.fixture
 def elsewhere(monkeypatch):
     """Run what accelerators run."""
