@@ -102,18 +102,18 @@ def make_plans(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree
     reshapes = known and gradient.block_size is None and not spread
     closed_form = cell.gates_jvp is not None and not _reads_any(gates.jaxpr, len(jax.tree.leaves(params)))
     # JAX 0.12 loses the sharding types inside a checkpoint if no mesh is in use.
-    both = Plan(closed_form=closed_form, checkpoint_step=not on_unknown_mesh((params, steps, carry)))
+    common = {"closed_form": closed_form, "checkpoint_step": not on_unknown_mesh((params, steps, carry))}
 
-    sizes = [gradient.block_size if isinstance(num_steps, int) else None] * 2
-    if sizes[0] is None and known:
-        sizes = _block_sizes(z, num_bytes, spread)
+    block_size = size_elsewhere = gradient.block_size if isinstance(num_steps, int) else None
+    if block_size is None and known:
+        block_size, size_elsewhere = _block_sizes(z, num_bytes, spread)
     pieces = _num_pieces(z, a, hidden_size) if reshapes and closed_form and num_bytes <= SHORT_BYTES else 0
     merged_axes = jax.tree.leaves(z)[0].ndim - 1 if reshapes else 0
-    unroll = size_without_remainder(sizes[1] or num_steps, UNROLLED) if isinstance(num_steps, int) else 1
+    unroll = size_without_remainder(size_elsewhere or num_steps, UNROLLED) if isinstance(num_steps, int) else 1
     fits = known and num_bytes <= (LARGE_KEPT_BYTES if hidden_size >= LARGE_HIDDEN else KEPT_BYTES)
-    kept = [closed_form and (keep if gradient.keep_gates is None else gradient.keep_gates) for keep in (fits, False)]
-    on_a_cpu = both._replace(block_size=sizes[0], merged_axes=merged_axes, pieces=pieces, keep_gates=kept[0])
-    elsewhere = both._replace(block_size=sizes[1], pieces=1, keep_gates=kept[1], unroll=unroll)
+    keep, keep_elsewhere = (fits, False) if gradient.keep_gates is None else (gradient.keep_gates,) * 2
+    on_a_cpu = Plan(block_size, merged_axes, pieces, keep_gates=keep and closed_form, **common)
+    elsewhere = Plan(size_elsewhere, pieces=1, keep_gates=keep_elsewhere and closed_form, unroll=unroll, **common)
     # Where `jax.export` leaves a size unknown, one plan serves all platforms.
     return Plans(on_a_cpu, elsewhere if known else on_a_cpu, _rule_applies(project, recur, gates))
 
@@ -192,7 +192,7 @@ def by_platform(run: Callable[..., Any], plans: Plans, *arguments: PyTree) -> An
 def _device_of_mesh(arrays: PyTree) -> Any:
     """Return the kind of device of the mesh in use, or of the one that the arrays are typed with; None if unknown."""
     meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arrays))]
-    return next((mesh.abstract_device for mesh in meshes if not mesh.empty), None)
+    return next((mesh.abstract_device for mesh in meshes if mesh.abstract_device), None)
 
 
 # Blocks of time.

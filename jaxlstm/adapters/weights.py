@@ -274,7 +274,7 @@ def from_linen(cell: Cell[Any, Any], tree: Mapping[str, Any]) -> Any:
         halves = [parts.subtree(way) for way in ("forward_rnn", "backward_rnn")]
         parts.check_empty()
         return _layer("from_linen", [from_linen(cell, half) for half in halves])
-    flat = _flat(tree)
+    flat = _by_path("from_linen", tree)
     return _from_dense(kind, Entries("from_linen", flat), *LINEN[_name(cell)])
 
 
@@ -303,7 +303,7 @@ def from_nnx(cell: Cell[Any, Any], tree: Mapping[str, Any]) -> Any:
       ValueError: an entry is missing, unexpected, or of a wrong shape or dtype; the message names it.
     """
     kind = _kind("from_nnx", cell, "LSTM", "GRU")
-    flat = _flat(_inner("from_nnx", tree))
+    flat = _by_path("from_nnx", _inner("from_nnx", tree))
     if kind.params is LSTMParams and not any(name.startswith("dense_") for name in flat):
         flat = {name.replace("if_/", "if/"): value for name, value in flat.items()}
         return _from_dense(kind, Entries("from_nnx", flat), *LINEN["LSTM"])
@@ -555,7 +555,8 @@ def read_safetensors(path: str | os.PathLike[str], *, like: Any = None) -> Any:
     if like is None:
         return arrays
     expected, found = (
-        {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in tree.items()} for tree in (_by_path(like), arrays)
+        {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in tree.items()}
+        for tree in (_by_path("read_safetensors", like), arrays)
     )
     for name in [*expected, *found]:
         want, got = (shapes.get(name, "absent") for shapes in (expected, found))
@@ -577,7 +578,7 @@ def write_safetensors(path: str | os.PathLike[str], arrays: Any) -> None:
     """
     import safetensors.numpy
 
-    safetensors.numpy.save_file(_contiguous(_by_path(arrays)), path)
+    safetensors.numpy.save_file(_contiguous(_by_path("write_safetensors", arrays)), path)
 
 
 # What the functions above share.
@@ -646,20 +647,12 @@ def _array(function: str, name: str, value: Any) -> Array:
     return jnp.asarray(value)
 
 
-def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dicts by path, such as "ii/kernel"."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{path}{name}/") if isinstance(value, Mapping) else {f"{path}{name}": value}
-    return flat
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
+def _by_path(function: str, tree: Any) -> dict[str, Any]:
     """Return the leaves of a pytree by path, such as "layers/0/w_ih", in JAX's order."""
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda value: hasattr(value, "dtype"))  # a variable of nnx
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     if len(set(names)) < len(names):
-        raise ValueError(f"write_safetensors: two arrays would have one name, among {', '.join(names)}.")
+        raise ValueError(f"{function}: two arrays would have one name, among {', '.join(names)}.")
     return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
 
 
@@ -691,7 +684,7 @@ def _numpy(function: str, kind: Kind, params: Any) -> Any:
 
 
 def check_list(function: str, layers: Any) -> None:
-    """Refuse what is not a list of layers, such as the parameters of one."""
+    """Raise an error unless `layers` is a list, rather than the parameters of a single layer."""
     if not isinstance(layers, list | tuple) or hasattr(layers, "_fields") or not layers:
         raise TypeError(f"{function}: layers must be a list with one entry per layer, got {type(layers).__name__}.")
 
