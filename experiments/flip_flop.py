@@ -57,9 +57,9 @@ def train(cell: Cell[Any, Any], key: Key[Array, ""], hidden_size: int, steps: in
     params = {"cell": cell.init(key_init, BITS, hidden_size), "readout": jnp.zeros((hidden_size, BITS))}
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(1e-2, steps)))
 
-    def loss_fn(params: Any, batch: Key[Array, ""], carry: Any, key: Key[Array, ""]) -> Any:
-        xs, memories = pulses(batch, NUM_STEPS, BATCH)  # a batch is the key that draws it
-        return ((outputs(cell, params, xs) - memories) ** 2).mean(), (carry, {})
+    def loss_fn(params: Any, batch: Key[Array, ""]) -> Array:  # a batch is the key that draws it
+        xs, memories = pulses(batch, NUM_STEPS, BATCH)
+        return ((outputs(cell, params, xs) - memories) ** 2).mean()
 
     state = init_train_state(params, optimizer, jax.random.key(0))  # its key is not used: the loss draws nothing else
     state, metrics = fit(make_train_step(loss_fn, optimizer), state, jax.random.split(key_data, steps))

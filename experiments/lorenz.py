@@ -2,8 +2,8 @@
 
 The system (Lorenz, Deterministic nonperiodic flow, 1963; σ = 10, ρ = 28, β = 8/3) has the exponents 0.906, 0 and −14.57
 per unit of time. A net learns to predict the next state, first from true states and then from its own predictions.
-`closed_loop` then makes it a dynamical system of its own, whose exponents the library computes as it does those of the
-true map.
+`closed_loop` then makes it an autonomous system. One function computes the exponents of this system and of the true
+map.
 """
 
 import functools
@@ -234,8 +234,7 @@ def main(
                     row["run"] = _short(_unscaled(found["run"][0, :SHOWN]))
                 result["rows"].append(row)
             runs.write_json(path, result)  # after every cell, so that Ctrl-C loses little
-    runs.write_json(path, result)
-    picture = plots.lorenz(folder / "lorenz.png", result)
+    picture = plots.lorenz(folder / "lorenz.png", result, PUBLISHED)
     log.info("%s\n%s\n%s", table(result), path, picture)
     return result
 

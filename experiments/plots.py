@@ -1,6 +1,7 @@
 """Pictures of the experiments, from what their result files hold. Each one can be read without its experiment."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -422,7 +423,7 @@ def ppo(path: Path, rows: list[dict[str, Any]], num_steps: int) -> Path:
     return _save(figure, path, dpi=100)
 
 
-def lorenz(path: Path, result: dict[str, Any]) -> Path:
+def lorenz(path: Path, result: dict[str, Any], published: Sequence[float]) -> Path:
     """Draw the attractor of the true system and of the first net of each cell, and the exponents of all nets."""
     colours = {"true": "black", "LSTM": "C0", "GRU": "C2", "RNN": "C3"}
     shown = {"true": result["true"]["run"]} | {row["net"]: row["run"] for row in result["rows"] if "run" in row}
@@ -438,14 +439,14 @@ def lorenz(path: Path, result: dict[str, Any]) -> Path:
         axes.set(title="the true system" if name == "true" else f"{name} on its own", xlabel="x")
     panels[0].set_ylabel("z")
     panels = below.subplots(1, 3)
-    for n, (axes, published) in enumerate(zip(panels, (0.906, 0, -14.57), strict=True)):
+    for n, (axes, value) in enumerate(zip(panels, published, strict=True)):
         for place, (name, values) in enumerate(exponents.items()):
             of_seeds = np.array(values)[:, n]
             at = place + np.linspace(-0.15, 0.15, len(of_seeds))
             axes.plot(at, of_seeds, "o", color=colours[name], markersize=5)
-        axes.axhline(published, color="black", linewidth=1, linestyle="--")
+        axes.axhline(value, color="black", linewidth=1, linestyle="--")
         axes.set_xticks(range(len(exponents)), list(exponents))
-        axes.set(title=f"exponent {n + 1} (dashed: {published:g})", xlim=(-0.6, len(exponents) - 0.4))
+        axes.set(title=f"exponent {n + 1} (dashed: {value:g})", xlim=(-0.6, len(exponents) - 0.4))
         axes.grid(axis="y", color="0.92")
     panels[0].set_ylabel("per unit of time")
     return _save(figure, path, dpi=100)

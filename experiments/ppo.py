@@ -57,8 +57,8 @@ def t_maze(length: int | Array) -> Env:
 
     The agent sees Bakker's three bits: 011 or 110 at the entrance (the sign), 101 in the corridor, 010 at the junction.
     Going north or south at the junction ends the episode; the right arm is worth 4, the wrong one −0.1. As in Bakker's
-    maze a step that leaves the agent where it is costs 0.1. Here a step back costs that too, so that finding the
-    junction is easy at any length and what is left is to remember. After 4 · length + 20 steps the episode is cut off.
+    maze a step that leaves the agent where it is costs 0.1. Here a step back costs 0.1 too: the junction is easy to
+    find at any length, and the agent only has to remember. After 4 · length + 20 steps the episode is cut off.
     """
 
     def enter(key: Key[Array, ""]) -> TMaze:

@@ -163,8 +163,8 @@ def fit_epochs(
       the stop, whose entries repeat the last epoch that ran.
 
     Raises:
-      TypeError, ValueError: an argument is not what it should be, `validate` does not return one floating number, or a
-        metric is named `validation` or `ran`; and what `fit` raises.
+      TypeError, ValueError: an argument has the wrong type or value, `validate` does not return one floating number, a
+        metric is named `validation` or `ran`, or `fit` raises an error.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from jaxlstm import init_train_state, make_train_step

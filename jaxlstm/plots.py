@@ -2,10 +2,10 @@
 
     recorded = trace(LSTM, params, xs)                             # xs [time, features]
     plots.gate_map(recorded, "f", labels=words)                    # a new figure
-    plots.gate_map(recorded, "c", labels=words, ax=panel)          # in a panel of yours
+    plots.gate_map(recorded, "c", labels=words, ax=panel)          # on Axes that you made
 
-Every function draws on one Axes and returns it: on `ax`, or without it on a new figure. It never shows or saves the
-figure. Arrays may be JAX's or NumPy's. The colors are those of Okabe and Ito, which color-blind people can tell apart.
+Every function draws on `ax` and returns it; without `ax`, it makes a new figure. It never shows or saves the figure.
+Arrays may be JAX's or NumPy's. The colors are by Okabe and Ito; color-blind people can tell them apart.
 """
 
 from collections.abc import Sequence
@@ -224,7 +224,7 @@ def error_by_step(found: Comparison, method: str, *, ax: "Axes | None" = None) -
       ax: Axes to draw on.
 
     Raises:
-      ValueError: there are no errors by step of such a method.
+      ValueError: `found` has no errors by step for this method.
     """
     _check_kind("found", found, Comparison, "compare_gradients")
     if method not in found.by_step:
@@ -368,7 +368,7 @@ def lyapunov_spectrum(
       ax: Axes to draw on.
 
     Raises:
-      ValueError: there are no exponents, or fewer than reference values.
+      ValueError: `exponents` is empty, or has fewer values than `reference`.
     """
     rows = _numbers(exponents)
     if rows.ndim < 1 or not rows.size:

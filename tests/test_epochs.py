@@ -197,7 +197,7 @@ def test_a_run_without_any_improvement_returns_the_state_it_began_with():
         state, metrics = stopped_early(0.1, 3, validate=lambda w, never=never: jnp.asarray(never) + 0 * w.sum())
         assert int(state.step) == 0 and not np.any(state.params)
         assert int(metrics["ran"].sum()) == 3
-    # A number that stays the same is no improvement.
+    # The same number again is not an improvement.
     state, metrics = stopped_early(0.1, 3, validate=lambda w: 1 + 0 * w.sum())
     assert int(state.step) == 3 and int(metrics["ran"].sum()) == 4
 
