@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from experiments.harness import intervals
 from jaxlstm import LSTMGates
 from jaxlstm.diagnostics import Linearization, PrincipalComponents, Trace
 from jaxlstm.plots import COLORS, MARKERS, flow_by_lag, gate_map, phase_portrait
@@ -450,3 +451,158 @@ def lorenz(path: Path, result: dict[str, Any], published: Sequence[float]) -> Pa
         axes.grid(axis="y", color="0.92")
     panels[0].set_ylabel("per unit of time")
     return _save(figure, path, dpi=100)
+
+
+# Polyphonic music.
+
+
+def chorales(path: Path, rows: list[dict[str, Any]], data: str) -> Path:
+    """Draw the test loss of every seed beside the published number."""
+    figure, axes = plt.subplots(figsize=(8, 0.55 * len(rows) + 1.4), layout="constrained")
+    for place, row in enumerate(rows):
+        axes.plot(row["test"], [place] * len(row["test"]), "o", color=COLORS[0], alpha=0.6, markersize=5,
+                  label="this library, one dot per seed" if not place else None)  # fmt: skip
+        axes.plot(np.mean(row["test"]), place, "|", color=COLORS[0], markersize=18, markeredgewidth=2)
+        axes.plot(row["published"], place, "D", color=COLORS[1], markersize=7,
+                  label="published" if not place else None)  # fmt: skip
+    axes.set_yticks(range(len(rows)), [f"{row['cell']}, {row['units']} units" for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="test: nats per chord (lower is better)", title=f"{data}: predicting the next chord")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower right", ncols=2)
+    return _save(figure, path, dpi=120)
+
+
+# Long lags.
+
+
+def long_lag(path: Path, limit: int, rows: list[dict[str, Any]], published: dict[str, dict[int, int]]) -> Path:
+    """Draw the share of solved trials by lag for every cell, and sequences to success beside the published ones."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", width_ratios=(1, 1.15))
+    cells = [row for row in rows if row["task"] == "adding" and row["recipe"] != "1997"]
+    for n, net in enumerate(dict.fromkeys(row["recipe"] for row in cells)):
+        own = [row for row in cells if row["recipe"] == net]
+        shares = [intervals.of_share(sum(map(bool, row["solved_at"])), len(row["solved_at"])) for row in own]
+        share, low, high = np.array(shares).T
+        lags = np.array([row["lag"] for row in own]) * 1.04 ** (n - 2)  # beside each other
+        left.errorbar(lags, share, (share - low, high - share), color=COLORS[n], marker=MARKERS[n], capsize=2,
+                      elinewidth=0.8, label=net)  # fmt: skip
+    left.set(xscale="log", xlabel="lag, in steps", ylabel="share of trials that solved it", ylim=(-0.05, 1.05),
+             title=f"Adding, within {limit:,} sequences")  # fmt: skip
+    ticks = sorted({row["lag"] for row in cells})
+    left.set_xticks(ticks, map(str, ticks))
+    left.minorticks_off()
+    left.legend(fontsize="small")
+    kinds = {"1997": ("recipe of 1997", COLORS[0]), "LSTM, chrono": ("recipe of today", COLORS[2])}
+    places = [place for place in dict.fromkeys((row["task"], row["lag"]) for row in rows)
+              if any((row["task"], row["lag"]) == place and row["recipe"] in kinds for row in rows)]  # fmt: skip
+    places = [place for place in places if place[0] != "adding" or place[1] >= 100]
+    for height, (task, lag) in enumerate(places):
+        for row in rows:
+            if (row["task"], row["lag"]) == (task, lag) and row["recipe"] in kinds:
+                _, color = kinds[row["recipe"]]
+                solved = [number for number in row["solved_at"] if number]
+                offset = 0.14 if row["recipe"] == "1997" else -0.14
+                right.plot(solved, [height + offset] * len(solved), "o", color=color, alpha=0.6, markersize=4)
+        if paper := published.get(task, {}).get(lag):
+            right.plot(paper, height, "D", color=COLORS[1], markersize=7)
+    for label, color in kinds.values():
+        right.plot([], [], "o", color=color, label=label)
+    right.plot([], [], "D", color=COLORS[1], label="published 1997 (mean)")
+    right.set_yticks(range(len(places)), [f"{task}, {lag}" for task, lag in places])
+    right.invert_yaxis()
+    right.set(xscale="log", xlabel="sequences to success, one dot per trial", title="Task and lag")
+    right.grid(axis="x", alpha=0.3)
+    right.legend(fontsize="small", loc="best")
+    return _save(figure, path, dpi=110)
+
+
+# Counting.
+
+
+def counting(path: Path, result: dict[str, Any]) -> Path:
+    """Draw how far every seed counts, the cell state that counts, and the share of right words of brackets."""
+    figure, panels = plt.subplots(2, 2, figsize=(11, 7.4), layout="constrained")
+    (reached, counter), bracketed = panels
+    config, rows = result["config"], result["rows"]
+    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    counts = [row for row in rows if "reach" in row]
+    languages = list(dict.fromkeys(row["language"] for row in counts))
+    spread = np.random.default_rng(0)
+    for row in counts:
+        n, place = cells.index(row["cell"]), languages.index(row["language"]) * (len(cells) + 1)
+        jitter = spread.uniform(-0.25, 0.25, len(row["reach"]))
+        reached.plot(place + n + jitter, np.maximum(row["reach"], 0.8), MARKERS[n], color=COLORS[n], alpha=0.7,
+                     label=row["cell"] if not place else None)  # fmt: skip
+    reached.axhline(config["trained_to"], color="0.5", linewidth=1, linestyle="--")
+    reached.annotate("largest n in training", (0, config["trained_to"]), xycoords=("axes fraction", "data"),
+                     xytext=(4, -3), textcoords="offset points", va="top", color="0.4", fontsize="small")  # fmt: skip
+    middles = [k * (len(cells) + 1) + (len(cells) - 1) / 2 for k in range(len(languages))]
+    reached.set_xticks(middles, languages)
+    reached.set(yscale="log", ylabel="right for all words up to n", title="Each dot is one net")
+    reached.legend(fontsize="small", loc="lower left")
+    (shown,) = (row for row in counts if row["cell"] == "LSTM" and "counter" in row)
+    for unit in shown["counter"]:
+        counter.plot(unit, color=COLORS[cells.index("LSTM")], alpha=0.6, linewidth=1.2)
+    half = len(shown["counter"][0]) // 2
+    counter.axvline(half, color="0.5", linewidth=1, linestyle="--")
+    counter.set(xlabel="step", ylabel="cell state c, one line per unit",
+                title=f"One LSTM reads n = {half}: {half} a's, then {half} b's")  # fmt: skip
+    for axes, language in zip(bracketed, ("Dyck-1", "Dyck-2"), strict=True):
+        for row in rows:
+            if row["language"] == language:
+                n, share = cells.index(row["cell"]), np.array(row["right"])
+                axes.plot(row["lengths"], share.mean(1), color=COLORS[n], marker=MARKERS[n], label=row["cell"])
+                axes.fill_between(row["lengths"], share.min(1), share.max(1), color=COLORS[n], alpha=0.15, linewidth=0)
+                units = row["units"]
+        axes.set(xscale="log", ylim=(-0.05, 1.05), xlabel="length of the word (trained on the shortest here and less)",
+                 ylabel="share of words that are right",
+                 title=f"{language}, {units} unit{'s' * (units > 1)}: mean and range of the nets")  # fmt: skip
+        axes.set_xticks(row["lengths"], map(str, row["lengths"]))
+        axes.minorticks_off()
+        axes.legend(fontsize="small")
+    return _save(figure, path, dpi=100)
+
+
+# Variants and sizes on polyphonic music.
+
+
+def odyssey(path: Path, rows: list[dict[str, Any]], changes: dict[str, str]) -> Path:
+    """Draw the test loss of every variant: one dot per seed, and the 95 % interval of the mean."""
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    base, *_ = rows
+    _, low, high = intervals.of_mean(base["test"])
+    axes.axvspan(low, high, color=COLORS[0], alpha=0.15, linewidth=0)
+    for place, row in enumerate(rows):
+        mean, low, high = intervals.of_mean(row["test"])
+        color = COLORS[0] if row is base else COLORS[1]
+        axes.plot(row["test"], [place] * len(row["test"]), "o", color=color, alpha=0.3, markersize=4)
+        axes.errorbar(
+            mean, place, xerr=[[mean - low], [high - mean]], color=color, capsize=3, marker="|", markersize=12
+        )
+    axes.set_yticks(range(len(rows)), [f"{row['variant']}: {changes[row['variant']]}" for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="test: nats per chord (lower is better)", title="Variants of the LSTM on JSB Chorales")
+    axes.grid(axis="x", alpha=0.3)
+    return _save(figure, path, dpi=120)
+
+
+def rnn_vs_lstm(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Draw the loss on training and test data for every net, and the time of a training step."""
+    figure, (losses, times) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=(1.6, 1))
+    labels = [f"{row['cell']}, {row['units']} units\n{row['parameters']:,} parameters" for row in rows]
+    for place, row in enumerate(rows):
+        for part, label, color in (("train", "training data", COLORS[2]), ("test", "test data", COLORS[1])):
+            mean, low, high = intervals.of_mean(row[part])
+            losses.plot(row[part], [place] * len(row[part]), "o", color=color, alpha=0.3, markersize=4)
+            losses.errorbar(mean, place, xerr=[[mean - low], [high - mean]], color=color, capsize=3, marker="|",
+                            markersize=14, label=None if place else label)  # fmt: skip
+        times.barh(place, 1e3 * row["step seconds"], color=COLORS[0])
+    losses.set(xlabel="nats per chord", title="Best validation: the gap between the dots is overfitting")
+    losses.set_yticks(range(len(rows)), labels)
+    losses.legend(fontsize="small")
+    times.set(xlabel="milliseconds per training step", title="Time", yticks=[])
+    for axes in (losses, times):
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+    return _save(figure, path, dpi=110)

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from argparse import ArgumentParser
@@ -48,10 +49,17 @@ log = logging.getLogger("runs")
 # The command line.
 
 
-def cli(experiment: str, main: Callable[..., Any], log_to: TextIO = sys.stdout) -> None:
+def cli(experiment: str, main: Callable[..., Any], log_to: TextIO = sys.stdout, *, quick: Row | None = None) -> None:
     """Run an experiment's `main` with flags from the command line, or with the saved flags if --resume is given.
 
     Ctrl-C and operating system errors end the run with a one-line message.
+
+    Args:
+      experiment: the experiment's name.
+      main: a function with keywords only; they are the flags.
+      log_to: where messages go.
+      quick: the flags that --quick sets, for a run of less than a minute that shows that everything works. Other flags
+        on the command line come after it and win.
     """
     logging.basicConfig(format="%(message)s", stream=log_to, force=True)
     for name in (experiment, "runs", "trainer"):
@@ -59,7 +67,14 @@ def cli(experiment: str, main: Callable[..., Any], log_to: TextIO = sys.stdout) 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax also prints the errors it raises
     logging.raiseExceptions = False  # Ctrl-C may kill the `tee` that reads this output; the run must save anyway
     try:
-        tyro.cli(functools.partial(main, **_saved_flags(experiment, main)), prog=f"python -m experiments.{experiment}")
+        flags, rest = _saved_flags(experiment, main, quick)
+        about = inspect.cleandoc(main.__doc__ or "").partition("\n\nArgs:")[0]
+        if quick:
+            shorter = " ".join(f"--{name.replace('_', '-')} {_words(value)}" for name, value in quick.items())
+            about += f"\n\n--quick stands for {shorter}: a run of less than a minute, whose figures say nothing."
+        tyro.cli(
+            functools.partial(main, **flags), prog=f"python -m experiments.{experiment}", args=rest, description=about
+        )
     except KeyboardInterrupt:
         print(f"{experiment}: interrupted.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -72,18 +87,26 @@ def cli(experiment: str, main: Callable[..., Any], log_to: TextIO = sys.stdout) 
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _saved_flags(experiment: str, main: Callable[..., Any]) -> Row:
-    """Return the flags in the config.json of --workdir if --resume is given."""
+def _saved_flags(experiment: str, main: Callable[..., Any], quick: Row | None) -> tuple[Row, list[str]]:
+    """Return the flags that are set before those of the command line, and the command line without --quick.
+
+    They are those in the config.json of --workdir if --resume is given, else those of --quick.
+    """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--resume", action="store_true")
     given, _ = parser.parse_known_args()
+    rest = [word for word in sys.argv[1:] if quick is None or word != "--quick"]
     if given.resume and not given.workdir:
         sys.exit(f"{experiment}: --resume needs --workdir, the folder of the run to continue.")
     if not (given.resume and (given.workdir / "config.json").exists()):
-        return {}
+        return (quick or {}) if len(rest) < len(sys.argv) - 1 else {}, rest
     flags = inspect.signature(main).parameters.keys() - {"workdir", "resume", "cluster"}
-    return {name: value for name, value in read_config(given.workdir).items() if name in flags}
+    return {name: value for name, value in read_config(given.workdir).items() if name in flags}, rest
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def command(module: str, *args: str | Path) -> str:
@@ -239,6 +262,16 @@ def write_json(path: Path, content: Any) -> None:
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     return {"python": python_version(), **{name: version(name) for name in ("jaxlstm", "jax", "jaxlib", "optax")}}
+
+
+def commit() -> str | None:
+    """Return the commit of this code, with a + if files differ from it; None where there is no Git repository."""
+    describe = ["git", "describe", "--always", "--exclude=*", "--dirty=+", "--abbrev=12"]
+    try:
+        found = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
 
 
 # Metrics and checkpoints.

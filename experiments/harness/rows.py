@@ -1,0 +1,50 @@
+"""Results that are a list of rows: each row is measured in turn and saved at once; a resumed run skips those it has."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiments.harness import devices, runs
+from experiments.harness.runs import Row
+
+
+def collect(
+    experiment: str,
+    config: Row,
+    plans: Sequence[Row],
+    measure: Callable[..., Row],
+    *,
+    workdir: str | None,
+    resume: bool,
+) -> tuple[Path, Row]:
+    """Measure one row for each plan and write result.json after each, so that Ctrl-C loses one row at most.
+
+    Args:
+      experiment: the experiment's name, used in messages.
+      config: the run's flags.
+      plans: what tells the rows apart, such as `{"cell": "LSTM", "units": 36}`.
+      measure: `measure(**plan) -> dict`, what was measured; the row is the plan, this dict and the seconds it took.
+      workdir, resume: as for `runs.open_folder`.
+
+    Returns:
+      The run's folder, and the result: configuration, versions, device, commit and rows.
+    """
+    folder = runs.open_folder(experiment, workdir, config, resume=resume)
+    path = folder / "result.json"
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    about = {"versions": runs.versions(), "device": devices.found(), "commit": runs.commit()}
+    result = {"config": config, **about, "rows": rows}
+    with tqdm(plans, unit="row", disable=None) as bar:
+        for plan in bar:
+            bar.set_postfix_str(", ".join(map(str, plan.values())))
+            if any(plan.items() <= row.items() for row in rows):
+                continue
+            began = time.perf_counter()
+            found = measure(**plan)
+            rows.append({**plan, **found, "seconds": round(time.perf_counter() - began, 1)})
+            runs.write_json(path, result)
+    runs.write_json(path, result)
+    return folder, result

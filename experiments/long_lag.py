@@ -1,0 +1,436 @@
+"""After how many sequences does a net bridge a long lag: by the recipe of 1997, and by one of today?
+
+The tasks are those of Hochreiter & Schmidhuber, Long short-term memory, 1997: what matters stands at a few steps of a
+long sequence, and only its last step is asked about. A task counts as solved when a number of sequences in a row, 2000
+for most, had all outputs within a tolerance *before* the net learned from them.
+
+Two recipes run side by side. "1997" is the paper's: memory blocks without a forget gate, the truncated gradient, one
+sequence per step of plain SGD, and its initial weights and biases. "today" has 32 units, the full gradient, Adam and 16
+sequences per step.
+"""
+
+import functools
+import logging
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+from tqdm import tqdm
+
+from experiments import plots
+from experiments.harness import rows, runs
+from jaxlstm import (
+    GRU,
+    LSTM,
+    RNN,
+    Cell,
+    TrainState,
+    fit,
+    init_train_state,
+    initializers,
+    make_train_step,
+    num_params,
+    unroll,
+)
+from jaxlstm.variants import make_lstm_1997
+
+log = logging.getLogger("long_lag")
+
+Draw = Callable[[Key[Array, ""], int, int], "Batch"]
+
+
+# The tasks.
+
+
+class Batch(NamedTuple):
+    """Sequences of a task, and what is asked: at their last step, or at the last few."""
+
+    xs: Float[Array, "time batch 2"] | Int[Array, "time batch"]  # pairs of numbers, or symbols
+    asked: Int[Array, "answer batch"]  # steps
+    targets: Float[Array, "answer batch output"]
+
+
+def _places(key: Key[Array, ""], low: Any, high: Any, batch: int) -> Int[Array, "batch"]:
+    return jax.random.randint(key, (batch,), low, high)
+
+
+def _marked_pairs(key: Key[Array, ""], lag: int, batch: int, low: float) -> tuple[Array, Array, Array, Array]:
+    """Draw pairs (value, marker): one of the first ten is marked, and one of the first lag/2 − 1 others."""
+    keys = jax.random.split(key, 4)
+    num_steps = lag + lag // 10
+    values = jax.random.uniform(keys[0], (num_steps, batch), jnp.float32, low, 1)
+    last = _places(keys[1], lag, num_steps + 1, batch) - 1
+    first = _places(keys[2], 0, 10, batch)
+    second = _places(keys[3], 0, lag // 2 - 2, batch)
+    second = second + (second >= first)  # any place but the first one
+    step, item = jnp.arange(num_steps)[:, None], jnp.arange(batch)
+    values = values.at[0].multiply((first != 0) & (second != 0))  # as in the paper: the first pair counts as 0
+    marked = (step == first) | (step == second)
+    marker = jnp.where(marked, 1.0, jnp.where((step == 0) | (step == last), -1.0, 0.0))
+    return jnp.stack([values, marker], axis=-1), last, values[first, item], values[second, item]
+
+
+def adding(key: Key[Array, ""], lag: int, batch: int) -> Batch:
+    """Two of the numbers in [−1, 1] are marked; the answer is their sum, scaled into [0, 1]."""
+    xs, last, first, second = _marked_pairs(key, lag, batch, -1.0)
+    return Batch(xs, last[None], (0.5 + (first + second) / 4)[None, :, None])
+
+
+def multiplication(key: Key[Array, ""], lag: int, batch: int) -> Batch:
+    """Two of the numbers in [0, 1] are marked; the answer is their product."""
+    xs, last, first, second = _marked_pairs(key, lag, batch, 0.0)
+    return Batch(xs, last[None], (first * second)[None, :, None])
+
+
+def _temporal_order(windows: tuple[tuple[float, float], ...], key: Key[Array, ""], lag: int, batch: int) -> Batch:
+    """Symbols a, b, c, d at random, and X or Y once in each window; which order of X and Y was it?
+
+    E begins the sequence and B ends it. The windows are parts of the lag: the paper's are of 100 steps.
+    """
+    keys = jax.random.split(key, 3 + len(windows))
+    num_steps = lag + lag // 10
+    symbols = jax.random.randint(keys[0], (num_steps, batch), 0, 4)
+    last = _places(keys[1], lag, num_steps + 1, batch) - 1
+    signs = jax.random.randint(keys[2], (len(windows), batch), 0, 2)
+    for sign, (low, high), k in zip(signs, windows, keys[3:], strict=True):
+        place = _places(k, round(low * lag), round(high * lag) + 1, batch)
+        symbols = symbols.at[place, jnp.arange(batch)].set(4 + sign)
+    symbols = symbols.at[0].set(6).at[last, jnp.arange(batch)].set(7)
+    answer = (signs * 2 ** jnp.arange(len(windows))[:, None]).sum(0)
+    return Batch(symbols, last[None], jax.nn.one_hot(answer, 2 ** len(windows))[None])
+
+
+order_of_two = functools.partial(_temporal_order, ((0.1, 0.2), (0.5, 0.6)))
+order_of_three = functools.partial(_temporal_order, ((0.1, 0.2), (0.33, 0.43), (0.66, 0.76)))
+
+
+def noise(key: Key[Array, ""], lag: int, batch: int) -> Batch:
+    """Task 2c: b, then x or y, then `lag` or more of `lag` random symbols, then e; was it x or y?
+
+    After the first `lag` symbols each one is the last with probability 1/10; here at most lag/10 + 20 follow.
+    """
+    keys = jax.random.split(key, 3)
+    tail = lag // 10 + 20
+    num_steps = 2 + lag + tail + 1
+    symbols = jax.random.randint(keys[0], (num_steps, batch), 4, lag + 4)
+    is_y = jax.random.randint(keys[1], (batch,), 0, 2)
+    more = jnp.minimum(jax.random.geometric(keys[2], 0.1, (batch,)) - 1, tail)
+    last = 2 + lag + more
+    symbols = symbols.at[0].set(0).at[1].set(2 + is_y).at[last, jnp.arange(batch)].set(1)
+    return Batch(symbols, last[None], jax.nn.one_hot(is_y, 2)[None])
+
+
+def copy(key: Key[Array, ""], lag: int, batch: int) -> Batch:
+    """Ten of eight symbols, blanks, and a signal `lag` steps after the last symbol: what were the ten?"""
+    symbols = jax.random.randint(key, (10, batch), 0, 8)
+    blank = jnp.full((lag - 1, batch), 8)
+    xs = jnp.concatenate([symbols, blank, blank[:1] + 1, jnp.full((10, batch), 8)])
+    asked = jnp.broadcast_to(jnp.arange(lag + 10, lag + 20)[:, None], (10, batch))
+    return Batch(xs, asked, jax.nn.one_hot(symbols, 8))
+
+
+class Of1997(NamedTuple):
+    """How the paper of 1997 set a task up, and what it took: the mean number of sequences to success, by lag."""
+
+    input_bias: tuple[float, ...]  # of the input gate of every block
+    learning_rate: float
+    sequences: dict[int, int]
+    block_size: int = 2
+    scale: float = 0.1  # of the initial weights
+
+
+class Task(NamedTuple):
+    """A task, and when it counts as solved."""
+
+    draw: Draw
+    num_symbols: Callable[[int], int] | None  # for a lag; None: the inputs are pairs of numbers
+    tolerance: float  # of every output
+    paper: Of1997 | None
+    in_a_row: int = 2000  # among so many sequences in a row
+    misses: int = 0  # there may be so many errors
+
+
+# fmt: off
+TASKS = {
+    "adding": Task(adding, None, 0.04, Of1997((-3, -6), 0.5, {100: 74_000, 500: 209_000, 1000: 853_000})),
+    "multiplication": Task(multiplication, None, 0.04, Of1997((-3, -6), 0.1, {100: 482_000}), misses=139),
+    "order of two": Task(order_of_two, lambda lag: 8, 0.3, Of1997((-2, -4), 0.5, {100: 31_390})),
+    "order of three": Task(order_of_three, lambda lag: 8, 0.3, Of1997((-2, -4, -6), 0.1, {100: 571_100})),
+    "2c": Task(noise, lambda lag: lag + 4, 0.25, Of1997((0, 0), 0.01, {50: 30_000, 1000: 49_000}, 1, 0.2), 10_000),
+    "copy": Task(copy, lambda lag: 10, 0.3, None),
+}
+# fmt: on
+
+
+# The recipes.
+
+
+class Params(NamedTuple):
+    """One layer and a readout."""
+
+    cell: Any
+    w: Float[Array, "units output"]
+    b: Float[Array, "output"]
+
+
+class Recipe(NamedTuple):
+    """A way to train."""
+
+    cell: Cell[Any, Any]
+    init: Callable[[Key[Array, ""]], Params]
+    outputs: Callable[[Array], Array]
+    loss: Callable[[Array, Array], Array]  # of what goes into `outputs`, and of the targets
+    optimizer: optax.GradientTransformation
+    batch: int
+
+
+def lookup(params: Any, xs: Array) -> Array:
+    """Return z = x W_ih + b, where a symbol stands for a one-hot x: it picks a row of W_ih."""
+    return (params.w_ih[xs] if jnp.issubdtype(xs.dtype, jnp.integer) else xs @ params.w_ih) + params.b
+
+
+def read(cell: Cell[Any, Any], params: Params, batch: Batch) -> Float[Array, "answer batch output"]:
+    """Read the sequences and return what the readout gives at the steps that are asked."""
+    _, hs = unroll(replace(cell, project=lookup), params.cell, batch.xs)
+    return hs[batch.asked, jnp.arange(batch.asked.shape[1])] @ params.w + params.b
+
+
+def squared_error(outputs: Array, targets: Array) -> Array:
+    """Return half the squared error, summed over the outputs: the gradient of 1997."""
+    return ((outputs - targets) ** 2).sum(-1).mean() / 2
+
+
+def _sizes(task: Task, lag: int) -> tuple[int, int]:
+    """Return the numbers of inputs and outputs."""
+    targets = jax.eval_shape(lambda key: task.draw(key, lag, 1).targets, jax.random.key(0))
+    return (task.num_symbols(lag) if task.num_symbols else 2), targets.shape[-1]
+
+
+def recipe_of_1997(task: Task, lag: int) -> Recipe:
+    """The paper's net, weights, biases and optimizer: SGD on the squared error of one sequence at a time."""
+    if task.paper is None:
+        raise ValueError("the paper of 1997 does not contain this task")
+    input_bias, learning_rate, _, block_size, scale = task.paper
+    blocks, cells = len(input_bias), len(input_bias) * block_size
+    num_inputs, num_outputs = _sizes(task, lag)
+    cell = make_lstm_1997(block_size, truncate=True)
+
+    def init(key: Key[Array, ""]) -> Params:
+        like = Params(cell.init(key, num_inputs, cells), jnp.zeros((cells, num_outputs)), jnp.zeros(num_outputs))
+        leaves: list[Any] = jax.tree.leaves(like)
+        structure: Any = jax.tree.structure(like)
+        draw = lambda key, leaf: jax.random.uniform(key, leaf.shape, leaf.dtype, -scale, scale)
+        params = structure.unflatten(map(draw, jax.random.split(key, len(leaves)), leaves))
+        b = params.cell.b.at[cells : cells + blocks].set(jnp.array(input_bias, jnp.float32))
+        return params._replace(cell=params.cell._replace(b=b))
+
+    def loss(z: Array, targets: Array) -> Array:
+        return squared_error(jax.nn.sigmoid(z), targets)
+
+    return Recipe(cell, init, jax.nn.sigmoid, loss, optax.sgd(learning_rate), 1)
+
+
+class Net(NamedTuple):
+    """A cell of today's recipe."""
+
+    cell: Cell[Any, Any]
+    init: Callable[..., Any]  # (key, input size, units)
+
+
+def nets(lag: int) -> dict[str, Net]:
+    """Return the cells of today's recipe for a lag."""
+    return {
+        "RNN": Net(RNN, RNN.init),
+        "GRU": Net(GRU, GRU.init),
+        "LSTM, b_f = 0": Net(LSTM, functools.partial(LSTM.init, forget_bias=0.0)),
+        "LSTM, b_f = 1": Net(LSTM, LSTM.init),
+        "LSTM, chrono": Net(LSTM, functools.partial(initializers.chrono, max_lag=lag)),
+    }
+
+
+UNITS, BATCH = 32, 16
+
+
+def recipe_of_today(task: Task, lag: int, net: Net, learning_rate: float) -> Recipe:
+    """One layer, Adam with clipping; linear outputs for numbers, sigmoids and cross-entropy for classes."""
+    num_inputs, num_outputs = _sizes(task, lag)
+
+    def init(key: Key[Array, ""]) -> Params:
+        return Params(net.init(key, num_inputs, UNITS), jnp.zeros((UNITS, num_outputs)), jnp.zeros(num_outputs))
+
+    def cross_entropy(z: Array, targets: Array) -> Array:
+        return optax.sigmoid_binary_cross_entropy(z, targets).sum(-1).mean()
+
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
+    if task.num_symbols is None:
+        return Recipe(net.cell, init, lambda z: z, squared_error, optimizer, BATCH)
+    return Recipe(net.cell, init, jax.nn.sigmoid, cross_entropy, optimizer, BATCH)
+
+
+# Training until solved.
+
+
+class Progress(NamedTuple):
+    """The stopping rule, carried from step to step."""
+
+    right: Bool[Array, "step batch"]  # the last `in_a_row` sequences
+    seen: Int[Array, ""]
+    solved_at: Int[Array, ""]  # sequences seen; 0: not yet
+
+
+def watch(task: Task, progress: Progress, right: Bool[Array, "batch"]) -> Progress:
+    """Note which sequences of a batch were right, and whether the task is solved now."""
+    num_steps, batch = progress.right.shape
+    recent = progress.right.at[progress.seen // batch % num_steps].set(right)
+    seen = progress.seen + batch
+    solved = (seen >= task.in_a_row) & ((~recent).sum() <= task.misses)
+    return Progress(recent, seen, jnp.where((progress.solved_at == 0) & solved, seen, progress.solved_at))
+
+
+BLOCK = 2000  # sequences of every trial between two looks at whether all trials are solved
+
+
+def sequences_to_success(
+    task: Task, recipe: Recipe, lag: int, keys: Key[Array, "trial"], limit: int
+) -> list[int | None]:
+    """Train one net for every key, all in one program; return the sequences each one needed, or None at the limit."""
+
+    def loss_fn(params: Params, _: Any, progress: Progress, key: Key[Array, ""]) -> Any:
+        batch = task.draw(key, lag, recipe.batch)
+        z = read(recipe.cell, params, batch)
+        right = (abs(recipe.outputs(z) - batch.targets) < task.tolerance).all((0, 2))
+        return recipe.loss(z, batch.targets), (watch(task, progress, right), {})
+
+    def start(key: Key[Array, ""]) -> TrainState:
+        key_init, key_data = jax.random.split(key)
+        zero = jnp.zeros((), jnp.int32)
+        progress = Progress(jnp.zeros((task.in_a_row // recipe.batch, recipe.batch), bool), zero, zero)
+        return init_train_state(recipe.init(key_init), recipe.optimizer, key_data, carry=progress)
+
+    train_step = make_train_step(loss_fn, recipe.optimizer)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train(states: TrainState) -> TrainState:
+        steps = jnp.arange(BLOCK // recipe.batch)  # the loss draws its sequences itself
+        return jax.vmap(lambda state: fit(train_step, state, steps)[0])(states)
+
+    states = jax.jit(jax.vmap(start))(keys)
+    with tqdm(total=limit, unit="sequence", leave=False, disable=None) as bar:
+        for _ in range(0, limit, BLOCK):
+            states = train(states)
+            solved_at = states.carry.solved_at.tolist()
+            bar.update(BLOCK)
+            bar.set_postfix_str(f"{sum(map(bool, solved_at))} of {len(solved_at)} solved")
+            if all(solved_at):
+                break
+    return [number or None for number in solved_at]
+
+
+# The experiment.
+
+
+def plans(tasks: tuple[str, ...], lags: tuple[int, ...], paper_lags: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Return the rows: every task by both recipes, and adding by every cell at every lag."""
+    published = [(name, lag) for name in tasks for lag in getattr(TASKS[name].paper, "sequences", ())]
+    asked = [("copy", lag) for lag in (50, 100) if "copy" in tasks] + [row for row in published if row[0] != "adding"]
+    of_paper = [{"recipe": "1997", "task": name, "lag": lag} for name, lag in published if lag in paper_lags]
+    of_today = [{"recipe": "LSTM, chrono", "task": name, "lag": lag} for name, lag in asked if lag in lags]
+    of_cells = [{"recipe": net, "task": "adding", "lag": lag} for lag in lags for net in nets(lag)]
+    return of_paper + of_today + of_cells
+
+
+def main(
+    *,
+    trials: int = 10,
+    tasks: tuple[str, ...] = tuple(TASKS),
+    lags: tuple[int, ...] = (50, 100, 200, 500, 1000),
+    paper_lags: tuple[int, ...] = (50, 100, 500, 1000),
+    limit: int = 100_000,
+    paper_limit: int = 2_000_000,
+    learning_rate: float = 3e-3,
+    workdir: str | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train all nets until they solve their task, write the result and a picture, and log the table.
+
+    Args:
+      trials: nets of every row, trained in one program.
+      tasks: names of tasks.
+      lags: at which every cell is tried on adding, and today's recipe on the other tasks.
+      paper_lags: at which the recipe of 1997 is tried; 500 takes half an hour, 1000 several hours.
+      limit: sequences after which a trial of today's recipe counts as failed.
+      paper_limit: the same for the recipe of 1997.
+      learning_rate: of today's recipe.
+      workdir: folder of the results; by default a new one in runs/.
+      resume: continue the run in --workdir.
+    """
+    config = {name: value for name, value in locals().items() if name not in ("workdir", "resume")}
+
+    def measure(recipe: str, task: str, lag: int) -> dict[str, Any]:
+        of_paper = recipe == "1997"
+        how = (
+            recipe_of_1997(TASKS[task], lag)
+            if of_paper
+            else recipe_of_today(TASKS[task], lag, nets(lag)[recipe], learning_rate)
+        )
+        keys, most = jax.random.split(jax.random.key(0), trials), paper_limit if of_paper else limit
+        weights = num_params(jax.eval_shape(how.init, keys[0]))
+        return {"weights": weights, "solved_at": sequences_to_success(TASKS[task], how, lag, keys, most)}
+
+    folder, result = rows.collect(
+        "long_lag", config, plans(tasks, lags, paper_lags), measure, workdir=workdir, resume=resume
+    )
+    published = {name: task.paper.sequences for name, task in TASKS.items() if task.paper}
+    picture = plots.long_lag(folder / "long_lag.png", result["config"]["limit"], result["rows"], published)
+    log.info("%s\n%s\n%s", table(result), folder / "result.json", picture)
+    return result
+
+
+def shown(row: dict[str, Any] | None) -> str:
+    """Return the median number of sequences, its range, and how many trials were solved."""
+    if row is None:
+        return ""
+    solved = sorted(number for number in row["solved_at"] if number)
+    share = f"{len(solved)}/{len(row['solved_at'])}"
+    if 2 * len(solved) <= len(row["solved_at"]):
+        return share
+    every = sorted(number or math.inf for number in row["solved_at"])
+    return f"{share}, {statistics.median(every):,.0f} ({every[0]:,.0f} to {every[-1]:,.0f})".replace("inf", "the limit")
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return two Markdown tables: both recipes beside the paper, and the cells by lag."""
+    found = {(row["recipe"], row["task"], row["lag"]): row for row in result["rows"]}
+    lines = ["| task | lag | published | recipe of 1997 | of today |", "|---|---|---|---|---|"]
+    for name, lag in dict.fromkeys((row["task"], row["lag"]) for row in result["rows"]):
+        paper = TASKS[name].paper
+        published = paper.sequences.get(lag) if paper else None
+        if published or name != "adding":
+            own = [shown(found.get((recipe, name, lag))) for recipe in ("1997", "LSTM, chrono")]
+            lines.append(f"| {name} | {lag} | {f'{published:,}' if published else ''} | {' | '.join(own)} |")
+    lags = result["config"]["lags"]
+    lines += ["", f"| cell | {' | '.join(f'lag {lag}' for lag in lags)} |", "|---" * (1 + len(lags)) + "|"]
+    for net in nets(lags[0]):
+        lines.append(f"| {net} | {' | '.join(shown(found.get((net, 'adding', lag))) for lag in lags)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    runs.cli(
+        "long_lag",
+        main,
+        quick={
+            "trials": 2,
+            "tasks": ("adding", "2c"),
+            "lags": (50,),
+            "paper_lags": (50,),
+            "limit": 2000,
+            "paper_limit": 2000,
+        },
+    )

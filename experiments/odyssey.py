@@ -1,0 +1,101 @@
+"""Which component of an LSTM matters?
+
+The variants of Greff et al., LSTM: a search space odyssey, 2017, on music (JSB Chorales): the peephole LSTM, which the
+paper calls V, with one component taken away or added. Every variant has the same number of units. All learning rates
+and seeds of a variant train in one program; the validation part chooses the rate, and the test part is read once.
+"""
+
+import logging
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from experiments import chorales, plots
+from experiments.harness import intervals, rows, runs
+from jaxlstm import LSTM, Cell, variants
+
+BASE = "V"
+
+
+class Variant(NamedTuple):
+    """A cell, and what distinguishes it from V."""
+
+    cell: Cell[Any, Any]
+    change: str
+
+
+VARIANTS = {
+    BASE: Variant(variants.PeepholeLSTM, "with peepholes"),
+    "NIG": Variant(variants.NoInputGateLSTM, "no input gate"),
+    "NFG": Variant(variants.NoForgetGateLSTM, "no forget gate"),
+    "NOG": Variant(variants.NoOutputGateLSTM, "no output gate"),
+    "NIAF": Variant(variants.NoInputActivationLSTM, "no input activation"),
+    "NOAF": Variant(variants.NoOutputActivationLSTM, "no output activation"),
+    "CIFG": Variant(variants.CoupledLSTM, "f = 1 − i, no peepholes"),
+    "NP": Variant(LSTM, "no peepholes: the plain LSTM"),
+    "FGR": Variant(variants.FullGateRecurrenceLSTM, "gates also read gates"),
+}
+
+log = logging.getLogger("odyssey")
+
+
+def main(
+    *,
+    data: str = "JSB_Chorales.mat",
+    units: int = 36,
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2),
+    seeds: int = 10,
+    epochs: int = 300,
+    workdir: str | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train all variants, write the result and a picture, and log the table.
+
+    Args:
+      data: the file JSB_Chorales.mat; `experiments/chorales.py` says where to look for it.
+      units: of every variant.
+      learning_rates: of Adam; the validation part chooses one for each variant.
+      seeds: nets of each variant and learning rate.
+      epochs: the largest number of epochs; training stops after 15 without a better validation loss.
+      workdir: folder of the results; by default a new one in runs/.
+      resume: continue the run in --workdir.
+    """
+    config = {name: value for name, value in locals().items() if name not in ("workdir", "resume")}
+    parts = chorales.load(data)
+
+    def measure(variant: str) -> dict[str, Any]:
+        recipe = chorales.Recipe(units, epochs=epochs)
+        return chorales.train_and_choose(VARIANTS[variant].cell, [recipe], parts, learning_rates, seeds)
+
+    plans = [{"variant": name} for name in VARIANTS]
+    folder, result = rows.collect("odyssey", config, plans, measure, workdir=workdir, resume=resume)
+    changes = {name: variant.change for name, variant in VARIANTS.items()}
+    picture = plots.odyssey(folder / "odyssey.png", result["rows"], changes)
+    log.info("%s\n%s\n%s", table(result), folder / "result.json", picture)
+    return result
+
+
+def difference(row: dict[str, Any], base: dict[str, Any]) -> tuple[float, float, float]:
+    """Return how much larger a variant's test loss is than V's, and the 95 % interval, by Welch's t."""
+    compared = stats.ttest_ind(row["test"], base["test"], equal_var=False)
+    low, high = compared.confidence_interval(0.95)
+    return float(np.mean(row["test"]) - np.mean(base["test"])), float(low), float(high)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return a Markdown table: mean and 95 % interval of the seeds."""
+    found = {row["variant"]: row for row in result["rows"]}
+    lines = ["| variant | parameters | learning rate | test | minus V |", "|---|---|---|---|---|"]
+    for name, row in found.items():
+        rate = row["tried"][row["chosen"]]["learning_rate"]
+        apart = "" if name == BASE else "{:+.2f} ({:+.2f} to {:+.2f})".format(*difference(row, found[BASE]))
+        lines.append(
+            f"| {name}: {VARIANTS[name].change} | {row['parameters']:,} | {rate:g} | {intervals.shown(row['test'])} "
+            f"| {apart} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    runs.cli("odyssey", main, quick={"learning_rates": (3e-3,), "seeds": 2, "epochs": 2})
