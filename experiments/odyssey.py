@@ -63,6 +63,7 @@ def main(
     """
     config = {name: value for name, value in locals().items() if name not in ("workdir", "resume")}
     parts = chorales.load(data)
+    config["sha256"] = chorales.hash_of(data)
 
     def measure(variant: str) -> dict[str, Any]:
         recipe = chorales.Recipe(units, epochs=epochs)

@@ -90,6 +90,7 @@ def main(
     of_row = functools.partial(
         measure, parts=chorales.load(data), learning_rates=learning_rates, seeds=seeds, epochs=epochs
     )
+    config["sha256"] = chorales.hash_of(data)
     plans = [{"cell": cell, "units": units} for cell, units in NETS]
     folder, result = rows.collect("rnn_vs_lstm", config, plans, of_row, workdir=workdir, resume=resume)
     picture = plots.rnn_vs_lstm(folder / "rnn_vs_lstm.png", result["rows"])
