@@ -2,7 +2,8 @@
 
 A piece is a piano roll: at every step, which of 88 notes sound. The net reads the chords so far and gives each note the
 probability that it sounds in the next one. The measure is the negative log-likelihood per chord in nats, summed over
-the notes, on the split of Boulanger-Lewandowski et al., Modeling temporal dependencies in high-dimensional sequences, 2012.
+the notes, on the split of Boulanger-Lewandowski, Bengio & Vincent, Modeling temporal dependencies in high-dimensional
+sequences, 2012.
 
 The data are not part of this repository: look for `JSB_Chorales.mat` and `Nottingham.mat` (piano rolls as MATLAB files;
 the code of Bai et al. 2018, TCN, contains both) and pass the file with --data.

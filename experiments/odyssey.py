@@ -44,7 +44,7 @@ def main(
     *,
     data: str = "JSB_Chorales.mat",
     units: int = 36,
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2),
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2),
     seeds: int = 10,
     epochs: int = 300,
     workdir: str | None = None,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
 
 from experiments.harness import intervals
 from jaxlstm import LSTMGates
@@ -606,3 +607,79 @@ def rnn_vs_lstm(path: Path, rows: list[dict[str, Any]]) -> Path:
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
     return _save(figure, path, dpi=110)
+
+
+# Tagging.
+
+
+CLASS_COLORS = ("#f4b942", "#cfe2f3", "#b6d7a8", "#e6a5b8", "#d9d2e9", "#d0d0d0", "#ffffff")
+
+
+def tagging(
+    folder: Path, rows: list[dict[str, Any]], classes: Sequence[str], snippet: str, truth: list[int]
+) -> list[Path]:
+    """Draw the scores, what the gates do at borders, the tags over a program, and what each tag depends on."""
+    figure, (scores, borders) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(1.3, 1))
+    names = [row["name"] for row in rows]
+    for n, row in enumerate(rows):
+        of_seeds = np.array(row["f1"])
+        columns = [of_seeds.mean(1), *of_seeds.T]
+        mean, low, high = np.array([intervals.of_mean(column) for column in columns]).T
+        places = np.arange(len(columns)) + 0.22 * (n - 1)
+        scores.errorbar(places, mean, (mean - low, high - mean), fmt=MARKERS[n], color=COLORS[n], capsize=2,
+                        label=row["name"])  # fmt: skip
+    scores.set_xticks(range(1 + len(classes)), ["mean", *classes], rotation=20)
+    scores.set(ylabel="F1 on held-out files", title="Mean of the seeds and 95 % interval")
+    scores.grid(axis="y", alpha=0.3)
+    scores.legend(fontsize="small")
+    (lstm,) = (row for row in rows if "around borders" in row)
+    offsets = np.arange(len(lstm["around borders"][0]["f"])) - len(lstm["around borders"][0]["f"]) // 2
+    right = borders.twinx()
+    for n, (name, axes) in enumerate((("f", borders), ("i", borders), ("change of c", right))):
+        of_seeds = np.array([found[name] for found in lstm["around borders"]])
+        mean, low, high = np.array([intervals.of_mean(column) for column in of_seeds.T]).T
+        shown = {"f": "forget gate f", "i": "input gate i"}.get(name, "‖Δc‖ (right axis)")
+        axes.plot(offsets, mean, color=COLORS[n], marker=MARKERS[n], markersize=4, label=shown)
+        axes.fill_between(offsets, low, high, color=COLORS[n], alpha=0.2, linewidth=0)
+    borders.axvline(-0.5, color="0.5", linestyle="--", linewidth=1)
+    borders.set(xlabel="characters from the first one of a new class", ylabel="mean of all units",
+                title=f"The LSTM at {lstm['borders']:,} borders")  # fmt: skip
+    right.set(ylabel="‖Δc‖", ylim=(0, None))
+    handles = [*borders.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    borders.legend(handles=handles, fontsize="small", loc="center left")
+    drawn = [_save(figure, folder / "tagging.png", dpi=110)]
+
+    shown_rows = [("truth", truth), *((row["name"], row["snippet"]) for row in rows if row["name"] != names[0])]
+    figure, panels = plt.subplots(len(shown_rows), 1, figsize=(8.4, 5.2), layout="constrained")
+    lines = snippet.splitlines()
+    width = max(map(len, lines))
+    for axes, (name, labels) in zip(panels, shown_rows, strict=True):
+        at = 0
+        for row_number, line in enumerate(lines):
+            for column, symbol in enumerate(line):
+                color = CLASS_COLORS[labels[at]]
+                axes.add_patch(Rectangle((column, row_number), 1, 1, color=color, linewidth=0))
+                if labels[at] != truth[at]:
+                    axes.add_patch(Rectangle((column, row_number + 0.86), 1, 0.14, color="#c00000", linewidth=0))
+                axes.text(
+                    column + 0.5, row_number + 0.55, symbol, family="monospace", fontsize=9, ha="center", va="center"
+                )
+                at += 1
+            at += 1  # the line's end
+        wrong = sum(a != b for a, b in zip(labels, truth, strict=True))
+        axes.set(xlim=(0, width), ylim=(len(lines), 0), xticks=[], yticks=[])
+        axes.set_title(name if name == "truth" else f"{name}: {wrong} of {len(truth)} characters wrong (underlined)",
+                       loc="left", fontsize=10)  # fmt: skip
+    patches = [Rectangle((0, 0), 1, 1, facecolor=color, edgecolor="0.7") for color in CLASS_COLORS]
+    figure.legend(patches, classes, loc="outside lower center", ncols=len(classes), fontsize="small")
+    drawn.append(_save(figure, folder / "code.png", dpi=110))
+
+    pair = [row for row in rows if row["name"] != names[0]]
+    figure, panels = plt.subplots(1, len(pair), figsize=(9, 4.4), layout="constrained")
+    for axes, row in zip(panels, pair, strict=True):
+        matrix = np.log10(np.maximum(row["sensitivity"], 1e-4))
+        image = axes.imshow(matrix, vmin=-4, vmax=1, cmap="viridis")
+        axes.set(title=row["name"], xlabel="character read, s", ylabel="tag, t")
+    figure.colorbar(image, ax=panels, label="log₁₀ ‖∂y_t/∂x_s‖", shrink=0.8)
+    drawn.append(_save(figure, folder / "sensitivity.png", dpi=100))
+    return drawn
