@@ -1,19 +1,22 @@
-"""List the experiments: `python -m experiments`."""
+"""List the experiments: `python -m experiments`; as the table of the docs with --markdown."""
 
-import ast
-from pathlib import Path
+import sys
 
-NOT_EXPERIMENTS = {"__init__", "__main__"}
+from experiments import catalog
 
 
 def main() -> None:
-    """Print every module that can be run, with the first line of its docstring."""
-    print("Each is a command with flags of its own; --help lists them.\n")
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        source = path.read_text(encoding="utf-8")
-        if path.stem not in NOT_EXPERIMENTS and '__name__ == "__main__"' in source:
-            summary = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
-            print(f"python -m experiments.{path.stem:22} {summary}")
+    """Print question, command, time, published and measured figures of every experiment."""
+    if sys.argv[1:] == ["--markdown"]:
+        print(catalog.markdown())
+        return
+    print("Each is a command with flags of its own; --help lists them, --quick takes less than a minute.\n")
+    for entry in catalog.EXPERIMENTS:
+        print(entry.question)
+        print(f"  {entry.command}  ({entry.minutes} min on two cores)")
+        if entry.published:
+            print(f"  published: {entry.published}")
+        print(f"  measured:  {entry.answer}\n")
 
 
 if __name__ == "__main__":

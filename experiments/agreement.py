@@ -368,4 +368,4 @@ def _medians(column: list[Any]) -> str:
 
 
 if __name__ == "__main__":
-    runs.cli("agreement", main)
+    runs.cli("agreement", main, quick={"steps": 50, "seeds": 1, "block": 25})

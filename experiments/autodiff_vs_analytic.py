@@ -224,4 +224,6 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    runs.cli("autodiff_vs_analytic", main)
+    runs.cli(
+        "autodiff_vs_analytic", main, quick={"lengths": (100,), "widths": (16,), "dtypes": ("float32",), "rounds": 1}
+    )

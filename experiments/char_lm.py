@@ -244,4 +244,4 @@ def check_flags(flags: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli("char_lm", main)
+    runs.cli("char_lm", main, quick={"steps": 50, "hidden_size": 32, "num_layers": 1})

@@ -52,7 +52,7 @@ NETS = {
         Net("300,000", "RNN", 466, 8.91, "Bai et al. 2018"),
         Net("300,000", "GRU", 262, 8.43, "Bai et al. 2018"),
         Net("300,000", "LSTM", 224, 8.45, "Bai et al. 2018"),
-        Net("300,000", "LSTM with dropout", 224, 8.45, "Bai et al. 2018", (0.25, 0.5)),
+        Net("300,000", "LSTM with dropout", 224, 8.45, "Bai et al. 2018", (0.4,)),
     ],
     "Nottingham": [
         Net("1,000,000", "LSTM", 436, 3.29, "Bai et al. 2018"),
@@ -217,10 +217,11 @@ def train_and_choose(
 
     The test part is read once, after the choice.
     """
-    pairs = [(rate, key) for rate in learning_rates for key in jax.random.split(jax.random.key(0), seeds)]
-    keys, rates = jnp.stack([key for _, key in pairs]), jnp.array([rate for rate, _ in pairs])
     tried, nets = [], []
     for recipe in recipes:
+        # Every recipe and learning rate has the same seeds.
+        keys = jnp.stack([key for _ in learning_rates for key in jax.random.split(jax.random.key(0), seeds)])
+        rates = jnp.repeat(jnp.array(learning_rates), seeds)
         trained, epochs = train_all(cell, recipe, data, keys, rates)
         for n, rate in enumerate(learning_rates):
             own = slice(n * seeds, (n + 1) * seeds)

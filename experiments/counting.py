@@ -121,7 +121,8 @@ def train(
     key_init, key_data = jax.random.split(key)
     num_words, num_symbols = words.allowed.shape[1:]
     cell_params = cell.init(key_init, num_symbols, units)
-    params = Params(cell_params, 0.1 * jax.random.normal(key_init, (units, num_symbols)), jnp.zeros(num_symbols))
+    w = 0.1 * jax.random.normal(jax.random.clone(key_init), (units, num_symbols))
+    params = Params(cell_params, w, jnp.zeros(num_symbols))
 
     def loss_fn(params: Params, _: Any, carry: Any, key: Key[Array, ""]) -> Array:
         chosen = jax.random.choice(key, num_words, (min(batch, num_words),), replace=False)

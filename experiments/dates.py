@@ -208,4 +208,4 @@ def spell(rows: Array) -> list[str]:
 
 
 if __name__ == "__main__":
-    runs.cli("dates", main)
+    runs.cli("dates", main, quick={"steps": 50})

@@ -162,4 +162,4 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    runs.cli("flip_flop", main)
+    runs.cli("flip_flop", main, quick={"steps": 50, "seeds": 1, "starts": 64})

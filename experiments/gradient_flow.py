@@ -301,4 +301,4 @@ def report(folder: Path, config: dict[str, Any], measured: dict[str, Any], read:
 
 
 if __name__ == "__main__":
-    runs.cli("gradient_flow", main)
+    runs.cli("gradient_flow", main, quick={"milestones": (10,), "seeds": 1, "hidden_size": 16})

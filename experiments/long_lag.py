@@ -222,7 +222,11 @@ def recipe_of_1997(task: Task, lag: int) -> Recipe:
     cell = make_lstm_1997(block_size, truncate=True)
 
     def init(key: Key[Array, ""]) -> Params:
-        like = Params(cell.init(key, num_inputs, cells), jnp.zeros((cells, num_outputs)), jnp.zeros(num_outputs))
+        like = Params(
+            jax.eval_shape(lambda: cell.init(jax.random.key(0), num_inputs, cells)),
+            jnp.zeros((cells, num_outputs)),
+            jnp.zeros(num_outputs),
+        )
         leaves: list[Any] = jax.tree.leaves(like)
         structure: Any = jax.tree.structure(like)
         draw = lambda key, leaf: jax.random.uniform(key, leaf.shape, leaf.dtype, -scale, scale)

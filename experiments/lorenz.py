@@ -267,4 +267,4 @@ def _span(values: Any, digits: int = 3) -> str:
 
 
 if __name__ == "__main__":
-    runs.cli("lorenz", main)
+    runs.cli("lorenz", main, quick={"steps": 20, "seeds": 1, "exponent_steps": 500})

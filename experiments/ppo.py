@@ -436,4 +436,4 @@ def _span(curves: list[list[float]]) -> str:
 
 
 if __name__ == "__main__":
-    runs.cli("ppo", main)
+    runs.cli("ppo", main, quick={"lengths": (5,), "seeds": 1, "updates": 2})

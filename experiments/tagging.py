@@ -2,7 +2,7 @@
 
 The texts are the sources of Python's own standard library, and `tokenize` gives exact labels: keyword, name, number,
 string, comment, operator or space. Files are split into training and test. An RNN, an LSTM and a bidirectional LSTM
-have equal numbers of parameters. Reading from the left, nobody knows whether `for` will end as the keyword or as `format`.
+have equal numbers of parameters. Reading from the left, nobody knows whether `for` is the keyword or begins `format`.
 """
 
 import functools
@@ -153,7 +153,7 @@ def tag(net: Net, params: Params, symbols: Int[Array, "window time"]) -> Float[A
 
 def train(net: Net, steps: int, learning_rate: float, text: Text, key: Key[Array, ""]) -> Params:
     """Train one net with Adam on windows drawn at random."""
-    key_init, key_data = jax.random.split(key)
+    key_init, key_data, key_loss = jax.random.split(key, 3)
     rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
@@ -161,7 +161,7 @@ def train(net: Net, steps: int, learning_rate: float, text: Text, key: Key[Array
         return cross_entropy(tag(net, params, text.symbols[chosen]), text.labels[chosen].T).mean()
 
     batches = jax.random.randint(key_data, (steps, BATCH), 0, len(text.symbols))
-    state = init_train_state(init_net(key_init, net), optimizer, key_data)
+    state = init_train_state(init_net(key_init, net), optimizer, key_loss)
     return fit(make_train_step(loss_fn, optimizer), state, batches)[0].params
 
 

@@ -1,0 +1,181 @@
+"""Every experiment: what was published, and what the committed result measured."""
+
+import ast
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Row = dict[str, Any]
+HERE = Path(__file__).parent
+
+
+class Entry(NamedTuple):
+    """One experiment. Its question is the first line of its file."""
+
+    name: str
+    minutes: str  # on two CPU cores
+    published: str
+    measured: Callable[[Row], str]  # from its result.json
+    folder: str = ""  # of the result; by default the name
+
+    @property
+    def question(self) -> str:
+        source = (HERE / f"{self.name}.py").read_text(encoding="utf-8")
+        return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+
+    @property
+    def command(self) -> str:
+        return f"python -m experiments.{self.name}"
+
+    @property
+    def answer(self) -> str:
+        path = HERE / "results" / (self.folder or self.name) / "result.json"
+        if not path.exists():
+            return "no committed result"
+        return self.measured(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _mean_of(values: Any, digits: int = 2) -> str:
+    return f"{np.mean(values):.{digits}f}"
+
+
+def _rows(result: Row, **wanted: Any) -> list[Row]:
+    return [row for row in result["rows"] if wanted.items() <= row.items()]
+
+
+def agreement(result: Row) -> str:
+    """Accuracy at the longest distance."""
+    last = list(result["number"])[-1]
+    shown = ", ".join(f"{cell} {_mean_of(values)}" for cell, values in result["number"][last].items())
+    return f"number right at {last} words: {shown}"
+
+
+def autodiff_vs_analytic(result: Row) -> str:
+    """The worst error of the four methods that do not take differences."""
+    exact = [row["error"] for row in result["rows"] if row["dtype"] == "float64" and row["road"] != "differences"]
+    return f"autodiff, the rule, by hand and RTRL: {max(exact):.0e} in float64 at worst"
+
+
+def char_lm(result: Row) -> str:
+    """Bits per character beside the baselines."""
+    base = result["baselines"]
+    return f"LSTM {result['held_out_bits']:.2f} bits per character; 5-gram {base['5-gram']:.2f}, xz {base['xz']:.2f}"
+
+
+def chorales(result: Row) -> str:
+    """Mean test loss of every net."""
+    return "; ".join(f"{row['cell']}, {row['units']} units: {_mean_of(row['test'])}" for row in result["rows"])
+
+
+def counting(result: Row) -> str:
+    """How far the median net counts."""
+    own = [row for row in result["rows"] if "reach" in row]
+    return "right up to n = " + "; ".join(
+        f"{np.median(row['reach']):.0f} ({row['cell']}, {row['language']})" for row in own
+    )
+
+
+def dates(result: Row) -> str:
+    """How many strings are right to the last character."""
+    return f"{100 * result['exact match']:.2f} % of {result['held-out strings']:,} held-out dates right"
+
+
+def flip_flop(result: Row) -> str:
+    """How many nets have the points expected."""
+    perfect = [row for row in result["rows"] if row["by_unstable"][0] == row["memories"] == 8]
+    return f"8 stable points, one for each memory, in {len(perfect)} of {len(result['rows'])} nets"
+
+
+def gradbench(result: Row) -> str:
+    """Gradient time over objective time."""
+    ratios = [
+        [row[name]["gradient"] / row[name]["objective"] for row in result["rows"]] for name in ("jaxlstm", "lax.scan")
+    ]
+    own, scan = (f"{min(values):.1f} to {max(values):.1f}" for values in ratios)
+    return f"gradient / objective: {own}; by lax.scan {scan}"
+
+
+def gradient_flow(result: Row) -> str:
+    """How the seeds of LSTMs and RNNs compare after the training."""
+    last = list(result["verdicts"])[-1]
+    found = [row["than the RNN's"] for row in result["verdicts"][last] if row["cell"] == "LSTM"]
+    return f"after training, an LSTM's is larger than the RNN's in {found.count('larger')} of {len(found)} settings"
+
+
+def long_lag(result: Row) -> str:
+    """Adding at lag 100 by both recipes."""
+    shown = []
+    for recipe in ("1997", "LSTM, chrono"):
+        for row in _rows(result, recipe=recipe, task="adding", lag=100):
+            solved = [number for number in row["solved_at"] if number]
+            shown.append(f"{recipe}: {len(solved)}/{len(row['solved_at'])}, median {np.median(solved):,.0f}")
+    return "adding, T = 100: " + "; ".join(shown)
+
+
+def lorenz(result: Row) -> str:
+    """The leading exponent of every cell."""
+    nets = dict.fromkeys(row["net"] for row in result["rows"])
+    leading = {net: [row["exponents"][0] for row in _rows(result, net=net)] for net in nets}
+    return "leading exponent " + ", ".join(f"{net} {_mean_of(values, 3)}" for net, values in leading.items())
+
+
+def odyssey(result: Row) -> str:
+    """The mean test loss of every variant."""
+    return ", ".join(f"{row['variant']} {_mean_of(row['test'])}" for row in result["rows"])
+
+
+def ppo(result: Row) -> str:
+    """The longest corridor in which all agents succeed."""
+    rows = [row for row in result["rows"] if row["task"] == "T-maze"]
+    reached = {
+        net: max(
+            (row["number"] for row in rows if row["net"] == net and min(np.array(row["success"])[:, -1]) > 0.95),
+            default=0,
+        )
+        for net in ("LSTM", "GRU", "RNN")
+    }
+    return "all agents succeed in corridors up to " + ", ".join(f"{length} ({net})" for net, length in reached.items())
+
+
+def rnn_vs_lstm(result: Row) -> str:
+    """The gap between training and test of every net."""
+    return "gap " + ", ".join(f"{_mean_of(row['gap'])} ({row['cell']}, {row['units']} units)" for row in result["rows"])
+
+
+def tagging(result: Row) -> str:
+    """The mean F1 of every net."""
+    return "F1 " + ", ".join(f"{row['name']} {_mean_of(row['f1'], 3)}" for row in result["rows"])
+
+
+# fmt: off
+EXPERIMENTS = [
+    Entry("char_lm", "5", "", char_lm),
+    Entry("chorales", "60", "nats per chord: RNN 9.19, GRU 8.54, LSTM 8.67 (Chung et al. 2014); with 300,000 "
+          "parameters RNN 8.91, GRU 8.43, LSTM 8.45 (Bai et al. 2018)", chorales),
+    Entry("long_lag", "120", "adding, T = 100: 74,000 sequences (Hochreiter & Schmidhuber 1997)", long_lag),
+    Entry("counting", "60", "LSTMs count, GRUs and tanh RNNs do not (Weiss et al. 2018)", counting),
+    Entry("tagging", "10", "", tagging),
+    Entry("rnn_vs_lstm", "20", "", rnn_vs_lstm),
+    Entry("odyssey", "30", "no variant is significantly better; the forget gate and the output activation matter most "
+          "(Greff et al. 2017)", odyssey),
+    Entry("gradbench", "1", "", gradbench),
+    Entry("agreement", "15", "number: under 1 % error, rising with attractors (Linzen et al. 2016)", agreement),
+    Entry("gradient_flow", "7", "", gradient_flow),
+    Entry("autodiff_vs_analytic", "5", "", autodiff_vs_analytic),
+    Entry("flip_flop", "6", "8 stable fixed points (Sussillo & Barak 2013)", flip_flop),
+    Entry("lorenz", "15", "exponents 0.906, 0, −14.57", lorenz),
+    Entry("dates", "5", "", dates, "dates/functions"),
+    Entry("ppo", "30", "", ppo),
+]
+# fmt: on
+
+
+def markdown() -> str:
+    """Return the table of docs/experiments.md."""
+    lines = ["| question | command | minutes | published | measured |", "|---|---|---|---|---|"]
+    for entry in EXPERIMENTS:
+        lines.append(f"| {entry.question} | `{entry.command}` | {entry.minutes} | {entry.published} | {entry.answer} |")
+    return "\n".join(lines)

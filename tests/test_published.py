@@ -1,0 +1,641 @@
+"""The experiments beside published numbers: their data, their measures, how they choose, and short runs of each."""
+
+import io
+import itertools
+import json
+import keyword
+import os
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.io import savemat
+
+from experiments import catalog, chorales, counting, gradbench, long_lag, odyssey, tagging, text
+from experiments.harness import intervals, rows, runs
+from jaxlstm import GRU, LSTM, Cell, num_params
+from jaxlstm.diagnostics import check_gradients
+
+from cells import normal
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def default_settings():
+    """JAX as a user of an experiment has it: float32, and dtypes and ranks are promoted."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), jax.enable_x64(False):
+        yield
+
+
+def random_net(units):
+    """Return a net for music whose readout is not zero."""
+    net = chorales.init_net(jax.random.key(0), LSTM, units)
+    return net._replace(w=jnp.asarray(normal(0, units, 88)), b=jnp.asarray(normal(1, 88)))
+
+
+# What all of them share.
+
+
+def test_rows_are_saved_one_by_one_and_a_resumed_run_measures_only_the_rest(tmp_path):
+    plans = [{"cell": cell, "units": units} for cell in ("GRU", "LSTM") for units in (3, 5)]
+    seen = []
+
+    def measure(cell, units):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append((cell, units))
+        return {"twice": 2 * units}
+
+    options = {"workdir": str(tmp_path / "run"), "resume": False}
+    with pytest.raises(KeyboardInterrupt):
+        rows.collect("toy", {"width": 3}, plans, measure, **options)
+    saved = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert [(row["cell"], row["units"], row["twice"]) for row in saved["rows"]] == [("GRU", 3, 6), ("GRU", 5, 10)]
+    seen.clear()
+    options["resume"] = True
+    folder, result = rows.collect(
+        "toy", {"width": 3}, plans, lambda **plan: seen.append(plan) or {"twice": 0}, **options
+    )
+    assert seen == plans[2:] and [row["twice"] for row in result["rows"]] == [6, 10, 0, 0]
+    assert result == json.loads((folder / "result.json").read_text())
+    assert all(row["seconds"] >= 0 for row in result["rows"])
+    assert result["config"] == {"width": 3} and {"versions", "device", "commit"} <= result.keys()
+
+
+def test_a_result_names_the_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert runs.commit() is None
+    (tmp_path / "file").write_text("1")
+    git("init", "-q")
+    git("add", "file")
+    git("commit", "-qm", "first")
+    clean = runs.commit()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert len(clean) == 12 and head.startswith(clean)
+    (tmp_path / "file").write_text("2")
+    assert runs.commit() == clean + "+"
+
+
+def test_quick_sets_flags_that_others_on_the_command_line_replace(monkeypatch, capsys):
+    seen = []
+
+    def main(*, steps: int = 100, sizes: tuple[int, ...] = (1, 2), workdir: str | None = None, resume: bool = False):
+        """Train.
+
+        Args:
+          steps: how many.
+        """
+        seen.append((steps, sizes))
+
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    for flags in ([], ["--quick"], ["--quick", "--steps", "7"], ["--steps", "7", "--quick"]):
+        monkeypatch.setattr("sys.argv", ["toy", *flags])
+        runs.cli("toy", main, quick={"steps": 2, "sizes": (5,)})
+    assert seen == [(100, (1, 2)), (2, (5,)), (7, (5,)), (7, (5,))]
+    monkeypatch.setattr("sys.argv", ["toy", "--help"])
+    with pytest.raises(SystemExit):
+        runs.cli("toy", main, quick={"steps": 2, "sizes": (5,)})
+    assert "--quick stands for --steps 2 --sizes 5" in " ".join(capsys.readouterr().out.replace("│", "").split())
+    monkeypatch.setattr("sys.argv", ["toy", "--quick"])
+    with pytest.raises(SystemExit):
+        runs.cli("toy", main)
+
+
+def test_intervals_are_those_of_scipy():
+    values = [0.3, 0.9, 1.4, 0.2]
+    mean, low, high = intervals.of_mean(values)
+    expected = stats.t.interval(0.95, 3, loc=np.mean(values), scale=np.std(values, ddof=1) / 2)
+    np.testing.assert_allclose((mean, low, high), (0.7, *expected))
+    assert intervals.of_mean([2.5]) == (2.5, 2.5, 2.5)
+    z, n, k = stats.norm.ppf(0.975), 10, 7
+    center, half = k + z**2 / 2, z * np.sqrt(k * (n - k) / n + z**2 / 4)
+    np.testing.assert_allclose(
+        intervals.of_share(k, n), (0.7, (center - half) / (n + z**2), (center + half) / (n + z**2))
+    )
+
+
+# Music.
+
+
+def pieces(*lengths):
+    return [(normal(n, length, chorales.NOTES) > 1).astype(np.uint8) for n, length in enumerate(lengths)]
+
+
+def test_streams_hold_every_chord_once_and_ask_for_all_but_the_first_of_a_piece():
+    own = pieces(9, 4, 12, 5, 2)
+    packed = chorales.streams(own, 12)
+    chords, reset, asked = map(np.asarray, packed)
+    assert chords.shape == (3, 12, 88)  # 12, 9 + 2, 5 + 4
+    found = []
+    for stream, starts, predicts in zip(chords, reset, asked, strict=True):
+        begins = [*np.flatnonzero(starts), 12]
+        for start, stop in itertools.pairwise(begins):
+            length = predicts[start:stop].sum() + 1
+            assert predicts[start : start + length - 1].all()
+            found.append(stream[start : start + length])
+    assert sorted(map(len, found)) == [2, 4, 5, 9, 12]
+    for piece in own:
+        assert any(np.array_equal(piece, other) for other in found)
+    assert asked.sum() == sum(len(piece) - 1 for piece in own)
+
+
+def test_training_pieces_are_cut_and_test_pieces_are_not(tmp_path):
+    path = write_music(tmp_path, 11, 3, 7)
+    parts = chorales.load(path, 4)
+    assert parts["train"].chords.shape[1] == 4 and parts["valid"].chords.shape[1] == 11
+    assert int(parts["train"].reset.sum()) == 2 * (3 + 1 + 2) and int(parts["test"].reset.sum()) == 6
+    with pytest.raises(FileNotFoundError, match=r"nothing.mat is not a file"):
+        chorales.read("nothing.mat")
+
+
+def write_music(folder, *lengths):
+    """Write a file like those of the data sets: two pieces of each length in every part."""
+    parts = {}
+    for n, part in enumerate(("train", "valid", "test")):
+        own = pieces(*(length for length in lengths for _ in range(2)))
+        cells = np.empty((1, len(own)), object)
+        for k, piece in enumerate(own):
+            cells[0, k] = np.roll(piece, n, axis=1)
+        parts[f"{part}data"] = cells
+    savemat(folder / "JSB_Chorales.mat", parts)
+    return folder / "JSB_Chorales.mat"
+
+
+def test_the_loss_of_music_equals_a_numpy_loop_over_each_piece_alone():
+    own = pieces(6, 3, 4)
+    packed = chorales.streams(own, 7)
+    net = random_net(5)
+    nats, asked = chorales.losses(LSTM, net, packed)
+    total = 0.0
+    for piece in own:
+        h = c = np.zeros(5)
+        for now, after in itertools.pairwise(piece.astype(float)):
+            z = now @ np.asarray(net.cell.w_ih) + h @ np.asarray(net.cell.w_hh) + np.asarray(net.cell.b)
+            i, f, g, o = np.split(z, 4)
+            i, f, o = (1 / (1 + np.exp(-v)) for v in (i, f, o))
+            c = f * c + i * np.tanh(g)
+            h = o * np.tanh(c)
+            logits = h @ np.asarray(net.w) + np.asarray(net.b)
+            p = 1 / (1 + np.exp(-logits))
+            total -= (after * np.log(p) + (1 - after) * np.log(1 - p)).sum()
+    np.testing.assert_allclose(nats.sum(where=asked), total, rtol=1e-5)
+    np.testing.assert_allclose(chorales.mean_loss(LSTM, net, packed), total / asked.sum(), rtol=1e-5)
+
+
+def test_masks_drop_inputs_units_and_outputs():
+    packed = chorales.streams(pieces(6, 5), 6)
+    net = random_net(5)
+    ones = chorales.Masks(jnp.ones((2, 88)), jnp.ones((2, 5)), jnp.ones((2, 5)))
+    plain, _ = chorales.losses(LSTM, net, packed)
+    np.testing.assert_allclose(chorales.losses(LSTM, net, packed, ones)[0], plain, rtol=1e-6)
+    for name in ones._fields:
+        changed = chorales.losses(LSTM, net, packed, ones._replace(**{name: 0 * getattr(ones, name)}))[0]
+        assert np.abs(changed - plain).max() > 1e-3, name
+    silent, _ = chorales.losses(LSTM, net._replace(b=0 * net.b), packed, ones._replace(y=0 * ones.y))
+    np.testing.assert_allclose(silent, 88 * np.log(2), rtol=1e-6)
+
+
+def test_the_validation_part_chooses_and_the_test_part_is_read_once(monkeypatch):
+    data = {name: name for name in ("train", "valid", "test")}
+    read = []
+
+    def trained(cell, recipe, data, keys, rates):
+        # A net is its learning rate; the best validation loss is at 0.02, the best test loss at 0.1.
+        distance = jnp.abs(rates - 0.02) + 10 * (recipe.dropout != 0.3)
+        epochs = {name: jnp.stack([distance + 1, distance, distance + 2], axis=1) for name in ("validation", "loss")}
+        return rates, {**epochs, "ran": jnp.array([[True, True, False]] * len(rates))}
+
+    def mean_loss(cell, net, part):
+        read.append(part.shape)
+        return net
+
+    monkeypatch.setattr(chorales, "train_all", trained)
+    monkeypatch.setattr(chorales, "mean_loss", mean_loss)
+    data = {"train": jnp.zeros(3), "valid": jnp.zeros(4), "test": jnp.zeros(5)}
+    recipes = [chorales.Recipe(5, dropout) for dropout in (0.0, 0.3)]
+    found = chorales.train_and_choose(LSTM, recipes, data, (0.1, 0.02, 0.005), 2)
+    assert found["chosen"] == 4 and found["tried"][4]["dropout"] == 0.3
+    assert found["tried"][4]["learning_rate"] == 0.02 and found["tried"][4]["epochs"] == [2, 2]
+    assert found["test"] == found["train"] == [0.02, 0.02]
+    assert read == [(3,), (5,)]  # one call for the training part, one for the test part
+
+
+def test_a_net_learns_music_and_dropout_changes_its_training(tmp_path):
+    motif = np.zeros((12, 88), np.uint8)
+    motif[np.arange(12), 20 + 3 * (np.arange(12) % 4)] = 1
+    part = chorales.streams([motif, motif[:9], motif[2:], motif[1:11]], 12)
+    data = {"train": part, "valid": part, "test": part}
+    plain = chorales.train_and_choose(GRU, [chorales.Recipe(7, epochs=40)], data, (3e-2,), 2)
+    assert max(plain["test"]) < 2 < plain["tried"][0]["validation"][0] + 2
+    noisy = chorales.train_and_choose(GRU, [chorales.Recipe(7, 0.5, epochs=40)], data, (3e-2,), 2)
+    assert noisy["train"] != plain["train"] and plain["parameters"] == 3 * 7 * (88 + 7 + 1) + 7 + 8 * 88
+
+
+@pytest.mark.parametrize("size", ["20,000", "300,000"])
+def test_the_nets_have_the_sizes_that_they_name(size):
+    cells = {**chorales.CELLS, "LSTM with dropout": LSTM}
+    for net in chorales.NETS["JSB Chorales"]:
+        if net.size == size:
+            count = num_params(
+                jax.eval_shape(lambda net=net: chorales.init_net(jax.random.key(0), cells[net.cell], net.units))
+            )
+            assert 0.97 < count / int(size.replace(",", "")) < 1.4, net  # the paper's RNN of 100 units has 27,788
+
+
+# Long lags.
+
+
+@pytest.mark.parametrize(("task", "low"), [("adding", -1), ("multiplication", 0)])
+def test_the_answer_is_made_of_the_two_marked_numbers(task, low):
+    xs, asked, targets = map(np.asarray, long_lag.TASKS[task].draw(jax.random.key(0), 40, 300))
+    assert xs.shape == (44, 300, 2) and asked.shape == (1, 300) and targets.shape == (1, 300, 1)
+    assert {*asked[0]} == {39, 40, 41, 42, 43}
+    values, marker = xs[..., 0], xs[..., 1]
+    assert low <= values.min() < low + 0.1 and values.max() > 0.9
+    for n in range(300):
+        places = np.flatnonzero(marker[:, n] == 1)
+        assert len(places) == 2 and places.min() < 10 and places.max() < 20
+        first, second = values[places, n]
+        np.testing.assert_allclose(targets[0, n, 0], 0.5 + (first + second) / 4 if low else first * second, rtol=1e-6)
+        ends = [step for step in (0, asked[0, n]) if step not in places]
+        assert (marker[ends, n] == -1).all() and (marker[:, n] == -1).sum() == len(ends)
+    zeroed = marker[0] == 1
+    assert zeroed.any() and (values[0, zeroed] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("task", "windows"), [("order of two", ((10, 20), (50, 60))), ("order of three", ((10, 20), (33, 43), (66, 76)))]
+)
+def test_the_answer_is_the_order_of_the_two_signs(task, windows):
+    symbols, asked, targets = map(np.asarray, long_lag.TASKS[task].draw(jax.random.key(1), 100, 200))
+    assert symbols.shape == (110, 200) and targets.shape == (1, 200, 2 ** len(windows))
+    for n in range(200):
+        assert symbols[0, n] == 6 and symbols[asked[0, n], n] == 7 and 99 <= asked[0, n] < 110
+        places = np.flatnonzero((symbols[:, n] == 4) | (symbols[:, n] == 5))
+        assert len(places) == len(windows)
+        assert all(low <= place <= high for place, (low, high) in zip(places, windows, strict=True))
+        answer = sum((symbols[place, n] - 4) * 2**k for k, place in enumerate(places))
+        assert targets[0, n].argmax() == answer and targets[0, n].sum() == 1
+    assert {*symbols[1:9].ravel()} == {0, 1, 2, 3}
+
+
+def test_2c_asks_for_the_second_symbol_and_copy_for_the_first_ten():
+    symbols, asked, targets = map(np.asarray, long_lag.noise(jax.random.key(2), 30, 200))
+    assert (symbols[0] == 0).all() and {*symbols[1]} == {2, 3}
+    assert (targets[0].argmax(-1) == symbols[1] - 2).all()
+    assert (symbols[asked[0], np.arange(200)] == 1).all() and asked.min() >= 32 and asked.max() < len(symbols)
+    assert symbols[2:32].min() == 4 and symbols[2:32].max() == 33
+    assert 5 < (asked[0] - 32).mean() < 13  # geometric, mean 9
+
+    symbols, asked, targets = map(np.asarray, long_lag.copy(jax.random.key(3), 12, 50))
+    assert symbols.shape == (32, 50) and (symbols[10:21] == 8).all() and (symbols[21] == 9).all()
+    assert (asked == np.arange(22, 32)[:, None]).all() and (targets.argmax(-1) == symbols[:10]).all()
+    assert {*symbols[:10].ravel()} == set(range(8))
+
+
+def test_a_symbol_picks_a_row_of_the_weights():
+    params = LSTM.init(jax.random.key(0), 6, 3)._replace(b=jnp.asarray(normal(0, 12)))
+    symbols = np.array([[0, 5], [3, 3]])
+    np.testing.assert_allclose(
+        long_lag.lookup(params, symbols), LSTM.project(params, jax.nn.one_hot(symbols, 6)), rtol=1e-6
+    )
+
+
+def test_the_outputs_are_read_where_they_are_asked_for():
+    recipe = long_lag.recipe_of_today(long_lag.TASKS["copy"], 5, long_lag.nets(5)["GRU"], 1e-2)
+    batch = long_lag.copy(jax.random.key(0), 5, 3)
+    params = recipe.init(jax.random.key(1))._replace(w=jnp.asarray(normal(1, long_lag.UNITS, 8)))
+    got = long_lag.read(recipe.cell, params, batch)
+    state = GRU.initial_carry(params.cell, (3,))
+    outputs = []
+    for x in jax.nn.one_hot(batch.xs, 10):
+        state, h = GRU.step(params.cell, state, x)
+        outputs.append(h @ params.w + params.b)
+    np.testing.assert_allclose(got, np.stack(outputs[-10:]), rtol=1e-5, atol=1e-6)
+
+
+def test_the_recipe_of_1997_has_the_papers_weights():
+    for task, lag, weights in (("adding", 100, 93), ("order of two", 100, 156), ("order of three", 100, 308)):
+        recipe = long_lag.recipe_of_1997(long_lag.TASKS[task], lag)
+        params = recipe.init(jax.random.key(0))
+        assert num_params(params) == weights and recipe.batch == 1
+        blocks = long_lag.TASKS[task].paper.input_bias
+        cells = 2 * len(blocks)
+        np.testing.assert_array_equal(params.cell.b[cells : cells + len(blocks)], blocks)
+        others = [
+            leaf.ravel() for leaf in (params.cell.w_ih, params.cell.w_hh, params.cell.b[:cells], params.w, params.b)
+        ]
+        sizes = np.abs(np.concatenate(others))
+        assert sizes.max() < 0.1 and 0.04 < sizes.mean() < 0.06
+    # The paper's net for 2c has no biases: 364 weights instead of 372.
+    assert num_params(long_lag.recipe_of_1997(long_lag.TASKS["2c"], 50).init(jax.random.key(0))) == 364 + 8
+    with pytest.raises(ValueError, match="does not contain this task"):
+        long_lag.recipe_of_1997(long_lag.TASKS["copy"], 50)
+
+
+def test_the_recipe_of_1997_is_plain_descent_on_half_the_squared_error():
+    recipe = long_lag.recipe_of_1997(long_lag.TASKS["adding"], 10)
+    z, target = jnp.array([[[0.3]]]), jnp.array([[[0.8]]])
+    y = 1 / (1 + np.exp(-0.3))
+    np.testing.assert_allclose(jax.grad(recipe.loss)(z, target), [[[(y - 0.8) * y * (1 - y)]]], rtol=1e-6)
+    update, _ = recipe.optimizer.update({"w": jnp.ones(2)}, recipe.optimizer.init({"w": jnp.ones(2)}))
+    np.testing.assert_allclose(update["w"], -0.5)
+
+
+@pytest.mark.parametrize("misses", [0, 2])
+def test_a_task_is_solved_at_the_first_time_when_enough_of_the_last_sequences_were_right(misses):
+    task = long_lag.TASKS["adding"]._replace(in_a_row=12, misses=misses)
+    rng = np.random.default_rng(misses)
+    right = np.repeat(rng.random(40) < 0.75, 2).reshape(-1, 4)
+    right[8:12] = True
+    progress = long_lag.Progress(jnp.zeros((3, 4), bool), jnp.int32(0), jnp.int32(0))
+    watch = jax.jit(lambda progress, now: long_lag.watch(task, progress, now))
+    for now in right:
+        progress = watch(progress, jnp.asarray(now))
+    flat = right.ravel()
+    expected = next((n for n in range(12, len(flat) + 1, 4) if (~flat[n - 12 : n]).sum() <= misses), 0)
+    assert int(progress.solved_at) == expected > 0 and int(progress.seen) == len(flat)
+
+
+def test_training_goes_on_until_every_trial_has_solved_the_task(monkeypatch):
+    monkeypatch.setattr(long_lag, "BLOCK", 80)
+
+    def easy(key, lag, batch):  # the answer is the last input
+        symbols = jax.random.randint(key, (3, batch), 0, 2)
+        return long_lag.Batch(symbols, jnp.full((1, batch), 2), jax.nn.one_hot(symbols[2], 2)[None])
+
+    task = long_lag.Task(easy, lambda lag: 2, 0.3, None, in_a_row=40)
+    recipe = long_lag.recipe_of_today(task, 3, long_lag.nets(3)["LSTM, b_f = 1"], 3e-2)
+    keys = lambda: jax.random.split(jax.random.key(0), 3)
+    solved = long_lag.sequences_to_success(task, recipe, 3, keys(), 4000)
+    assert all(40 < number < 4000 for number in solved) and len({*solved}) > 1
+    assert long_lag.sequences_to_success(task, recipe, 3, keys(), 80) == [None] * 3
+
+
+def test_long_lag_tables_show_medians_ranges_and_failures():
+    row = {"solved_at": [5000, 3000, None, 4000]}
+    assert long_lag.shown(row) == "3/4, 4,500 (3,000 to the limit)"
+    assert long_lag.shown({"solved_at": [None, None, 7]}) == "1/3" and long_lag.shown(None) == ""
+
+
+# Counting.
+
+
+@pytest.mark.parametrize(("letters", "alphabet"), [(2, "ab"), (3, "abc")])
+def test_after_every_symbol_exactly_the_right_ones_are_allowed(letters, alphabet):
+    ns = range(1, 7)
+    symbols, allowed, real = map(np.asarray, counting.counted(letters, ns))
+    language = {"".join(letter * n for letter in alphabet) for n in range(1, 9)}
+    for word, n in enumerate(ns):
+        text = "".join(letter * n for letter in alphabet)
+        assert real[:, word].sum() == 1 + len(text)
+        assert ["?", *text] == ["?" if s == 0 else alphabet[s - 1] for s in symbols[real[:, word], word]]
+        for step in range(1 + len(text)):
+            following = {other[step : step + 1] for other in language if other.startswith(text[:step])}
+            assert {"" if k == 0 else alphabet[k - 1] for k in np.flatnonzero(allowed[step, word])} == following
+
+
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_brackets_are_balanced_and_their_continuations_right(kinds):
+    lengths = [2, 10, 6, 4] * 50
+    symbols, allowed, real = map(np.asarray, counting.brackets(kinds, np.random.default_rng(0), lengths))
+    for word, length in enumerate(lengths):
+        assert real[:, word].sum() == 1 + length
+        stack = []
+        for step in range(1 + length):
+            symbol = symbols[step, word]
+            if step and symbol <= kinds:
+                stack.append(symbol)
+            elif step:
+                assert stack.pop() == symbol - kinds
+            expected = {*range(1, 1 + kinds), stack[-1] + kinds if stack else 0}
+            assert {*np.flatnonzero(allowed[step, word])} == expected
+        assert not stack
+    if kinds == 1:  # the five shapes of six brackets are equally likely
+        words = counting.brackets(1, np.random.default_rng(1), [6] * 1000).symbols
+        _, counts = np.unique(np.asarray(words), axis=1, return_counts=True)
+        assert len(counts) == 5 and stats.chisquare(counts).pvalue > 1e-3
+
+
+def counter_net():
+    """A net that counts: c goes up at a and down at b, and the readout compares it with 0 and with what was read."""
+
+    class State(dict):
+        pass
+
+    def gates(params, state, z, a):
+        c = state["c"] + z[..., :1]
+        last = z[..., 1:]
+        h = jnp.concatenate([c, last], axis=-1)
+        return {"c": c, "h": h}, h
+
+    def project(params, xs):  # one-hot of (start, a, b) -> change of c, and which symbol it was
+        return jnp.concatenate([xs[..., 1:2] - xs[..., 2:3], xs], axis=-1)
+
+    def initial(params, batch_shape=()):
+        return {"c": jnp.zeros((*batch_shape, 1)), "h": jnp.zeros((*batch_shape, 4))}
+
+    cell = Cell(lambda *_: None, initial, gates, project, lambda params, state: None)
+    # end: after b with c = 0; a: after the start or a; b: after a, or after b with c > 0
+    w = jnp.array([[-1.0, 0.0, 1.0], [-9.0, 1.0, -9.0], [-9.0, 1.0, 9.0], [0.5, -1.0, -0.5]])
+    return cell, counting.Params(jnp.zeros(()), w, jnp.zeros(3))
+
+
+def test_a_net_that_counts_is_right_and_one_that_cannot_is_wrong():
+    cell, net = counter_net()
+    words = counting.counted(2, range(1, 30))
+    assert np.asarray(counting.right(cell, net, words)).all()
+    broken = net._replace(w=net.w.at[3, 0].set(-0.5))
+    assert not np.asarray(counting.right(cell, broken, words)).any()
+
+
+def test_reach_is_the_last_word_before_the_first_mistake():
+    assert counting.reach(np.array([True, True, False, True])) == 2
+    assert counting.reach(np.array([False, True])) == 0 and counting.reach(np.ones(5, bool)) == 5
+
+
+def test_every_setting_of_counting_changes_the_result():
+    settings = {"trained_to": 4, "tested_to": 6, "seeds": 2, "steps": 3, "learning_rate": 1e-2}
+    base = counting.measure("aⁿbⁿ", "GRU", **settings)
+    assert len(base["loss"]) == 2 and len(base["counter"]) == 10 and len(base["counter"][0]) == 1 + 2 * 16
+    for name, value in (("trained_to", 5), ("steps", 4), ("learning_rate", 2e-2)):
+        assert counting.measure("aⁿbⁿ", "GRU", **{**settings, name: value})["loss"] != base["loss"], name
+    brackets = counting.measure("Dyck-2", "LSTM", **settings)
+    assert brackets["lengths"] == [4, 8] and np.shape(brackets["right"]) == (2, 2) and brackets["units"] == 16
+
+
+# Tagging.
+
+
+def test_labels_equal_those_of_the_tokenizer_character_by_character():
+    source = 'def f(x):\n    """Doc."""\n    return x + 1.5  # note\n'
+    labels = [tagging.CLASSES[k] for k in tagging.label(source)]
+    expected = {"def": "keyword", "f": "name", '"""Doc."""': "string", "return": "keyword", "1.5": "number",
+                "# note": "comment", "+": "operator"}  # fmt: skip
+    for words, kind in expected.items():
+        at = source.index(words, 4 if words == "f" else 0)
+        assert labels[at : at + len(words)] == [kind] * len(words), words
+    assert all(labels[at] == "space" for at, symbol in enumerate(source) if symbol == "\n")
+    covered = sum(len(t.string) for t in tokenize.generate_tokens(io.StringIO(source).readline) if tagging.class_of(t))
+    assert covered == sum(kind != "space" for kind in labels)
+    assert not keyword.iskeyword("format") and tagging.label('f"a{b}"')[0] == tagging.CLASSES.index("string")
+
+
+def test_training_and_test_windows_come_from_different_files():
+    seen, held_out = tagging.load(2000)
+    assert seen.symbols.shape[1] == 128 and held_out.symbols.shape[1] == 512
+    assert 3 < seen.symbols.size / held_out.symbols.size < 8 and int(seen.symbols.max()) < 128
+    assert {*np.unique(held_out.labels)} == set(range(7))
+    windows = {np.asarray(row[:128]).tobytes() for row in held_out.symbols}
+    assert len(windows & {np.asarray(row).tobytes() for row in seen.symbols}) < 0.02 * len(windows)
+
+
+def test_f1_is_the_harmonic_mean_of_precision_and_recall():
+    rng = np.random.default_rng(0)
+    predicted, labels = rng.integers(0, 7, 500), rng.integers(0, 7, 500)
+    for k, score in enumerate(tagging.f1(predicted, labels)):
+        hits = ((predicted == k) & (labels == k)).sum()
+        precision, recall = hits / (predicted == k).sum(), hits / (labels == k).sum()
+        np.testing.assert_allclose(score, stats.hmean([precision, recall]))
+
+
+def test_lone_borders_are_those_without_another_one_near():
+    labels = np.zeros((2, 60), int)
+    labels[0, 20:] = 1
+    labels[1, 15:30], labels[1, 38:] = 2, 3
+    windows, steps = tagging.lone_borders(labels)
+    assert [*zip(windows, steps, strict=True)] == [(0, 20), (1, 15)]
+
+
+def test_gates_are_averaged_over_units_and_borders():
+    net = tagging.Net(LSTM, 3)
+    params = tagging.init_net(jax.random.key(0), net)
+    symbols = jnp.asarray(np.random.default_rng(0).integers(0, 128, (2, 50)))
+    labels = jnp.asarray(np.repeat([[0, 1], [2, 3]], 25, axis=1))
+    found = tagging.around_borders(net, params, tagging.Text(symbols, labels))
+    state, f, change = LSTM.initial_carry(params.layer, (2,)), [], []
+    for x in params.embedding[symbols.T]:
+        z, a = LSTM.project(params.layer, x), LSTM.recur(params.layer, state)
+        f.append(LSTM.activations(params.layer, state, z, a).f.mean(-1))
+        before, (state, _) = state, LSTM.step(params.layer, state, x)
+        change.append(jnp.sqrt(((state.c - before.c) ** 2).sum(-1)))
+    np.testing.assert_allclose(found["f"], np.stack(f)[15:36].mean(1), atol=1e-4)
+    np.testing.assert_allclose(found["change of c"], np.stack(change)[15:36].mean(1), atol=1e-4)
+
+
+def test_sensitivity_is_triangular_for_one_direction_and_full_for_both():
+    for both in (False, True):
+        net = tagging.Net(LSTM, 3, both)
+        params = tagging.init_net(jax.random.key(0), net)
+        params = params._replace(w=jnp.asarray(normal(0, *params.w.shape)))
+        matrix = np.array(tagging.sensitivity(net, params, "if x:\n"))
+        assert matrix.shape == (6, 6) and (np.tril(matrix) > 0).sum() == 21
+        assert (np.triu(matrix, 1) > 0).any() == both
+
+
+def test_the_three_taggers_have_equally_many_parameters():
+    counts = [
+        num_params(jax.eval_shape(lambda net=net: tagging.init_net(jax.random.key(0), net)))
+        for net in tagging.NETS.values()
+    ]
+    assert max(counts) / min(counts) < 1.03
+
+
+# GradBench's problem.
+
+
+@pytest.fixture
+def x64(default_settings):
+    with jax.enable_x64(True):
+        yield
+
+
+def numpy_objective(params, carries, sequence):
+    """The objective as the benchmark defines it, in plain loops."""
+    sigmoid = lambda v: 1 / (1 + np.exp(-v))
+    states = [(np.array(h), np.array(c)) for h, c in carries]
+    total = 0.0
+    for now, after in itertools.pairwise(np.asarray(sequence)):
+        x = now * params.scale
+        for k, (w, b) in enumerate(params.layers):
+            h, c = states[k]
+            forget, output = sigmoid(x * w[1] + b[1]), sigmoid(x * w[3] + b[3])
+            c = c * forget + sigmoid(h * w[0] + b[0]) * np.tanh(h * w[2] + b[2])
+            x = output * np.tanh(c)
+            states[k] = (x, c)
+        prediction = x * params.w + params.b
+        total += (after * (prediction - np.log(np.exp(prediction).sum() + 2))).sum()
+    return -total / ((len(sequence) - 1) * sequence.shape[1])
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_diagonal_lstm_has_the_objective_and_the_gradient_of_the_benchmark():
+    params, carries, sequence = gradbench.problem(2, 9)
+    assert {*np.unique(sequence)} == {0, 1} and sequence.shape == (9, 14)
+    expected = numpy_objective(*jax.tree.map(np.asarray, (params, carries, sequence)))
+    for predict in gradbench.PREDICTIONS.values():
+        np.testing.assert_allclose(gradbench.objective(predict, params, carries, sequence), expected, rtol=1e-12)
+    of_params = lambda params: gradbench.objective(gradbench.by_layer, params, carries, sequence)
+    check_gradients(of_params, params, key=jax.random.key(0))
+    by_step = jax.grad(lambda params: gradbench.objective(gradbench.by_step, params, carries, sequence))(params)
+    for a, b in zip(jax.tree.leaves(jax.grad(of_params)(params)), jax.tree.leaves(by_step), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_text_of_gradbench_is_written_in_bits():
+    _, _, sequence = gradbench.problem(1, 50)
+    codes = np.asarray(sequence) @ 2.0 ** np.arange(gradbench.BITS)[::-1]
+    assert "".join(map(chr, codes.astype(int))) == text.load_corpus("python-docs").train[:50]
+
+
+# The list, the pages, and short runs.
+
+
+def test_the_list_contains_every_experiment_and_no_other_program():
+    helpers = {"sample", "gradient_check", "char_lm_report"}
+    programs = {
+        path.stem
+        for path in (ROOT / "experiments").glob("*.py")
+        if 'if __name__ == "__main__"' in path.read_text("utf-8") and path.stem != "__main__"
+    }
+    assert {entry.name for entry in catalog.EXPERIMENTS} == programs - helpers
+    assert all(entry.question.endswith(("?", ".")) for entry in catalog.EXPERIMENTS)
+
+
+def test_variants_differ_from_v_by_welchs_interval():
+    base, row = {"test": [1.0, 2.0, 3.0]}, {"test": [2.0, 3.5, 4.5, 6.0]}
+    mean, low, high = odyssey.difference(row, base)
+    se = np.sqrt(np.var(base["test"], ddof=1) / 3 + np.var(row["test"], ddof=1) / 4)
+    df = se**4 / ((np.var(base["test"], ddof=1) / 3) ** 2 / 2 + (np.var(row["test"], ddof=1) / 4) ** 2 / 3)
+    half = stats.t.ppf(0.975, df) * se
+    np.testing.assert_allclose((mean, low, high), (2.0, 2 - half, 2 + half))
+
+
+QUICK = [entry.name for entry in catalog.EXPERIMENTS]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", QUICK)
+def test_every_experiment_has_a_quick_form(name, tmp_path):
+    write_music(tmp_path, 30, 40)
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", f"experiments.{name}", "--quick", "--workdir", str(out)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    assert result["config"] and result["versions"]["jaxlstm"]
+    assert str(out / "result.json") in done.stdout and str(tmp_path.name) not in json.dumps(result)
