@@ -220,7 +220,8 @@ def train_and_choose(
     tried, nets = [], []
     for recipe in recipes:
         # Every recipe and learning rate has the same seeds.
-        keys = jnp.stack([key for _ in learning_rates for key in jax.random.split(jax.random.key(0), seeds)])
+        keys = jax.random.split(jax.random.key(0), seeds)
+        keys = jnp.broadcast_to(keys, (len(learning_rates), seeds)).reshape(-1)
         rates = jnp.repeat(jnp.array(learning_rates), seeds)
         trained, epochs = train_all(cell, recipe, data, keys, rates)
         for n, rate in enumerate(learning_rates):
