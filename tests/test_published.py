@@ -237,7 +237,7 @@ def test_a_net_learns_music_and_dropout_changes_its_training(tmp_path):
     part = chorales.streams([motif, motif[:9], motif[2:], motif[1:11]], 12)
     data = {"train": part, "valid": part, "test": part}
     plain = chorales.train_and_choose(GRU, [chorales.Recipe(7, epochs=40)], data, (3e-2,), 2)
-    assert max(plain["test"]) < 2 < plain["tried"][0]["validation"][0] + 2
+    assert max(plain["test"]) < 4  # at the start it is 88 log 2 = 61
     noisy = chorales.train_and_choose(GRU, [chorales.Recipe(7, 0.5, epochs=40)], data, (3e-2,), 2)
     assert noisy["train"] != plain["train"] and plain["parameters"] == 3 * 7 * (88 + 7 + 1) + 7 + 8 * 88
 

@@ -185,6 +185,7 @@ def test_there_is_one_benchmark_per_machine_and_each_has_the_fifteen_lines():
 def test_the_benchmarks_page_equals_the_committed_result():
     page = TEXT["docs/benchmark.md"]
     result = RESULTS[0]
+    assert result["device"].startswith("AMD EPYC")
     assert benchmark.costs_table(result) in page
     assert result["config"]["starts"] * result["config"]["rounds"] >= 5
     gradients = [benchmark.ratios(row, "gradient") for row in result["shapes"]]
@@ -200,6 +201,16 @@ def test_the_benchmarks_page_equals_the_committed_result():
     assert min(forward) > min(noise) and benchmark.geometric_mean(forward) > 1, "level"
     assert min(forward[0], forward[4]) > max(noise), "faster in the smallest layers"
     assert all(found["fifteen lines"] > 1 for found in gradients), "never faster"
+
+
+def test_a_second_model_of_cpu_shows_the_same():
+    for result in RESULTS[1:]:
+        *ahead, level = [benchmark.ratios(row, "gradient")["fastest JAX library"] for row in result["shapes"]]
+        assert min(ahead) > 1.05 and abs(level - 1) < 0.05
+        forward = [benchmark.ratios(row, "forward") for row in result["shapes"]]
+        assert benchmark.geometric_mean([found["fastest JAX library"] for found in forward]) > 1
+        missing = {"torch"} - forward[0].keys()
+        assert not missing or "Torch was not measured on the Intel Xeon" in TEXT["docs/benchmark.md"]
 
 
 def test_the_benchmarks_page_describes_the_result_of_a_gpu():
@@ -220,8 +231,9 @@ def test_the_benchmarks_page_describes_the_result_of_a_gpu():
 
 def test_the_readmes_speeds_equal_the_committed_results():
     def mean(kind, name, results=RESULTS):
-        of = lambda result: [benchmark.ratios(row, kind)[name] for row in result["shapes"]]
-        return benchmark.span([benchmark.geometric_mean(of(result)) for result in results])
+        of = lambda result: [benchmark.ratios(row, kind).get(name) for row in result["shapes"]]
+        # Not every machine has every library.
+        return benchmark.span([benchmark.geometric_mean(of(result)) for result in results if all(of(result))])
 
     assert benchmark.span([1.254, 1.191]) == "1.19 to 1.25" and benchmark.span([1.251, 1.249]) == "1.25"
 
