@@ -145,6 +145,12 @@ def rnn_vs_lstm(result: Row) -> str:
     return "gap " + ", ".join(f"{_mean_of(row['gap'])} ({row['cell']}, {row['units']} units)" for row in result["rows"])
 
 
+def shakespeare(result: Row) -> str:
+    """The best held-out loss of every recipe."""
+    recipes = dict.fromkeys(row["recipe"] for row in result["rows"])
+    return "; ".join(f"{name}: {_mean_of([row['best'] for row in _rows(result, recipe=name)], 3)}" for name in recipes)
+
+
 def tagging(result: Row) -> str:
     """The mean F1 of every net."""
     return "F1 " + ", ".join(f"{row['name']} {_mean_of(row['f1'], 3)}" for row in result["rows"])
@@ -153,6 +159,7 @@ def tagging(result: Row) -> str:
 # fmt: off
 EXPERIMENTS = [
     Entry("char_lm", "5", "", char_lm),
+    Entry("shakespeare", "120", "a checkpoint of char-rnn: 1.3950 nats per character", shakespeare),
     Entry("chorales", "60", "nats per chord: RNN 9.19, GRU 8.54, LSTM 8.67 (Chung et al. 2014); with 300,000 "
           "parameters RNN 8.91, GRU 8.43, LSTM 8.45 (Bai et al. 2018)", chorales),
     Entry("long_lag", "120", "adding, T = 100: 74,000 sequences (Hochreiter & Schmidhuber 1997)", long_lag),

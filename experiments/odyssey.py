@@ -1,13 +1,14 @@
 """Which component of an LSTM matters?
 
 The variants of Greff et al., LSTM: a search space odyssey, 2017, on music (JSB Chorales): the peephole LSTM, which the
-paper calls V, with one component taken away or added. Every variant has the same number of units. All learning rates
+paper calls V, with one component taken away or added, and the plain LSTM with g = σ(z_g). Every variant has the same number of units. All learning rates
 and seeds of a variant train in one program; the validation part chooses the rate, and the test part is read once.
 """
 
 import logging
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from scipy import stats
 
@@ -34,6 +35,7 @@ VARIANTS = {
     "NOAF": Variant(variants.NoOutputActivationLSTM, "no output activation"),
     "CIFG": Variant(variants.CoupledLSTM, "f = 1 − i, no peepholes"),
     "NP": Variant(LSTM, "no peepholes: the plain LSTM"),
+    "NP, g = σ": Variant(variants.make_lstm(candidate=jax.nn.sigmoid), "its candidate in (0, 1)"),
     "FGR": Variant(variants.FullGateRecurrenceLSTM, "gates also read gates"),
 }
 

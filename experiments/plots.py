@@ -467,7 +467,7 @@ def chorales(path: Path, rows: list[dict[str, Any]], data: str) -> Path:
         axes.plot(row["published"], place, "D", color=COLORS[1], markersize=7,
                   label="published" if not place else None)  # fmt: skip
     axes.set_yticks(range(len(rows)), [f"{row['cell']}, {row['units']} units" for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set(xlabel="test: nats per chord (lower is better)", title=f"{data}: predicting the next chord")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower right", ncols=2)
@@ -541,7 +541,7 @@ def counting(path: Path, result: dict[str, Any]) -> Path:
     middles = [k * (len(cells) + 1) + (len(cells) - 1) / 2 for k in range(len(languages))]
     reached.set_xticks(middles, languages)
     reached.set(yscale="log", ylabel="right for all words up to n", title="Each dot is one net")
-    reached.legend(fontsize="small", loc="lower left")
+    reached.legend(fontsize="small", loc="lower right")
     (shown,) = (row for row in counts if row["cell"] == "LSTM" and "counter" in row)
     for unit in shown["counter"]:
         counter.plot(unit, color=COLORS[cells.index("LSTM")], alpha=0.6, linewidth=1.2)
@@ -683,3 +683,24 @@ def tagging(
     figure.colorbar(image, ax=panels, label="log₁₀ ‖∂y_t/∂x_s‖", shrink=0.8)
     drawn.append(_save(figure, folder / "sensitivity.png", dpi=100))
     return drawn
+
+
+# Tiny Shakespeare.
+
+
+def shakespeare(path: Path, rows: list[dict[str, Any]], published: float) -> Path:
+    """Draw held-out and training loss over the epochs, and the published loss."""
+    figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    for n, recipe in enumerate(dict.fromkeys(row["recipe"] for row in rows)):
+        own = [row["curve"] for row in rows if row["recipe"] == recipe]
+        epochs = np.arange(1, 1 + len(own[0]["held out"]))
+        for k, curve in enumerate(own):
+            axes.plot(epochs, curve["held out"], color=COLORS[n], label=None if k else f"{recipe}: held out")
+            axes.plot(epochs, curve["training"], color=COLORS[n], linewidth=0.8, linestyle=":",
+                      label=None if k else f"{recipe}: training")  # fmt: skip
+    axes.axhline(published, color="0.3", linestyle="--", linewidth=1)
+    axes.annotate(f"published {published:.4f}", (1, published), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+                  textcoords="offset points", ha="right", color="0.3")  # fmt: skip
+    axes.set(xlabel="epoch", ylabel="nats per character", ylim=(1.1, 2.0), title="Tiny Shakespeare: one line per seed")
+    axes.legend(fontsize="small", ncols=2)
+    return _save(figure, path, dpi=110)

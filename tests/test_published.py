@@ -630,6 +630,7 @@ QUICK = [entry.name for entry in catalog.EXPERIMENTS]
 @pytest.mark.parametrize("name", QUICK)
 def test_every_experiment_has_a_quick_form(name, tmp_path):
     write_music(tmp_path, 30, 40)
+    (tmp_path / "tinyshakespeare.txt").write_text("To be, or not to be: that is the question.\n" * 300)
     out = tmp_path / "run"
     command = [sys.executable, "-m", f"experiments.{name}", "--quick", "--workdir", str(out)]
     done = subprocess.run(
