@@ -1,8 +1,9 @@
 """Which component of an LSTM matters?
 
 The variants of Greff et al., LSTM: a search space odyssey, 2017, on music (JSB Chorales): the peephole LSTM, which the
-paper calls V, with one component taken away or added, and the plain LSTM with g = σ(z_g). Every variant has the same number of units. All learning rates
-and seeds of a variant train in one program; the validation part chooses the rate, and the test part is read once.
+paper calls V, with one component taken away or added, and the plain LSTM with g = σ(z_g). Every variant has the same
+number of units. All learning rates and seeds of a variant train in one program; the validation part chooses the rate,
+and the test part is read once.
 """
 
 import logging
