@@ -8,7 +8,6 @@ a minibatch is a set of whole sequences.
 """
 
 import functools
-import json
 import logging
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -19,10 +18,9 @@ import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
-from tqdm import tqdm
 
 from experiments import plots
-from experiments.harness import devices, runs
+from experiments.harness import rows, runs
 from jaxlstm import GRU, LSTM, RNN, Cell, fit, init_train_state, make_train_step, num_params, step_stack, unroll
 
 PARTS = 20  # of the training, in a learning curve; the last one is the result
@@ -355,7 +353,7 @@ def train_seeds(
     return jax.vmap(functools.partial(train, cell, env, settings))(agents, keys)
 
 
-def row_of(task: str, number: int, net: str, settings: Settings, seeds: int) -> dict[str, Any]:
+def measure(task: str, number: int, net: str, *, settings: Settings, seeds: int) -> dict[str, Any]:
     """Train all seeds of a net on a task; return what the result keeps of them, in `PARTS` parts of the training."""
     agents, metrics = train_seeds(task, net, settings, number, jax.random.split(jax.random.key(0), seeds))
     episodes, returns, rewarded = (
@@ -363,10 +361,10 @@ def row_of(task: str, number: int, net: str, settings: Settings, seeds: int) -> 
         for name in ("episodes", "returns", "rewarded")
     )
     return {
-        "task": task, "number": number, "net": net, "parameters": num_params(agents) // seeds,
+        "parameters": num_params(agents) // seeds,
         "return": np.round(returns / np.maximum(episodes, 1), 4).tolist(),
         "success": np.round(rewarded / np.maximum(episodes, 1), 4).tolist(),
-    }  # fmt: skip
+    }
 
 
 def main(
@@ -395,20 +393,11 @@ def main(
       resume: continue the run in --workdir.
     """
     config = {name: value for name, value in locals().items() if name not in ("workdir", "resume")}
-    folder = runs.open_folder("ppo", workdir, config, resume=resume)
-    result: dict[str, Any] = {"config": config, "versions": runs.versions(), "device": devices.found(), "rows": []}
-    if (folder / "result.json").exists():
-        result["rows"] = json.loads((folder / "result.json").read_text(encoding="utf-8"))["rows"]
     settings = Settings(num_envs, num_steps, updates, burn_in=burn_in)
+    of_row = functools.partial(measure, settings=settings, seeds=seeds)
     numbers = [("RepeatPrevious", k), *(("T-maze", length) for length in lengths)]
-    planned = [(task, number, net) for net in NETS for task, number in numbers]
-    done = {(row["task"], row["number"], row["net"]) for row in result["rows"]}
-    with tqdm(planned, unit="agent", disable=None) as bar:
-        for task, number, net in bar:
-            bar.set_postfix_str(f"{net}, {task} {number}")
-            if (task, number, net) not in done:
-                result["rows"].append(row_of(task, number, net, settings, seeds))
-                runs.write_json(folder / "result.json", result)  # after every row, so that Ctrl-C loses little
+    plans = [{"task": task, "number": number, "net": net} for net in NETS for task, number in numbers]
+    folder, result = rows.collect("ppo", config, plans, of_row, workdir=workdir, resume=resume)
     picture = plots.ppo(folder / "ppo.png", result["rows"], updates * num_envs * num_steps)
     log.info("%s\n%s\n%s", table(result), folder / "result.json", picture)
     return result

@@ -238,7 +238,8 @@ def test_burn_in_brings_the_carry_up_to_date_and_nothing_else():
 
 def learned(net, **settings):
     """Return the success of every seed in the last quarter of a training in the T-maze: the median of five parts."""
-    row = ppo.row_of("T-maze", 10, net, ppo.Settings(num_envs=16, num_steps=64, updates=150, **settings), 2)
+    settings = ppo.Settings(num_envs=16, num_steps=64, updates=150, **settings)
+    row = ppo.measure("T-maze", 10, net, settings=settings, seeds=2)
     return np.median(np.array(row["success"])[:, -5:], axis=1)
 
 

@@ -73,7 +73,7 @@ def cli(experiment: str, main: Callable[..., Any], log_to: TextIO = sys.stdout, 
             shorter = " ".join(f"--{name.replace('_', '-')} {_words(value)}" for name, value in quick.items())
             about += f"\n\n--quick stands for {shorter}: a run of less than a minute, whose figures say nothing."
         tyro.cli(
-            functools.partial(main, **flags), prog=f"python -m experiments.{experiment}", args=rest, description=about
+            functools.partial(main, **flags), prog=f"python -m {_module(experiment)}", args=rest, description=about
         )
     except KeyboardInterrupt:
         print(f"{experiment}: interrupted.", file=sys.stderr)
@@ -103,6 +103,12 @@ def _saved_flags(experiment: str, main: Callable[..., Any], quick: Row | None) -
         return (quick or {}) if len(rest) < len(sys.argv) - 1 else {}, rest
     flags = inspect.signature(main).parameters.keys() - {"workdir", "resume", "cluster"}
     return {name: value for name, value in read_config(given.workdir).items() if name in flags}, rest
+
+
+def _module(experiment: str) -> str:
+    """Return the name of the module that runs, such as experiments.char_lm or benchmarks.benchmark."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec and spec.name.endswith(f".{experiment}") else f"experiments.{experiment}"
 
 
 def _words(value: Any) -> str:
