@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from tqdm import tqdm
 
 from experiments import plots
-from experiments.harness import rows, runs
+from experiments.harness import intervals, rows, runs
 from jaxlstm import (
     GRU,
     LSTM,
@@ -397,32 +397,44 @@ def main(
     return result
 
 
-def shown(row: dict[str, Any] | None) -> str:
-    """Return the median number of sequences, its range, and how many trials were solved."""
+def solved_share(row: dict[str, Any] | None) -> str:
+    """Return how many trials were solved, and the 95 % interval of the share."""
     if row is None:
         return ""
-    solved = sorted(number for number in row["solved_at"] if number)
-    share = f"{len(solved)}/{len(row['solved_at'])}"
-    if 2 * len(solved) <= len(row["solved_at"]):
+    solved, trials = sum(map(bool, row["solved_at"])), len(row["solved_at"])
+    _, low, high = intervals.of_share(solved, trials)
+    return f"{solved}/{trials} ({low:.2f} to {high:.2f})"
+
+
+def sequences(row: dict[str, Any] | None) -> str:
+    """Return how many trials were solved, and the median and the range of the sequences that all trials needed."""
+    if row is None:
+        return ""
+    low, *_, high = every = sorted(number or math.inf for number in row["solved_at"])
+    share = f"{sum(number < math.inf for number in every)}/{len(every)}"
+    if statistics.median(every) == math.inf:
         return share
-    every = sorted(number or math.inf for number in row["solved_at"])
-    return f"{share}, {statistics.median(every):,.0f} ({every[0]:,.0f} to {every[-1]:,.0f})".replace("inf", "the limit")
+    last = "the limit" if high == math.inf else f"{high:,}"
+    return f"{share}: {statistics.median(every):,.0f} ({low:,} to {last})"
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return two Markdown tables: both recipes beside the paper, and the cells by lag."""
+    """Return two Markdown tables: both recipes beside the paper, and the share of solved trials by cell and lag."""
     found = {(row["recipe"], row["task"], row["lag"]): row for row in result["rows"]}
     lines = ["| task | lag | published | recipe of 1997 | of today |", "|---|---|---|---|---|"]
-    for name, lag in dict.fromkeys((row["task"], row["lag"]) for row in result["rows"]):
+    places = sorted(
+        {(row["task"], row["lag"]) for row in result["rows"]}, key=lambda place: ([*TASKS].index(place[0]), place)
+    )
+    for name, lag in places:
         paper = TASKS[name].paper
         published = paper.sequences.get(lag) if paper else None
         if published or name != "adding":
-            own = [shown(found.get((recipe, name, lag))) for recipe in ("1997", "LSTM, chrono")]
+            own = [sequences(found.get((recipe, name, lag))) for recipe in ("1997", "LSTM, chrono")]
             lines.append(f"| {name} | {lag} | {f'{published:,}' if published else ''} | {' | '.join(own)} |")
     lags = result["config"]["lags"]
-    lines += ["", f"| cell | {' | '.join(f'lag {lag}' for lag in lags)} |", "|---" * (1 + len(lags)) + "|"]
+    lines += ["", f"| adding | {' | '.join(f'lag {lag}' for lag in lags)} |", "|---" * (1 + len(lags)) + "|"]
     for net in nets(lags[0]):
-        lines.append(f"| {net} | {' | '.join(shown(found.get((net, 'adding', lag))) for lag in lags)} |")
+        lines.append(f"| {net} | {' | '.join(solved_share(found.get((net, 'adding', lag))) for lag in lags)} |")
     return "\n".join(lines)
 
 

@@ -385,8 +385,12 @@ def test_training_goes_on_until_every_trial_has_solved_the_task(monkeypatch):
 
 def test_long_lag_tables_show_medians_ranges_and_failures():
     row = {"solved_at": [5000, 3000, None, 4000]}
-    assert long_lag.shown(row) == "3/4, 4,500 (3,000 to the limit)"
-    assert long_lag.shown({"solved_at": [None, None, 7]}) == "1/3" and long_lag.shown(None) == ""
+    assert long_lag.sequences(row) == "3/4: 4,500 (3,000 to the limit)"
+    assert long_lag.sequences({"solved_at": [7000, 9000]}) == "2/2: 8,000 (7,000 to 9,000)"
+    assert long_lag.sequences({"solved_at": [None, None, 7]}) == "1/3" and long_lag.sequences(None) == ""
+    assert (
+        long_lag.solved_share({"solved_at": [5] * 10}) == "10/10 (0.72 to 1.00)" and long_lag.solved_share(None) == ""
+    )
 
 
 # Counting.
