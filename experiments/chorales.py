@@ -232,19 +232,15 @@ def train_and_choose(
                     "learning_rate": rate,
                     "dropout": recipe.dropout,
                     "epochs": epochs["ran"][own].sum(1).tolist(),
-                    "validation": _short(epochs["validation"][own].min(1)),
-                    "last validation": _short(epochs["validation"][own, -1]),
-                    "last training": _short(epochs["loss"][own, -1]),
+                    "validation": rows.rounded(epochs["validation"][own].min(1)),
+                    "last validation": rows.rounded(epochs["validation"][own, -1]),
+                    "last training": rows.rounded(epochs["loss"][own, -1]),
                 }
             )
     best = min(range(len(tried)), key=lambda n: float(np.mean(tried[n]["validation"])))
     of_part = jax.jit(jax.vmap(functools.partial(mean_loss, cell), (0, None)))
-    found = {part: _short(of_part(nets[best], data[part])) for part in ("train", "test")}
+    found = {part: rows.rounded(of_part(nets[best], data[part])) for part in ("train", "test")}
     return {"parameters": num_params(nets[best]) // seeds, "tried": tried, "chosen": best, **found}
-
-
-def _short(values: Any) -> list[float]:
-    return np.round(np.asarray(values, np.float64), 4).tolist()
 
 
 # The experiment.
@@ -263,9 +259,9 @@ def load(path: str | Path, num_steps: int = 256) -> dict[str, Streams]:
 def main(
     *,
     data: str = "JSB_Chorales.mat",
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2),
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     seeds: int = 5,
-    epochs: int = 300,
+    epochs: int = 400,
     sizes: tuple[str, ...] = ("20,000", "300,000", "1,000,000"),
     workdir: str | None = None,
     resume: bool = False,
@@ -285,6 +281,9 @@ def main(
     name = Path(data).stem.replace("_", " ")
     if name not in NETS:
         raise FileNotFoundError(f"--data must be a file named JSB_Chorales.mat or Nottingham.mat, got {data}")
+    plans = [{"size": net.size, "cell": net.cell} for net in NETS[name] if net.size in sizes]
+    if not plans:
+        raise ValueError(f"--sizes must name sizes of {name}, {sorted({n.size for n in NETS[name]})}, got {sizes}")
     parts = load(data)
     config["sha256"] = hash_of(data)
 
@@ -294,7 +293,6 @@ def main(
         found = train_and_choose(CELLS[cell.split()[0]], recipes, parts, learning_rates, seeds)
         return {"units": net.units, "published": net.published, "source": net.source, **found}
 
-    plans = [{"size": net.size, "cell": net.cell} for net in NETS[name] if net.size in sizes]
     folder, result = rows.collect("chorales", config, plans, measure, workdir=workdir, resume=resume)
     picture = plots.chorales(folder / "chorales.png", result["rows"], name)
     log.info("%s\n%s\n%s", table(result), folder / "result.json", picture)

@@ -154,7 +154,7 @@ def measure(
     run = functools.partial(train, CELLS[cell], units, steps, learning_rate, 16, words)
     nets, losses = jax.jit(functools.partial(sweep, run))(jax.random.split(jax.random.key(0), seeds))
     of_words = jax.jit(jax.vmap(functools.partial(right, CELLS[cell]), (0, None)))
-    found = {"units": units, "parameters": num_params(nets) // seeds, "loss": _short(losses[:, -100:].mean(1))}
+    found = {"units": units, "parameters": num_params(nets) // seeds, "loss": rows.rounded(losses[:, -100:].mean(1))}
     if letters:
         flags = np.asarray(of_words(nets, counted(letters, range(1, tested_to + 1))))
         found["reach"] = [reach(row) for row in flags]
@@ -167,7 +167,7 @@ def measure(
     rng = np.random.default_rng(1)
     return found | {
         "lengths": lengths,
-        "right": [_short(of_words(nets, brackets(kinds, rng, [length] * 200)).mean(1)) for length in lengths],
+        "right": [rows.rounded(of_words(nets, brackets(kinds, rng, [length] * 200)).mean(1)) for length in lengths],
     }
 
 
@@ -179,11 +179,7 @@ def _trained_brackets(kinds: int, trained_to: int) -> Words:
 def _counter(cell: Cell[Any, Any], net: Params, words: Words) -> list[list[float]]:
     """Return the cell state (or h, if there is none) of every unit at every step of one word."""
     carry = trace(cell, net.cell, jax.nn.one_hot(words.symbols, words.allowed.shape[-1])).carry
-    return _short(getattr(carry, "c", carry.h)[:, 0].T)
-
-
-def _short(values: Any) -> Any:
-    return np.round(np.asarray(values, np.float64), 4).tolist()
+    return rows.rounded(getattr(carry, "c", carry.h)[:, 0].T)
 
 
 # The experiment.

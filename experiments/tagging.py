@@ -190,13 +190,13 @@ def around_borders(net: Net, params: Params, text: Text) -> dict[str, Any]:
     measures = {"f": recorded.gates.f.mean(-1), "i": recorded.gates.i.mean(-1), "change of c": change}
     windows, steps = lone_borders(np.asarray(text.labels))
     at = steps[:, None] + np.arange(-AROUND, AROUND + 1)
-    return {name: _short(np.asarray(values)[at, windows[:, None]].mean(0)) for name, values in measures.items()}
+    return {name: rows.rounded(np.asarray(values)[at, windows[:, None]].mean(0)) for name, values in measures.items()}
 
 
 def sensitivity(net: Net, params: Params, source: str) -> list[list[float]]:
     """Return ‖∂y_t/∂x_s‖ for all t and s, y being the logits and x the embedded characters."""
     jacobian = jax.jit(jax.jacrev(functools.partial(read, net, params)))(params.embedding[encode(source)])
-    return _short(jnp.sqrt((jacobian**2).sum((1, 3))))
+    return rows.rounded(jnp.sqrt((jacobian**2).sum((1, 3))))
 
 
 def measure(name: str, *, seeds: int, steps: int, learning_rate: float, texts: tuple[Text, Text]) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def measure(name: str, *, seeds: int, steps: int, learning_rate: float, texts: t
     found: dict[str, Any] = {
         "units": net.units,
         "parameters": num_params(each[0]),
-        "f1": [_short(f1(np.asarray(classify(params, held_out.symbols)), labels)) for params in each],
+        "f1": [rows.rounded(f1(np.asarray(classify(params, held_out.symbols)), labels)) for params in each],
         "snippet": classify(each[0], jnp.asarray(encode(SNIPPET))[None])[0].tolist(),
         "sensitivity": sensitivity(net, each[0], SNIPPET[:60]),
     }
@@ -218,10 +218,6 @@ def measure(name: str, *, seeds: int, steps: int, learning_rate: float, texts: t
         found["around borders"] = [around_borders(net, params, held_out) for params in each]
         found["borders"] = len(lone_borders(labels)[0])
     return found
-
-
-def _short(values: Any) -> Any:
-    return np.round(np.asarray(values, np.float64), 4).tolist()
 
 
 # The experiment.

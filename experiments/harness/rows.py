@@ -4,7 +4,9 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from experiments.harness import devices, runs
@@ -30,13 +32,13 @@ def collect(
       workdir, resume: as for `runs.open_folder`.
 
     Returns:
-      The run's folder, and the result: configuration, versions, device, commit and rows.
+      The run's folder, and the result: configuration, versions, device and rows, each with its commit.
     """
     folder = runs.open_folder(experiment, workdir, config, resume=resume)
     path = folder / "result.json"
     rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    about = {"versions": runs.versions(), "device": devices.found(), "commit": runs.commit()}
-    result = {"config": config, **about, "rows": rows}
+    commit = runs.commit()  # now: files may change while this process runs
+    result = {"config": config, "versions": runs.versions(), "device": devices.found(), "rows": rows}
     with tqdm(plans, unit="row", disable=None) as bar:
         for plan in bar:
             bar.set_postfix_str(", ".join(map(str, plan.values())))
@@ -44,7 +46,13 @@ def collect(
                 continue
             began = time.perf_counter()
             found = measure(**plan)
-            rows.append({**plan, **found, "seconds": round(time.perf_counter() - began, 1)})
+            seconds = round(time.perf_counter() - began, 1)
+            rows.append({**plan, **found, "seconds": seconds, "commit": commit})
             runs.write_json(path, result)
     runs.write_json(path, result)
     return folder, result
+
+
+def rounded(values: Any) -> Any:
+    """Return an array as nested lists of numbers with four digits after the point, to keep files small."""
+    return np.round(np.asarray(values, np.float64), 4).tolist()
