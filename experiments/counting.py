@@ -1,10 +1,10 @@
 """Can a net count, and far beyond the numbers it was trained on?
 
-A net reads a word symbol by symbol and names, at every step, the set of symbols that may come next, the end among them.
-A word is right if all sets are. In aⁿbⁿ and aⁿbⁿcⁿ this takes a counter, in words of one kind of brackets (Dyck-1) too;
-two kinds (Dyck-2) take a stack. Gers & Schmidhuber, LSTM recurrent networks learn simple context-free and
-context-sensitive languages, 2001; Weiss, Goldberg & Yahav, On the practical computational power of finite precision
-RNNs for language recognition, 2018; Suzgun et al., LSTM networks can perform dynamic counting, 2019.
+A net reads a word symbol by symbol and predicts at every step which symbols may come next; the end of the word is one
+of them. A word is right if all these sets are. In aⁿbⁿ and aⁿbⁿcⁿ this takes a counter, in words of one kind of
+brackets (Dyck-1) too; two kinds (Dyck-2) take a stack. Gers & Schmidhuber, LSTM recurrent networks learn simple
+context-free and context-sensitive languages, 2001; Weiss, Goldberg & Yahav, On the practical computational power of
+finite precision RNNs for language recognition, 2018; Suzgun et al., LSTM networks can perform dynamic counting, 2019.
 """
 
 import functools
@@ -59,7 +59,7 @@ def brackets(kinds: int, rng: np.random.Generator, lengths: list[int]) -> Words:
     allowed = np.zeros((time, len(lengths), 1 + 2 * kinds), bool)
     allowed[:, :, 1 : 1 + kinds] = True  # any bracket may open at any step
     for word, length in enumerate(lengths):
-        # The cycle lemma: of all rotations of a shuffle with one more closing bracket, one is a word and this bracket.
+        # Cycle lemma: exactly one rotation is a balanced word followed by the extra closing bracket.
         shuffled = rng.permutation([1] * (length // 2) + [-1] * (length // 2 + 1))
         depths = np.cumsum(shuffled)
         opens = np.roll(shuffled, -1 - int(depths.argmin()))[:-1] > 0
@@ -211,8 +211,8 @@ def main(
     config = {name: value for name, value in locals().items() if name not in ("workdir", "resume")}
     plans = [{"language": language, "cell": cell} for language in languages for cell in CELLS]
     settings = {name: value for name, value in config.items() if name != "languages"}
-    of_row = functools.partial(measure, **settings)
-    folder, result = rows.collect("counting", config, plans, of_row, workdir=workdir, resume=resume)
+    measure_row = functools.partial(measure, **settings)
+    folder, result = rows.collect("counting", config, plans, measure_row, workdir=workdir, resume=resume)
     picture = plots.counting(folder / "counting.png", result)
     log.info("%s\n%s\n%s", table(result), folder / "result.json", picture)
     return result
@@ -220,24 +220,22 @@ def main(
 
 def table(result: dict[str, Any]) -> str:
     """Return two Markdown tables: how far the nets count, and the share of words of brackets that are right."""
-    config, own = result["config"], result["rows"]
-    lines = [
-        f"| language | cell | units | right up to n: median (range) | seeds beyond n = {2 * config['trained_to']} |",
-        "|---|---|---|---|---|",
-    ]
-    for row in own:
-        if "reach" in row:
-            far = sum(n > 2 * config["trained_to"] for n in row["reach"])
-            spread = f"{np.median(row['reach']):.0f} ({min(row['reach'])} to {max(row['reach'])})"
-            lines.append(f"| {row['language']} | {row['cell']} | {row['units']} | {spread} | {far}/{config['seeds']} |")
-    bracketed = [row for row in own if "right" in row]
-    lengths = bracketed[0]["lengths"]
-    lines += ["", f"| language | cell | units | {' | '.join(f'length {length}' for length in lengths)} |"]
-    lines.append("|---" * (3 + len(lengths)) + "|")
-    for row in bracketed:
+    config, lines = result["config"], []
+    counts, bracketed = ([row for row in result["rows"] if name in row] for name in ("reach", "right"))
+    if counts:
+        head = f"right up to n: median (range) | seeds beyond n = {2 * config['trained_to']}"
+        lines += [f"| language | cell | units | {head} |", "|---|---|---|---|---|"]
+    for row in counts:
+        far = sum(n > 2 * config["trained_to"] for n in row["reach"])
+        spread = f"{np.median(row['reach']):.0f} ({min(row['reach'])} to {max(row['reach'])})"
+        lines.append(f"| {row['language']} | {row['cell']} | {row['units']} | {spread} | {far}/{config['seeds']} |")
+    for n, row in enumerate(bracketed):
+        if not n:
+            lines += ["", f"| language | cell | units | {' | '.join(f'length {at}' for at in row['lengths'])} |"]
+            lines.append("|---" * (3 + len(row["lengths"])) + "|")
         cells = [f"{np.mean(share):.2f} ({min(share):.2f} to {max(share):.2f})" for share in row["right"]]
         lines.append(f"| {row['language']} | {row['cell']} | {row['units']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines).strip()
 
 
 if __name__ == "__main__":

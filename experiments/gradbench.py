@@ -2,8 +2,8 @@
 
 A diagonal LSTM: every unit reads one input and itself, so all its weights are vectors. Its forget and output gates read
 the input, its input gate and candidate read h. A stack of them predicts the bits of the next character of a text.
-Šrajer, Kukelova & Fitzgibbon, A benchmark of selected algorithmic differentiation tools, 2018; GradBench, whose tools
-for this problem do not include JAX. The objective is theirs, with its log(2 + Σ exp); so are the sizes, and float64.
+The problem comes from the repository of ADBench (Microsoft) and lives on in GradBench, whose tools for it did not
+include JAX in 2026. The objective is theirs, with its log(2 + Σ exp); so are the sizes, and float64.
 """
 
 import functools
@@ -180,8 +180,8 @@ def main(
     """
     config = {name: value for name, value in locals().items() if name not in ("workdir", "resume")}
     plans = [{"layers": number, "num_steps": length} for number in layers for length in lengths]
-    of_row = functools.partial(measure, rounds=rounds)
-    folder, result = rows.collect("gradbench", config, plans, of_row, workdir=workdir, resume=resume)
+    measure_row = functools.partial(measure, rounds=rounds)
+    folder, result = rows.collect("gradbench", config, plans, measure_row, workdir=workdir, resume=resume)
     log.info("%s\n%s", table(result), folder / "result.json")
     return result
 

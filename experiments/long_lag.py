@@ -374,11 +374,13 @@ def plans(tasks: tuple[str, ...], lags: tuple[int, ...], paper_lags: tuple[int, 
     """Return the rows: every task by both recipes, and adding by every cell at every lag."""
     published = [(name, lag) for name in tasks for lag in getattr(TASKS[name].paper, "sequences", ())]
     asked = [("copy", lag) for lag in (50, 100) if "copy" in tasks] + [row for row in published if row[0] != "adding"]
-    of_paper = [{"recipe": "1997", "task": name, "lag": lag} for name, lag in published if lag in paper_lags]
-    of_today = [{"recipe": "LSTM, chrono", "task": name, "lag": lag} for name, lag in asked if lag in lags]
-    of_cells = [{"recipe": net, "task": "adding", "lag": lag} for lag in lags for net in nets(lag) if "adding" in tasks]
+    paper_rows = [{"recipe": "1997", "task": name, "lag": lag} for name, lag in published if lag in paper_lags]
+    today_rows = [{"recipe": "LSTM, chrono", "task": name, "lag": lag} for name, lag in asked if lag in lags]
+    cell_rows = [
+        {"recipe": net, "task": "adding", "lag": lag} for lag in lags for net in nets(lag) if "adding" in tasks
+    ]
     # The longest rows last, so that an interrupted run has most of them.
-    return sorted(of_paper + of_today + of_cells, key=lambda row: (row["lag"], row["recipe"] == "1997"))
+    return sorted(paper_rows + today_rows + cell_rows, key=lambda row: (row["lag"], row["recipe"] == "1997"))
 
 
 def main(

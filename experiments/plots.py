@@ -529,6 +529,8 @@ def counting(path: Path, result: dict[str, Any]) -> Path:
     cells = list(dict.fromkeys(row["cell"] for row in rows))
     counts = [row for row in rows if "reach" in row]
     languages = list(dict.fromkeys(row["language"] for row in counts))
+    for axes in (reached, counter):
+        axes.set_visible(bool(counts))
     spread = np.random.default_rng(0)
     for row in counts:
         n, place = cells.index(row["cell"]), languages.index(row["language"]) * (len(cells) + 1)
@@ -542,20 +544,23 @@ def counting(path: Path, result: dict[str, Any]) -> Path:
     reached.set_xticks(middles, languages)
     reached.set(yscale="log", ylabel="right for all words up to n", title="Each dot is one net")
     reached.legend(fontsize="small", loc="lower right")
-    (shown,) = (row for row in counts if row["cell"] == "LSTM" and "counter" in row)
-    for unit in shown["counter"]:
-        counter.plot(unit, color=COLORS[cells.index("LSTM")], alpha=0.6, linewidth=1.2)
-    half = len(shown["counter"][0]) // 2
-    counter.axvline(half, color="0.5", linewidth=1, linestyle="--")
-    counter.set(xlabel="step", ylabel="cell state c, one line per unit",
-                title=f"One LSTM reads n = {half}: {half} a's, then {half} b's")  # fmt: skip
+    for shown in (row["counter"] for row in counts if row["cell"] == "LSTM" and "counter" in row):
+        for unit in shown:
+            counter.plot(unit, color=COLORS[cells.index("LSTM")], alpha=0.6, linewidth=1.2)
+        half = len(shown[0]) // 2
+        counter.axvline(half, color="0.5", linewidth=1, linestyle="--")
+        counter.set(xlabel="step", ylabel="cell state c, one line per unit",
+                    title=f"One LSTM reads n = {half}: {half} a's, then {half} b's")  # fmt: skip
     for axes, language in zip(bracketed, ("Dyck-1", "Dyck-2"), strict=True):
-        for row in rows:
-            if row["language"] == language:
-                n, share = cells.index(row["cell"]), np.array(row["right"])
-                axes.plot(row["lengths"], share.mean(1), color=COLORS[n], marker=MARKERS[n], label=row["cell"])
-                axes.fill_between(row["lengths"], share.min(1), share.max(1), color=COLORS[n], alpha=0.15, linewidth=0)
-                units = row["units"]
+        own = [row for row in rows if row["language"] == language]
+        axes.set_visible(bool(own))
+        if not own:
+            continue
+        for row in own:
+            n, share = cells.index(row["cell"]), np.array(row["right"])
+            axes.plot(row["lengths"], share.mean(1), color=COLORS[n], marker=MARKERS[n], label=row["cell"])
+            axes.fill_between(row["lengths"], share.min(1), share.max(1), color=COLORS[n], alpha=0.15, linewidth=0)
+            units = row["units"]
         axes.set(xscale="log", ylim=(-0.05, 1.05), xlabel="length of the word (trained on the shortest here and less)",
                  ylabel="share of words that are right",
                  title=f"{language}, {units} unit{'s' * (units > 1)}: mean and range of the nets")  # fmt: skip

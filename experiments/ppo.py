@@ -394,10 +394,10 @@ def main(
     """
     config = {name: value for name, value in locals().items() if name not in ("workdir", "resume")}
     settings = Settings(num_envs, num_steps, updates, burn_in=burn_in)
-    of_row = functools.partial(measure, settings=settings, seeds=seeds)
+    measure_row = functools.partial(measure, settings=settings, seeds=seeds)
     numbers = [("RepeatPrevious", k), *(("T-maze", length) for length in lengths)]
     plans = [{"task": task, "number": number, "net": net} for net in NETS for task, number in numbers]
-    folder, result = rows.collect("ppo", config, plans, of_row, workdir=workdir, resume=resume)
+    folder, result = rows.collect("ppo", config, plans, measure_row, workdir=workdir, resume=resume)
     picture = plots.ppo(folder / "ppo.png", result["rows"], updates * num_envs * num_steps)
     log.info("%s\n%s\n%s", table(result), folder / "result.json", picture)
     return result

@@ -89,14 +89,14 @@ def encode(source: str) -> Int[np.ndarray, "characters"]:
     return np.minimum([ord(character) for character in source], NUM_SYMBOLS - 1)
 
 
-def load(most: int = 30_000) -> tuple[Text, Text]:
-    """Read the library's modules, at most so many characters of each; every fifth one is for the test."""
+def load(max_chars: int = 30_000) -> tuple[Text, Text]:
+    """Read the library's modules, at most `max_chars` characters of each; every fifth module is for the test."""
     parts: tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]] = ([], [])
     paths = sorted(Path(os.__file__).parent.glob("*.py"))
     order = np.random.default_rng(0).permutation(len(paths))
     for n, at in enumerate(order):
         source = paths[at].read_text(encoding="utf-8")
-        parts[n % 5 == 0].append((encode(source)[:most], label(source)[:most]))
+        parts[n % 5 == 0].append((encode(source)[:max_chars], label(source)[:max_chars]))
     return _windows(parts[0], WINDOW), _windows(parts[1], TEST_WINDOW)
 
 
@@ -241,9 +241,9 @@ def main(
       resume: continue the run in --workdir.
     """
     config = {name: value for name, value in locals().items() if name not in ("workdir", "resume")}
-    of_row = functools.partial(measure, seeds=seeds, steps=steps, learning_rate=learning_rate, texts=load())
+    measure_row = functools.partial(measure, seeds=seeds, steps=steps, learning_rate=learning_rate, texts=load())
     plans = [{"name": name} for name in NETS]
-    folder, result = rows.collect("tagging", config, plans, of_row, workdir=workdir, resume=resume)
+    folder, result = rows.collect("tagging", config, plans, measure_row, workdir=workdir, resume=resume)
     pictures = plots.tagging(folder, result["rows"], CLASSES, SNIPPET, label(SNIPPET).tolist())
     log.info("%s\n%s\n%s", table(result), folder / "result.json", "\n".join(map(str, pictures)))
     return result

@@ -13,13 +13,25 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy import stats
 from scipy.io import savemat
 
-from experiments import catalog, chorales, counting, gradbench, long_lag, odyssey, tagging, text
+from experiments import (
+    catalog,
+    chorales,
+    counting,
+    gradbench,
+    long_lag,
+    odyssey,
+    rnn_vs_lstm,
+    shakespeare,
+    tagging,
+    text,
+)
 from experiments.harness import intervals, rows, runs
-from jaxlstm import GRU, LSTM, Cell, num_params
+from jaxlstm import GRU, LSTM, Cell, num_params, variants
 from jaxlstm.diagnostics import check_gradients
 from jaxlstm.variants import make_lstm_1997
 
@@ -119,7 +131,7 @@ def test_intervals_are_those_of_scipy():
     mean, low, high = intervals.of_mean(values)
     expected = stats.t.interval(0.95, 3, loc=np.mean(values), scale=np.std(values, ddof=1) / 2)
     np.testing.assert_allclose((mean, low, high), (0.7, *expected))
-    assert intervals.of_mean([2.5]) == (2.5, 2.5, 2.5)
+    assert intervals.of_mean([2.5]) == (2.5, 2.5, 2.5) and intervals.shown([2.5]) == "2.50"
     z, n, k = stats.norm.ppf(0.975), 10, 7
     center, half = k + z**2 / 2, z * np.sqrt(k * (n - k) / n + z**2 / 4)
     np.testing.assert_allclose(
@@ -242,6 +254,29 @@ def test_a_net_learns_music_and_dropout_changes_its_training(tmp_path):
     assert max(plain["test"]) < 4  # at the start it is 88 log 2 = 61
     noisy = chorales.train_and_choose(GRU, [chorales.Recipe(7, 0.5, epochs=40)], data, (3e-2,), 2)
     assert noisy["train"] != plain["train"] and plain["parameters"] == 3 * 7 * (88 + 7 + 1) + 7 + 8 * 88
+
+
+def test_the_validation_part_stops_the_training_and_the_test_part_takes_no_part():
+    parts = {name: chorales.streams(pieces(7, 6 + n), 8) for n, name in enumerate(("train", "valid", "test"))}
+    recipe = chorales.Recipe(3, epochs=12, patience=3, batch=2)
+    run = jax.jit(lambda data: chorales.train(LSTM, recipe, data, jax.random.key(0), 0.3))
+
+    def changed(name, by):
+        return {**parts, name: parts[name]._replace(chords=by * parts[name].chords)}
+
+    net, epochs = run(parts)
+    same, _ = run(changed("test", 9))
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(net), jax.tree.leaves(same), strict=True))
+    for name in ("train", "valid"):
+        other, _ = run(changed(name, 0))
+        assert not np.array_equal(net.w, other.w), name
+    best = int(epochs["validation"].argmin())
+    assert int(epochs["ran"].sum()) == best + 1 + 3 < 12  # patience
+    np.testing.assert_allclose(chorales.mean_loss(LSTM, net, parts["valid"]), epochs["validation"][best], rtol=1e-5)
+    assert (
+        len({float(chorales.train(LSTM, recipe, parts, jax.random.key(0), rate)[1]["loss"][0]) for rate in (0.1, 0.2)})
+        == 2
+    )
 
 
 @pytest.mark.parametrize("size", ["20,000", "300,000"])
@@ -527,12 +562,15 @@ def test_reach_is_the_last_word_before_the_first_mistake():
     assert counting.reach(np.array([False, True])) == 0 and counting.reach(np.ones(5, bool)) == 5
 
 
-def test_every_setting_of_counting_changes_the_result():
+def test_every_setting_of_counting_changes_the_result(monkeypatch):
     settings = {"trained_to": 4, "tested_to": 6, "seeds": 2, "steps": 3, "learning_rate": 1e-2}
     base = counting.measure("aⁿbⁿ", "GRU", **settings)
     assert len(base["loss"]) == 2 and len(base["counter"]) == 10 and len(base["counter"][0]) == 1 + 2 * 16
-    for name, value in (("trained_to", 5), ("steps", 4), ("learning_rate", 2e-2)):
+    for name, value in (("trained_to", 5), ("steps", 4), ("learning_rate", 2e-2), ("seeds", 1)):
         assert counting.measure("aⁿbⁿ", "GRU", **{**settings, name: value})["loss"] != base["loss"], name
+    tested = []
+    monkeypatch.setattr(counting, "right", lambda cell, net, words: tested.append(words.real.shape[1]) or words.real[0])
+    assert counting.measure("aⁿbⁿ", "GRU", **settings)["reach"] == [6, 6] and tested == [6]
     brackets = counting.measure("Dyck-2", "LSTM", **settings)
     assert brackets["lengths"] == [4, 8] and np.shape(brackets["right"]) == (2, 2) and brackets["units"] == 16
 
@@ -614,6 +652,110 @@ def test_the_three_taggers_have_equally_many_parameters():
     assert max(counts) / min(counts) < 1.03
 
 
+# Tiny Shakespeare.
+
+
+def test_the_split_is_that_of_char_rnn():
+    tokens = np.random.default_rng(0).integers(0, 65, 50 * 50 * 41 + 77)
+    seen, held_out = shakespeare.split(tokens)
+    assert seen.inputs.shape == (38 * 50, 50) and held_out.inputs.shape == (3 * 50, 50)  # floor(0.95 * 41) blocks
+    rows = tokens[: 50 * 50 * 41].reshape(50, 41 * 50)
+    np.testing.assert_array_equal(np.concatenate([seen.inputs, held_out.inputs]).T, rows)
+    following = np.append(rows.ravel()[1:], rows[0, 0]).reshape(rows.shape)
+    np.testing.assert_array_equal(np.concatenate([seen.targets, held_out.targets]).T, following)
+
+
+def test_char_rnn_has_its_size_its_initial_parameters_and_its_schedule():
+    how = shakespeare.RECIPES["char-rnn"]
+    net = shakespeare.init_net(jax.random.key(0), how, 65)
+    # Lua's net adds a second bias to every layer: 240,321 parameters.
+    assert (
+        num_params(net)
+        == 240_321 - 2 * 4 * 128
+        == num_params(shakespeare.init_net(jax.random.key(0), shakespeare.RECIPES["today"], 65))
+    )
+    assert all((layer.b[128:256] == 1).all() for layer in net.layers)
+    free = np.concatenate([np.delete(layer.b, np.arange(128, 256)) for layer in net.layers])
+    sizes = np.abs(
+        np.concatenate([*(leaf.ravel() for leaf in (*net.layers[0][:2], *net.layers[1][:2], net.w, net.b)), free])
+    )
+    assert 0.079 < sizes.max() < 0.08 and 0.039 < sizes.mean() < 0.041
+    optimizer = shakespeare.make_optimizer(how, 3)
+    state = optimizer.init(jnp.zeros(2))
+    mean_square, update = np.zeros(2), jax.jit(optimizer.update)
+    for step in range(40):
+        gradient = np.array([0.01 * (1 + step % 3), 7.0])
+        got, state = update(jnp.asarray(gradient, jnp.float32), state)
+        clipped = np.clip(gradient, -5, 5)
+        mean_square = 0.95 * mean_square + 0.05 * clipped**2
+        rate = 2e-3 * 0.97 ** max(0, step // 3 - 9)
+        np.testing.assert_allclose(got, -rate * clipped / (np.sqrt(mean_square) + 1e-8), rtol=1e-5)
+
+
+def test_char_rnns_loss_is_summed_over_time_and_every_recipe_passes_its_carry_on():
+    seen, held_out = shakespeare.split(np.arange(50 * 50 * 3) % 7)
+    for name in ("char-rnn", "today"):
+        how = shakespeare.RECIPES[name]._replace(units=5, dropout=0.0, seq_len=10)
+        net = shakespeare.init_net(jax.random.key(0), how, 7)._replace(w=jnp.asarray(normal(0, 5, 7)))
+        batch = jax.tree.map(lambda leaf: leaf[:10], seen)
+        loss, (carries, metrics) = shakespeare.loss_fn(
+            net, batch, shakespeare.zero_carries(net), jax.random.key(1), recipe=how
+        )
+        carry, logits = shakespeare.predict(net, shakespeare.zero_carries(net), batch.inputs)
+        nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1).mean()
+        np.testing.assert_allclose(metrics["nats"], nats, rtol=1e-5)
+        np.testing.assert_allclose(loss, nats * (10 if name == "char-rnn" else 1), rtol=1e-5)
+        np.testing.assert_array_equal(carries[1].c, carry[1].c)
+        _, logits = shakespeare.predict(net, shakespeare.zero_carries(net), held_out.inputs)
+        expected = optax.softmax_cross_entropy_with_integer_labels(logits, held_out.targets).mean()
+        np.testing.assert_allclose(shakespeare.held_out_nats(net, held_out), expected, rtol=1e-5)
+        noisy = shakespeare.loss_fn(
+            net, batch, shakespeare.zero_carries(net), jax.random.key(1), recipe=how._replace(dropout=0.5)
+        )[0]
+        assert abs(float(noisy / loss) - 1) > 1e-3
+
+
+# RNN against LSTM, and the variants.
+
+
+def test_the_nets_of_rnn_vs_lstm_match_in_parameters_and_their_gaps_are_differences(monkeypatch):
+    counts = {
+        net: num_params(
+            jax.eval_shape(lambda net=net: chorales.init_net(jax.random.key(0), rnn_vs_lstm.CELLS[net[0]], net[1]))
+        )
+        for net in rnn_vs_lstm.NETS
+    }
+    for rnn, lstm in ((("RNN", 82), ("LSTM", 36)), (("RNN", 178), ("LSTM", 82))):
+        assert abs(counts[rnn] / counts[lstm] - 1) < 0.01
+    asked = []
+
+    def found(cell, recipes, parts, rates, seeds):
+        asked.append((cell, recipes[0].patience, tuple(rates)))
+        tried = [{"learning_rate": rate, "last validation": [9.0, 8.0], "last training": [2.0, 3.0]} for rate in rates]
+        return {"tried": tried, "chosen": 1 % len(tried), "train": [5.0, 6.0], "test": [7.0, 8.5]}
+
+    monkeypatch.setattr(chorales, "train_and_choose", found)
+    row = rnn_vs_lstm.measure("LSTM", 3, parts={}, learning_rates=(0.1, 0.2), seeds=2, epochs=50)
+    assert row["gap"] == [2.0, 2.5] and row["last gap"] == [7.0, 5.0]
+    assert asked == [(LSTM, 15, (0.1, 0.2)), (LSTM, 50, (0.2,))]
+
+
+def test_the_variants_are_the_cells_that_they_name():
+    names = {"V": "Peephole", "NIG": "NoInputGate", "NFG": "NoForgetGate", "NOG": "NoOutputGate", "NP": ""}
+    names |= {"NIAF": "NoInputActivation", "NOAF": "NoOutputActivation"}
+    names |= {"CIFG": "Coupled", "FGR": "FullGateRecurrence"}
+    for name, cell in names.items():
+        expected = getattr(variants, f"{cell}LSTM") if cell else LSTM
+        assert odyssey.VARIANTS[name].cell is expected
+    not_zero_mean = odyssey.VARIANTS["NP, g = σ"].cell
+    params = LSTM.init(jax.random.key(0), 2, 3)
+    z = jnp.asarray(normal(0, 12))
+    gates = not_zero_mean.activations(params, LSTM.initial_carry(params), z, 0 * z)
+    np.testing.assert_allclose(gates.g, jax.nn.sigmoid(z[6:9]), rtol=1e-6)
+    with_peepholes = {name for name, variant in odyssey.VARIANTS.items() if variant.base == "V"}
+    assert with_peepholes == {"V", "NIG", "NFG", "NOG", "NIAF", "NOAF", "NP", "FGR"}
+
+
 # GradBench's problem.
 
 
@@ -674,14 +816,18 @@ def test_the_list_contains_every_experiment_and_no_other_program():
     }
     assert {entry.name for entry in catalog.EXPERIMENTS} == programs - helpers
     assert all(entry.question.endswith(("?", ".")) for entry in catalog.EXPERIMENTS)
+    shown = subprocess.run([sys.executable, "-m", "experiments"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for entry in catalog.EXPERIMENTS:
+        assert all(said in shown.stdout for said in (entry.question, entry.command, entry.published, entry.answer))
+    assert catalog.markdown() in (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
 
 
-def test_variants_differ_from_v_by_welchs_interval():
+def test_variants_differ_by_welchs_interval_for_all_comparisons_together():
     base, row = {"test": [1.0, 2.0, 3.0]}, {"test": [2.0, 3.5, 4.5, 6.0]}
-    mean, low, high = odyssey.difference(row, base)
+    mean, low, high = odyssey.difference(row, base, 5)
     se = np.sqrt(np.var(base["test"], ddof=1) / 3 + np.var(row["test"], ddof=1) / 4)
     df = se**4 / ((np.var(base["test"], ddof=1) / 3) ** 2 / 2 + (np.var(row["test"], ddof=1) / 4) ** 2 / 3)
-    half = stats.t.ppf(0.975, df) * se
+    half = stats.t.ppf(1 - 0.05 / 5 / 2, df) * se
     np.testing.assert_allclose((mean, low, high), (2.0, 2 - half, 2 + half))
 
 

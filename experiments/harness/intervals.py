@@ -1,4 +1,4 @@
-"""95 % intervals of what a few seeds gave."""
+"""Means over a few seeds and their 95 % intervals."""
 
 from collections.abc import Sequence
 
@@ -29,10 +29,10 @@ def of_share(successes: int, trials: int) -> tuple[float, float, float]:
 
 
 def shown(values: Sequence[float], digits: int = 2) -> str:
-    """Return the mean and its interval as a table shows them.
+    """Return the mean and its interval as a table shows them; of one seed, the value alone.
 
-    >>> shown([1.0, 2.0, 3.0])
-    '2.00 (-0.48 to 4.48)'
+    >>> shown([1.0, 2.0, 3.0]), shown([1.0])
+    ('2.00 (-0.48 to 4.48)', '1.00')
     """
     mean, low, high = (f"{value:.{digits}f}" for value in of_mean(values))
-    return f"{mean} ({low} to {high})"
+    return f"{mean} ({low} to {high})" if len(values) > 1 else mean

@@ -38,7 +38,8 @@ FREE = {
     "tensorboard",
     "mesh",
     "cluster",
-    "corpus",  # the config also holds the corpus's hash, which is compared
+    "corpus",  # the config also holds the hash of the text or data, which is compared
+    "data",
 }
 # What a config also holds, and what is compared in another way or follows from the flags.
 DERIVED = {"versions", "devices", "symbols"}
