@@ -282,6 +282,7 @@ def nets(lag: int) -> dict[str, Net]:
 
 
 UNITS, BATCH = 16, 8
+BY_LAG = "order of two"  # the task that every cell tries at every lag
 
 
 def recipe_of_today(task: Task, lag: int, net: Net, learning_rate: float) -> Recipe:
@@ -371,14 +372,13 @@ def sequences_to_success(
 
 
 def plans(tasks: tuple[str, ...], lags: tuple[int, ...], paper_lags: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Return the rows: every task by both recipes, and adding by every cell at every lag."""
+    """Return the rows: every task by both recipes, and one task, `BY_LAG`, by every cell at every lag."""
     published = [(name, lag) for name in tasks for lag in getattr(TASKS[name].paper, "sequences", ())]
-    asked = [("copy", lag) for lag in (50, 100) if "copy" in tasks] + [row for row in published if row[0] != "adding"]
+    asked = [("copy", lag) for lag in (50, 100) if "copy" in tasks] + [row for row in published if row[0] != BY_LAG]
     paper_rows = [{"recipe": "1997", "task": name, "lag": lag} for name, lag in published if lag in paper_lags]
     today_rows = [{"recipe": "LSTM, chrono", "task": name, "lag": lag} for name, lag in asked if lag in lags]
-    cell_rows = [
-        {"recipe": net, "task": "adding", "lag": lag} for lag in lags for net in nets(lag) if "adding" in tasks
-    ]
+    cell_lags = lags if BY_LAG in tasks else ()
+    cell_rows = [{"recipe": net, "task": BY_LAG, "lag": lag} for lag in cell_lags for net in nets(lag)]
     # The longest rows last, so that an interrupted run has most of them.
     return sorted(paper_rows + today_rows + cell_rows, key=lambda row: (row["lag"], row["recipe"] == "1997"))
 
@@ -400,7 +400,7 @@ def main(
     Args:
       trials: nets of every row, trained in one program.
       tasks: names of tasks.
-      lags: at which every cell is tried on adding, and today's recipe on the other tasks.
+      lags: at which every cell tries the order of two, and today's recipe the other tasks.
       paper_lags: at which the recipe of 1997 is tried; 500 takes half an hour, 1000 several hours.
       limit: sequences after which a trial of today's recipe counts as failed.
       paper_limit: the same for the recipe of 1997.
@@ -429,7 +429,7 @@ def main(
         "long_lag", config, plans(tasks, lags, paper_lags), measure, workdir=workdir, resume=resume
     )
     published = {name: task.paper.sequences for name, task in TASKS.items() if task.paper}
-    picture = plots.long_lag(folder / "long_lag.png", result["config"]["limit"], result["rows"], published)
+    picture = plots.long_lag(folder / "long_lag.png", limit, result["rows"], published, BY_LAG)
     log.info("%s\n%s\n%s", table(result), folder / "result.json", picture)
     return result
 
@@ -468,13 +468,13 @@ def table(result: dict[str, Any]) -> str:
     for name, lag in places:
         paper = TASKS[name].paper
         published = paper.sequences.get(lag) if paper else None
-        if published or name != "adding":
+        if published or name != BY_LAG:
             own = [sequences(found.get((recipe, name, lag))) for recipe in ("1997", "LSTM, chrono")]
             lines.append(f"| {name} | {lag} | {f'{published:,}' if published else ''} | {' | '.join(own)} |")
     lags = result["config"]["lags"]
-    lines += ["", f"| adding | {' | '.join(f'lag {lag}' for lag in lags)} |", "|---" * (1 + len(lags)) + "|"]
+    lines += ["", f"| {BY_LAG} | {' | '.join(f'lag {lag}' for lag in lags)} |", "|---" * (1 + len(lags)) + "|"]
     for net in nets(lags[0]):
-        lines.append(f"| {net} | {' | '.join(solved_share(found.get((net, 'adding', lag))) for lag in lags)} |")
+        lines.append(f"| {net} | {' | '.join(solved_share(found.get((net, BY_LAG, lag))) for lag in lags)} |")
     return "\n".join(lines)
 
 
@@ -484,7 +484,7 @@ if __name__ == "__main__":
         main,
         quick={
             "trials": 2,
-            "tasks": ("adding", "2c"),
+            "tasks": ("order of two", "2c"),
             "lags": (50,),
             "paper_lags": (50,),
             "limit": 2000,

@@ -477,10 +477,12 @@ def chorales(path: Path, rows: list[dict[str, Any]], data: str) -> Path:
 # Long lags.
 
 
-def long_lag(path: Path, limit: int, rows: list[dict[str, Any]], published: dict[str, dict[int, int]]) -> Path:
+def long_lag(
+    path: Path, limit: int, rows: list[dict[str, Any]], published: dict[str, dict[int, int]], by_lag: str
+) -> Path:
     """Draw the share of solved trials by lag for every cell, and sequences to success beside the published ones."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", width_ratios=(1, 1.15))
-    cells = [row for row in rows if row["task"] == "adding" and row["recipe"] != "1997"]
+    cells = [row for row in rows if row["task"] == by_lag and row["recipe"] != "1997"]
     for n, net in enumerate(dict.fromkeys(row["recipe"] for row in cells)):
         own = [row for row in cells if row["recipe"] == net]
         shares = [intervals.of_share(sum(map(bool, row["solved_at"])), len(row["solved_at"])) for row in own]
@@ -489,7 +491,7 @@ def long_lag(path: Path, limit: int, rows: list[dict[str, Any]], published: dict
         left.errorbar(lags, share, (share - low, high - share), color=COLORS[n], marker=MARKERS[n], capsize=2,
                       elinewidth=0.8, label=net)  # fmt: skip
     left.set(xscale="log", xlabel="lag, in steps", ylabel="share of trials that solved it", ylim=(-0.05, 1.05),
-             title=f"Adding, within {limit:,} sequences")  # fmt: skip
+             title=f"The {by_lag}, within {limit:,} sequences")  # fmt: skip
     ticks = sorted({row["lag"] for row in cells})
     left.set_xticks(ticks, map(str, ticks))
     left.minorticks_off()
@@ -497,7 +499,7 @@ def long_lag(path: Path, limit: int, rows: list[dict[str, Any]], published: dict
     kinds = {"1997": ("recipe of 1997", COLORS[0]), "LSTM, chrono": ("recipe of today", COLORS[2])}
     places = [place for place in dict.fromkeys((row["task"], row["lag"]) for row in rows)
               if any((row["task"], row["lag"]) == place and row["recipe"] in kinds for row in rows)]  # fmt: skip
-    places = [place for place in places if place[0] != "adding" or place[1] >= 100]
+    places = [place for place in places if place[0] != by_lag or place[1] in published[by_lag]]
     for height, (task, lag) in enumerate(places):
         for row in rows:
             if (row["task"], row["lag"]) == (task, lag) and row["recipe"] in kinds:

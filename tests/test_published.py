@@ -257,9 +257,12 @@ def test_a_net_learns_music_and_dropout_changes_its_training(tmp_path):
 
 
 def test_the_validation_part_stops_the_training_and_the_test_part_takes_no_part():
-    parts = {name: chorales.streams(pieces(7, 6 + n), 8) for n, name in enumerate(("train", "valid", "test"))}
-    recipe = chorales.Recipe(3, epochs=12, patience=3, batch=2)
-    run = jax.jit(lambda data: chorales.train(LSTM, recipe, data, jax.random.key(0), 0.3))
+    own = pieces(7, 6)
+    # What is right in training is wrong in the validation part, so training stops soon.
+    parts = {"train": own, "valid": [1 - piece for piece in own], "test": pieces(8, 5)}
+    parts = {name: chorales.streams(part, 8) for name, part in parts.items()}
+    recipe = chorales.Recipe(3, epochs=60, patience=3, batch=2)
+    run = jax.jit(lambda data: chorales.train(LSTM, recipe, data, jax.random.key(0), 0.2))
 
     def changed(name, by):
         return {**parts, name: parts[name]._replace(chords=by * parts[name].chords)}
@@ -267,16 +270,15 @@ def test_the_validation_part_stops_the_training_and_the_test_part_takes_no_part(
     net, epochs = run(parts)
     same, _ = run(changed("test", 9))
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(net), jax.tree.leaves(same), strict=True))
-    for name in ("train", "valid"):
-        other, _ = run(changed(name, 0))
-        assert not np.array_equal(net.w, other.w), name
+    other, _ = run(changed("train", 0))
+    assert not np.array_equal(net.w, other.w)
+    _, other = run(changed("valid", 0))
+    assert other["validation"][0] != epochs["validation"][0] and other["loss"][0] == epochs["loss"][0]
     best = int(epochs["validation"].argmin())
-    assert int(epochs["ran"].sum()) == best + 1 + 3 < 12  # patience
+    assert int(epochs["ran"].sum()) == best + 1 + 3 < 60  # patience
     np.testing.assert_allclose(chorales.mean_loss(LSTM, net, parts["valid"]), epochs["validation"][best], rtol=1e-5)
-    assert (
-        len({float(chorales.train(LSTM, recipe, parts, jax.random.key(0), rate)[1]["loss"][0]) for rate in (0.1, 0.2)})
-        == 2
-    )
+    slower = jax.jit(lambda rate: chorales.train(LSTM, recipe, parts, jax.random.key(0), rate))(0.05)[1]
+    assert slower["loss"][0] == epochs["loss"][0] and slower["loss"][1] != epochs["loss"][1]
 
 
 @pytest.mark.parametrize("size", ["20,000", "300,000"])
@@ -696,7 +698,7 @@ def test_char_rnns_loss_is_summed_over_time_and_every_recipe_passes_its_carry_on
     seen, held_out = shakespeare.split(np.arange(50 * 50 * 3) % 7)
     for name in ("char-rnn", "today"):
         how = shakespeare.RECIPES[name]._replace(units=5, dropout=0.0, seq_len=10)
-        net = shakespeare.init_net(jax.random.key(0), how, 7)._replace(w=jnp.asarray(normal(0, 5, 7)))
+        net = shakespeare.init_net(jax.random.key(0), how, 7)._replace(w=20 * jnp.asarray(normal(0, 5, 7)))
         batch = jax.tree.map(lambda leaf: leaf[:10], seen)
         loss, (carries, metrics) = shakespeare.loss_fn(
             net, batch, shakespeare.zero_carries(net), jax.random.key(1), recipe=how
