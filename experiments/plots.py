@@ -649,6 +649,7 @@ def tagging(
         axes.plot(offsets, mean, color=COLORS[n], marker=MARKERS[n], markersize=4, label=shown)
         axes.fill_between(offsets, low, high, color=COLORS[n], alpha=0.2, linewidth=0)
     borders.axvline(-0.5, color="0.5", linestyle="--", linewidth=1)
+    borders.set_xticks(range(-10, 11, 5))
     borders.set(xlabel="characters from the first one of a new class", ylabel="mean of all units",
                 title=f"The LSTM at {lstm['borders']:,} borders")  # fmt: skip
     right.set(ylabel="‖Δc‖", ylim=(0, None))
