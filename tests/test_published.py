@@ -595,7 +595,9 @@ def test_labels_equal_those_of_the_tokenizer_character_by_character():
 
 
 def test_training_and_test_windows_come_from_different_files():
-    seen, held_out = tagging.load(2000)
+    seen, held_out = tagging.load(1000, 2000)
+    fewer, _ = tagging.load(25, 2000)
+    assert 0 < len(fewer.symbols) < len(seen.symbols)
     assert seen.symbols.shape[1] == 128 and held_out.symbols.shape[1] == 512
     assert 3 < seen.symbols.size / held_out.symbols.size < 8 and int(seen.symbols.max()) < 128
     assert {*np.unique(held_out.labels)} == set(range(7))
@@ -837,6 +839,7 @@ QUICK = [entry.name for entry in catalog.EXPERIMENTS]
 
 
 @pytest.mark.ci
+@pytest.mark.skipif(jax.__version_info__ >= (0, 12), reason="once is enough: on the older generation")
 @pytest.mark.parametrize("name", QUICK)
 def test_every_experiment_has_a_quick_form(name, tmp_path):
     write_music(tmp_path, 30, 40)
@@ -849,4 +852,4 @@ def test_every_experiment_has_a_quick_form(name, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     assert result["config"] and result["versions"]["jaxlstm"]
-    assert str(out / "result.json") in done.stdout and str(tmp_path.name) not in json.dumps(result)
+    assert str(out) in done.stdout and tmp_path.name not in json.dumps(result)
