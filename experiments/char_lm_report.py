@@ -65,7 +65,7 @@ def write(
         "baselines": baselines,
         "gradient_check": checks,
         "evaluations": [row for row in metrics if "held_out_bits" in row],
-        "config": config,
+        "config": {name: value for name, value in config.items() if name not in ("workdir", "resume")},
         "corpus": {"characters": len(data.text), "held_out": len(data.held_out), "sha256": data.sha256},
         "read": read_sentence(model, data),
         "versions": runs.versions(),
