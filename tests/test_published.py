@@ -835,6 +835,61 @@ def test_variants_differ_by_welchs_interval_for_all_comparisons_together():
     np.testing.assert_allclose((mean, low, high), (2.0, 2 - half, 2 + half))
 
 
+MODULES = (chorales, counting, gradbench, long_lag, odyssey, rnn_vs_lstm, shakespeare, tagging)
+RESULTS = ROOT / "experiments" / "results"
+COMMITTED = [module for module in MODULES if (RESULTS / module.__name__.split(".")[1] / "result.json").exists()]
+
+
+def committed(name):
+    return json.loads((RESULTS / name / "result.json").read_text(encoding="utf-8"))
+
+
+PAGE = " ".join((ROOT / "docs" / "published.md").read_text(encoding="utf-8").split())
+
+
+@pytest.mark.parametrize("module", COMMITTED, ids=lambda module: module.__name__.split(".")[1])
+def test_the_page_holds_the_table_of_the_committed_result(module):
+    name = module.__name__.split(".")[1]
+    result = committed(name)
+    assert module.table(result) in (ROOT / "docs" / "published.md").read_text(encoding="utf-8")
+    assert {"config", "versions", "device"} <= result.keys()
+    # A result is of a commit, without changes, and names no path of the machine that made it.
+    assert all(len(row["commit"]) == 12 for row in result["rows"])
+    assert not any("/" in str(value) for value in result["config"].values())
+    pictures = [*(RESULTS / name).glob("*.png")]
+    assert all(picture.stat().st_size < 200_000 and f"{name}/{picture.name}" in PAGE for picture in pictures)
+
+
+def test_the_figures_about_counting_are_in_the_result():
+    rows = {(row["language"], row["cell"]): row for row in committed("counting")["rows"]}
+    reached = {key: np.array(row["reach"]) for key, row in rows.items() if "reach" in row}
+    median = {key: np.median(values) for key, values in reached.items()}
+    said = f"right up to n = {median['aⁿbⁿ', 'LSTM']:.0f} on aⁿbⁿ and n = {median['aⁿbⁿcⁿ', 'LSTM']:.0f} on aⁿbⁿcⁿ"
+    assert said in PAGE and "six and four of ten go beyond 100" in PAGE
+    assert [int((reached[language, "LSTM"] > 100).sum()) for language in ("aⁿbⁿ", "aⁿbⁿcⁿ")] == [6, 4]
+    grus = [reached[language, "GRU"] for language in ("aⁿbⁿ", "aⁿbⁿcⁿ")]
+    assert max(map(max, grus)) == 67 and min(map(min, grus)) > 50 and "No GRU gets past 67" in PAGE
+    assert (reached["aⁿbⁿ", "RNN"] >= 50).sum() == 4 and reached["aⁿbⁿcⁿ", "RNN"].max() == 5
+    dyck = rows["Dyck-1", "LSTM"]
+    assert min(dyck["right"][0]) == 1 and f"{np.mean(dyck['right'][1]):.2f}" == "0.84"
+    assert f"{np.mean(rows['Dyck-2', 'LSTM']['right'][1]):.2f}" == "0.35"
+    assert all(said in PAGE for said in ("At length 100 it is 0.84 of them", "is right in 0.35 of the words"))
+
+
+def test_the_figures_about_music_are_in_the_result():
+    rows = {row["cell"]: row for row in committed("chorales")["rows"] if row["size"] == "20,000"}
+    assert f"**The LSTM of 36 units** has {intervals.shown(rows['LSTM']['test'])}, published 8.67" in PAGE
+    mean, low, high = intervals.of_mean(rows["LSTM"]["test"])
+    assert mean < 8.67 and low < 8.67 < high
+    spans = [intervals.of_mean(rows[cell]["test"]) for cell in ("LSTM", "RNN", "GRU")]
+    assert max(low for _, low, _ in spans) < min(high for _, _, high in spans), "the intervals touch"
+    for row in rows.values():
+        rates = [tried["learning_rate"] for tried in row["tried"]]
+        assert min(rates) < rates[row["chosen"]] < max(rates)
+    capped = {cell for cell, row in rows.items() if min(row["tried"][0]["epochs"]) == 400}
+    assert capped == {"GRU", "LSTM"} and rows["GRU"]["tried"][0]["learning_rate"] == 3e-4
+
+
 QUICK = [entry.name for entry in catalog.EXPERIMENTS]
 
 
