@@ -423,3 +423,12 @@ def test_a_bidirectional_net_is_two_nets_that_meet_at_the_same_step():
     assert (forward[later] == 0).all() and (forward[~later] > 0).all()
     assert (backward[later.T] == 0).all() and (backward[~later.T] > 0).all()
     assert (both > 0).all()
+
+
+def test_the_lstms_count_further_than_the_grus():
+    rows = {row["cell"]: row["reach"] for row in result("counting")["rows"] if row["language"] == "aⁿbⁿ"}
+    lstms = rows["LSTM"]
+    claims = " ".join((ROOT / "docs" / "claims.md").read_text(encoding="utf-8").split())
+    said = f"ten LSTMs are right up to n = {np.median(lstms):.0f} in the median, {min(lstms)} to {max(lstms)}, and no GRU"
+    assert said in claims and max(rows["GRU"]) == 67 and len(lstms) == 10
+    assert np.median(rows["RNN"]) < 50 < np.median(rows["GRU"]) < np.median(lstms)
