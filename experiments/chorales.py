@@ -227,12 +227,14 @@ def train_and_choose(
         for n, rate in enumerate(learning_rates):
             own = slice(n * seeds, (n + 1) * seeds)
             nets.append(jax.tree.map(lambda leaf, own=own: leaf[own], trained))
+            best_epochs = epochs["validation"][own].argmin(1)[:, None]
             tried.append(
                 {
                     "learning_rate": rate,
                     "dropout": recipe.dropout,
                     "epochs": epochs["ran"][own].sum(1).tolist(),
                     "validation": rows.rounded(epochs["validation"][own].min(1)),
+                    "training": rows.rounded(jnp.take_along_axis(epochs["loss"][own], best_epochs, 1)[:, 0]),
                     "last validation": rows.rounded(epochs["validation"][own, -1]),
                     "last training": rows.rounded(epochs["loss"][own, -1]),
                 }
@@ -270,8 +272,8 @@ def main(
 
     Args:
       data: the MATLAB file, JSB_Chorales.mat or Nottingham.mat.
-      learning_rates: of Adam; the validation part chooses.
-      seeds: nets of each kind.
+      learning_rates: of Adam; the validation loss selects one for each net.
+      seeds: number of seeds per net.
       epochs: the largest number of epochs; training stops after 15 without a better validation loss.
       sizes: numbers of parameters; a net of another size is left out.
       workdir: folder of the results; by default a new one in runs/.

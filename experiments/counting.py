@@ -202,7 +202,7 @@ def main(
       languages: what the nets learn.
       trained_to: the largest n, and the longest word of brackets, in training.
       tested_to: the largest n of the test; words of brackets go up to twice this length.
-      seeds: nets of each cell and language.
+      seeds: number of seeds per cell and language.
       steps: training steps of 16 words.
       learning_rate: of Adam at the start; it falls to 0.
       workdir: folder of the results; by default a new one in runs/.

@@ -1,9 +1,9 @@
-"""How much longer than the objective does its gradient take, on the LSTM problem of ADBench and GradBench?
+"""How much slower is the gradient than the objective, on the LSTM problem of ADBench and GradBench?
 
 A diagonal LSTM: every unit reads one input and itself, so all its weights are vectors. Its forget and output gates read
-the input, its input gate and candidate read h. A stack of them predicts the bits of the next character of a text.
-The problem comes from the repository of ADBench (Microsoft) and lives on in GradBench, whose tools for it did not
-include JAX in 2026. The objective is theirs, with its log(2 + Σ exp); so are the sizes, and float64.
+the input, its input gate and candidate read h. A stack of them predicts the bits of the next character of a text. The
+problem comes from the repository of ADBench (Microsoft). GradBench, which continues it, has no JAX implementation of it
+as of 2026. The objective is theirs, with its log(2 + Σ exp); so are the sizes, and float64.
 """
 
 import functools
@@ -174,7 +174,7 @@ def main(
     Args:
       layers: numbers of layers.
       lengths: characters of the text.
-      rounds: turns of every program; the table shows medians.
+      rounds: timed runs per program; the table shows medians.
       workdir: folder of the results; by default a new one in runs/.
       resume: continue the run in --workdir.
     """

@@ -1,8 +1,8 @@
-"""After how many sequences does a net bridge a long lag: by the recipe of 1997, and by one of today?
+"""After how many sequences does a net bridge a long lag, with the recipe of 1997 and with a modern one?
 
 The tasks are those of Hochreiter & Schmidhuber, Long short-term memory, 1997: only a few steps of a long sequence
-matter, and the net answers at its end. A task counts as solved when in a number of sequences in a row, 2000 for most,
-all outputs were within a tolerance *before* the net learned from them, and their mean error was small.
+matter, and the net answers at its end. A net has solved a task when it answers a run of new sequences, 2000 for most
+tasks, within a tolerance and with a small mean error, each of them *before* it learns from it.
 
 Two recipes run side by side. "1997" is the paper's: memory blocks without a forget gate, the truncated gradient, one
 sequence per step of plain SGD, and its initial weights and biases. "today" has 16 units, the full gradient, Adam, and
@@ -398,9 +398,9 @@ def main(
     """Train all nets until they solve their task, write the result and a picture, and log the table.
 
     Args:
-      trials: nets of every row, trained in one program.
+      trials: nets per row, trained in one program.
       tasks: names of tasks.
-      lags: at which every cell tries the order of two, and today's recipe the other tasks.
+      lags: lags for today's recipe; every cell tries the order of two at each of them.
       paper_lags: at which the recipe of 1997 is tried; 500 takes half an hour, 1000 several hours.
       limit: sequences after which a trial of today's recipe counts as failed.
       paper_limit: the same for the recipe of 1997.

@@ -2,8 +2,8 @@
 
 The variants of Greff et al., LSTM: a search space odyssey, 2017, on music (JSB Chorales): the peephole LSTM, which the
 paper calls V, with one component taken away or added, and the plain LSTM with g = σ(z_g). Every variant has the same
-number of units. All learning rates and seeds of a variant train in one program; the validation part chooses the rate,
-and the test part is read once.
+number of units. All learning rates and seeds of a variant train in one program; the validation loss selects the rate,
+and the test set is evaluated once.
 """
 
 import logging
@@ -46,7 +46,7 @@ def main(
     *,
     data: str = "JSB_Chorales.mat",
     units: int = 36,
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2),
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2),
     seeds: int = 10,
     epochs: int = 300,
     workdir: str | None = None,
@@ -56,9 +56,9 @@ def main(
 
     Args:
       data: the file JSB_Chorales.mat; `experiments/chorales.py` says where to look for it.
-      units: of every variant.
-      learning_rates: of Adam; the validation part chooses one for each variant.
-      seeds: nets of each variant and learning rate.
+      units: units per variant.
+      learning_rates: of Adam; the validation loss selects one for each variant.
+      seeds: number of seeds per variant and learning rate.
       epochs: the largest number of epochs; training stops after 15 without a better validation loss.
       workdir: folder of the results; by default a new one in runs/.
       resume: continue the run in --workdir.

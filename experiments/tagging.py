@@ -1,8 +1,9 @@
-"""What class is each character of a program, and what does a net gain that also reads backward?
+"""How well does a net label each character of a program, and how much does reading backward help?
 
 The texts are the sources of Python's own standard library, and `tokenize` gives exact labels: keyword, name, number,
 string, comment, operator or space. Files are split into training and test. An RNN, an LSTM and a bidirectional LSTM
-have equal numbers of parameters. Reading from the left, nobody knows whether `for` is the keyword or begins `format`.
+have equal numbers of parameters. A net that reads from the left cannot tell whether `for` is a keyword or the start of
+`format`.
 """
 
 import functools
@@ -239,8 +240,8 @@ def main(
     """Train all nets, measure them, write the result and the pictures, and log the table.
 
     Args:
-      files: modules of the library to read, at most; there are fewer than 300.
-      seeds: nets of each kind.
+      files: the maximum number of modules to read; the default reads all.
+      seeds: number of seeds per net.
       steps: training steps of 64 windows of 128 characters.
       learning_rate: of Adam at its peak; it falls to 0.
       workdir: folder of the results; by default a new one in runs/.
