@@ -471,9 +471,9 @@ def table(result: dict[str, Any]) -> str:
         if published or name != BY_LAG:
             own = [sequences(found.get((recipe, name, lag))) for recipe in ("1997", "LSTM, chrono")]
             lines.append(f"| {name} | {lag} | {f'{published:,}' if published else ''} | {' | '.join(own)} |")
-    lags = result["config"]["lags"]
+    lags = sorted({lag for net, task, lag in found if task == BY_LAG and net in nets(100)})
     lines += ["", f"| {BY_LAG} | {' | '.join(f'lag {lag}' for lag in lags)} |", "|---" * (1 + len(lags)) + "|"]
-    for net in nets(lags[0]):
+    for net in nets(100):
         lines.append(f"| {net} | {' | '.join(solved_share(found.get((net, BY_LAG, lag))) for lag in lags)} |")
     return "\n".join(lines)
 
