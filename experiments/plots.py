@@ -497,12 +497,13 @@ def long_lag(
     left.minorticks_off()
     left.legend(fontsize="small")
     kinds = {"1997": ("recipe of 1997", COLORS[0]), "LSTM, chrono": ("recipe of today", COLORS[2])}
-    places = [place for place in dict.fromkeys((row["task"], row["lag"]) for row in rows)
-              if any((row["task"], row["lag"]) == place and row["recipe"] in kinds for row in rows)]  # fmt: skip
+    solved_by = [row for row in rows if row["recipe"] in kinds and any(row["solved_at"])]
+    right.set_visible(bool(solved_by))
+    places = sorted({(row["task"], row["lag"]) for row in solved_by})
     places = [place for place in places if place[0] != by_lag or place[1] in published[by_lag]]
     for height, (task, lag) in enumerate(places):
-        for row in rows:
-            if (row["task"], row["lag"]) == (task, lag) and row["recipe"] in kinds:
+        for row in solved_by:
+            if (row["task"], row["lag"]) == (task, lag):
                 _, color = kinds[row["recipe"]]
                 solved = [number for number in row["solved_at"] if number]
                 offset = 0.14 if row["recipe"] == "1997" else -0.14
@@ -514,9 +515,9 @@ def long_lag(
     right.plot([], [], "D", color=COLORS[1], label="published 1997 (mean)")
     right.set_yticks(range(len(places)), [f"{task}, {lag}" for task, lag in places])
     right.invert_yaxis()
-    right.set(xscale="log", xlabel="sequences to success, one dot per trial", title="Task and lag")
+    right.set(xscale="log", xlabel="sequences to success, one dot per solved trial", title="Task and lag")
     right.grid(axis="x", alpha=0.3)
-    right.legend(fontsize="small", loc="best")
+    figure.legend(*right.get_legend_handles_labels(), fontsize="small", loc="outside lower right", ncols=3)
     return _save(figure, path, dpi=110)
 
 

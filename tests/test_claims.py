@@ -326,8 +326,8 @@ def test_the_figures_about_methods_are_in_the_result():
     assert [f"{error:.0e}" for error in said] == ["1e-15", "6e-07", "1e-11", "2e-04"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert (
-        "to 1e-15 in float64 and 6e-07 in float32" in readme
-        and "differences agree with them to 1e-11 and 2e-04" in readme
+        "at most 1e-15 in float64 and 6e-07 in float32" in readme
+        and "Finite differences have 1e-11 and 2e-04" in readme
     )
     at = {(r["method"], r["num_steps"]): r for r in rows if r["hidden"] == 16 and r["dtype"] == "float32"}
     assert round(at["rtrl", 100]["seconds"] / at["rule", 100]["seconds"]) == 62

@@ -896,6 +896,29 @@ def test_the_figures_about_music_are_in_the_result():
     assert capped == {"GRU", "LSTM"} and rows["GRU"]["tried"][0]["learning_rate"] == 3e-4
 
 
+def test_the_figures_about_long_lags_are_in_the_result():
+    rows = {(row["recipe"], row["task"], row["lag"]): row["solved_at"] for row in committed("long_lag")["rows"]}
+    adding = rows["LSTM, chrono", "adding", 100]
+    assert all(adding) and f"adding at lag 100 after {np.median(adding):,.0f} sequences in the median" in PAGE
+    assert np.median(adding) < 20_000 and all(rows["LSTM, chrono", "multiplication", 100])
+    failed = {key: sum(not number for number in solved) for key, solved in rows.items()}
+    assert [failed["LSTM, chrono", task, 100] for task in ("order of two", "order of three", "copy")] == [1, 2, 10]
+    assert [failed["1997", task, 100] for task in ("multiplication", "order of three")] == [9, 6]
+    of_two = np.median(rows["1997", "order of two", 100])
+    assert (
+        f"needs {of_two:,.0f} sequences for the order of two, fewer than the published 31,390" in PAGE
+        and of_two < 31_390
+    )
+    times = {
+        task: np.median([n or np.inf for n in rows["1997", task, lag]]) for task, lag in (("adding", 100), ("2c", 50))
+    }
+    assert round(times["adding"] / 74_000) == 10 and round(times["2c"] / 30_000) == 5
+    by_lag = {name: [10 - failed[name, "order of two", lag] for lag in (50, 100)] for name in long_lag.nets(50)}
+    assert by_lag == {
+        "RNN": [0, 0], "GRU": [10, 10], "LSTM, b_f = 0": [1, 0], "LSTM, b_f = 1": [6, 0], "LSTM, chrono": [10, 9]
+    }  # fmt: skip
+
+
 QUICK = [entry.name for entry in catalog.EXPERIMENTS]
 
 
