@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import autodiff_vs_analytic, flip_flop, lorenz, ppo
+from experiments import autodiff_vs_analytic, flip_flop, lorenz, ppo, tagging
+from experiments.harness import intervals
 from jaxlstm import (
     GRU,
     LSTM,
@@ -433,3 +434,28 @@ def test_the_lstms_count_further_than_the_grus():
     assert f"ten LSTMs are right up to n = {spread}, and no GRU beyond 67" in claims
     assert max(rows["GRU"]) == 67 and len(lstms) == 10
     assert np.median(rows["RNN"]) < 50 < np.median(rows["GRU"]) < np.median(lstms)
+
+
+def test_reading_backward_helps_and_needs_the_future():
+    rows = {row["name"]: row for row in result("tagging")["rows"]}
+    one, both = (np.array(rows[name]["f1"]) for name in ("LSTM", "bidirectional LSTM"))
+    pages = [(ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("claims", "published")]
+    for page in pages:
+        assert f"{both.mean():.3f}" in page and f"{one.mean():.3f}" in page
+    (_, _, high), (_, low, _) = (intervals.of_mean(scores.mean(1)) for scores in (one, both))
+    assert high < low, "the intervals are apart"
+    gains = both.mean(0) - one.mean(0)
+    assert gains.argmax() == tagging.CLASSES.index("keyword") and abs(gains[tagging.CLASSES.index("number")]) < 0.01
+    assert f"{both.mean(0)[0]:.3f} against {one.mean(0)[0]:.3f}" in " ".join(pages[1].split())
+    for name, future in (("LSTM", False), ("bidirectional LSTM", True)):
+        assert (np.triu(rows[name]["sensitivity"], 1) > 0).any() == future
+
+
+def test_a_tagger_forgets_for_one_step_at_a_border():
+    (row,) = (row for row in result("tagging")["rows"] if row["name"] == "LSTM")
+    f, i, change = (
+        np.mean([seed[name] for seed in row["around borders"]], axis=0) for name in ("f", "i", "change of c")
+    )
+    assert (f"{f[0]:.2f}", f"{f[10]:.2f}", f"{i[0]:.2f}", f"{i[10]:.2f}") == ("0.66", "0.51", "0.64", "0.71")
+    assert f[11] > f[0] and f[10] == f.min() and row["borders"] == 769
+    assert round(change[10] / change[:9].mean()) == 6

@@ -919,6 +919,19 @@ def test_the_figures_about_long_lags_are_in_the_result():
     }  # fmt: skip
 
 
+def test_the_figures_about_gradbench_are_in_the_result():
+    rows = committed("gradbench")["rows"]
+    ratios = {
+        name: [row[name]["gradient"] / row[name]["objective"] for row in rows] for name in ("jaxlstm", "lax.scan")
+    }
+    (low, high), (scan_low, scan_high) = ((f"{min(own):.1f}", f"{max(own):.1f}") for own in ratios.values())
+    assert f"The gradient takes {low} to {high} times as long as the objective" in PAGE
+    assert f"differentiating the `lax.scan` takes {scan_low} to {scan_high} times" in PAGE
+    slower = [100 * (row["jaxlstm"]["objective"] / row["lax.scan"]["objective"] - 1) for row in rows]
+    assert f"by layers than by steps, by {min(slower):.0f} to {max(slower):.0f} %" in PAGE
+    assert max(row["difference"] for row in rows) < 1e-14
+
+
 QUICK = [entry.name for entry in catalog.EXPERIMENTS]
 
 
