@@ -13,7 +13,7 @@ def main() -> None:
     print("Each is a command with flags of its own; --help lists them, --quick takes less than a minute.\n")
     for entry in catalog.EXPERIMENTS:
         print(entry.question)
-        print(f"  {entry.command}  ({entry.minutes} min on two cores)")
+        print(f"  {entry.command}" + (f"  ({entry.time} min on two cores)" if entry.time else ""))
         if entry.published:
             print(f"  published: {entry.published}")
         print(f"  measured:  {entry.answer}\n")
