@@ -936,7 +936,6 @@ QUICK = [entry.name for entry in catalog.EXPERIMENTS]
 
 
 @pytest.mark.ci
-@pytest.mark.skipif(jax.__version_info__ >= (0, 12), reason="once is enough: on the older generation")
 @pytest.mark.parametrize("name", QUICK)
 def test_every_experiment_has_a_quick_form(name, tmp_path):
     write_music(tmp_path, 30, 40)
