@@ -267,4 +267,4 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    runs.cli("tagging", main, quick={"files": 20, "seeds": 2, "steps": 50})
+    runs.cli("tagging", main, quick={"files": 20, "seeds": 2, "steps": 10})
