@@ -62,7 +62,7 @@ def brackets(kinds: int, rng: np.random.Generator, lengths: list[int]) -> Words:
         # Cycle lemma: exactly one rotation is a balanced word followed by the extra closing bracket.
         shuffled = rng.permutation([1] * (length // 2) + [-1] * (length // 2 + 1))
         depths = np.cumsum(shuffled)
-        opens = np.roll(shuffled, -1 - int(depths.argmin()))[:-1] > 0
+        opens = np.roll(shuffled, -1 - int(np.argmin(depths)))[:-1] > 0
         stack: list[int] = []
         allowed[0, word, 0] = real[0, word] = True
         for at, is_open in enumerate(opens, 1):
