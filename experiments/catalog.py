@@ -38,7 +38,8 @@ class Entry(NamedTuple):
 
     @property
     def answer(self) -> str:
-        return "no committed result" if self.result is None else self.measured(self.result)
+        result = self.result
+        return "no committed result" if result is None else self.measured(result)
 
     @property
     def time(self) -> str:

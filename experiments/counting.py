@@ -141,7 +141,7 @@ def train(
 
 
 def reach(found: Bool[Array, "n"]) -> int:
-    """Return the largest n up to which all words are right, those of n = 1, 2, ... given."""
+    """Return the largest n such that the words for 1 to n are all right."""
     return len(found) if found.all() else int(found.argmin())
 
 
@@ -158,7 +158,7 @@ def measure(
     if letters:
         flags = np.asarray(of_words(nets, counted(letters, range(1, tested_to + 1))))
         found["reach"] = [reach(row) for row in flags]
-        if letters == 2:  # the first net's carry in a word far longer than those of the training, for the picture
+        if letters == 2:  # for the picture: the first net reads a word far longer than any in training
             first = jax.tree.map(lambda leaf: leaf[0], nets)
             shown = counted(letters, range(4 * trained_to, 4 * trained_to + 1))
             found["counter"] = _counter(CELLS[cell], first, shown)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
 from experiments import plots
-from experiments.harness import devices, runs
+from experiments.harness import devices, rows, runs
 from jaxlstm import GRU, LSTM, RNN, Cell, fit, init_train_state, make_train_step, unroll
 from jaxlstm.diagnostics import fixed_points, linearize, principal_components, sample_carries, trace
 
@@ -100,16 +100,12 @@ def portrait(cell: Cell[Any, Any], params: Any, num_starts: int) -> dict[str, An
         "outliers": int((found.of_start == -2).sum()),
         "largest_speed": float(found.speed.max(initial=0)),
         "slowest_stable": float(around.time_constants[stable, 0].max(initial=0)),
-        "coordinates": _short(components.project(found.carry)),
+        "coordinates": rows.rounded(components.project(found.carry)),
         "num_unstable": around.num_unstable.tolist(),
-        "unstable_directions": [_short(directions.T) for directions in unstable],
-        "trajectories": _short(components.project(carries)[:, :4].swapaxes(0, 1)),
-        "explained": _short(components.explained),
+        "unstable_directions": [rows.rounded(directions.T) for directions in unstable],
+        "trajectories": rows.rounded(components.project(carries)[:, :4].swapaxes(0, 1)),
+        "explained": rows.rounded(components.explained),
     }
-
-
-def _short(array: Any) -> Any:
-    return np.round(np.asarray(array, np.float64), 4).tolist()
 
 
 def main(

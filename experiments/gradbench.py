@@ -8,8 +8,6 @@ as of 2026. The objective is theirs, with its log(2 + Σ exp); so are the sizes,
 
 import functools
 import logging
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from experiments import text
-from experiments.harness import rows, runs
+from experiments.harness import rows, runs, timing
 from jaxlstm import LSTM, Cell, LSTMState, unroll
 
 BITS = 14  # of a character, and so the units of a layer
@@ -140,23 +138,16 @@ def measure(layers: int, num_steps: int, rounds: int) -> dict[str, Any]:
     """Time objective and gradient, in turns; compare the gradients of both programs."""
     with jax.enable_x64(True):
         given = problem(layers, num_steps)
-        calls, gradients = {}, {}
+        calls: dict[tuple[str, str], Callable[[], Any]] = {}
         for name, predict in PREDICTIONS.items():
             of_params = functools.partial(objective, predict)
-            calls[name, "objective"] = jax.jit(of_params)
-            calls[name, "gradient"] = jax.jit(jax.value_and_grad(of_params))
-            gradients[name] = calls[name, "gradient"](*given)
-        times: dict[Any, list[float]] = {call: [] for call in calls}
-        for n in range(rounds + 1):
-            for call, function in calls.items():
-                began = time.perf_counter()
-                jax.block_until_ready(function(*given))
-                if n:  # the first round compiles
-                    times[call].append(time.perf_counter() - began)
+            calls[name, "objective"] = functools.partial(jax.jit(of_params), *given)
+            calls[name, "gradient"] = functools.partial(jax.jit(jax.value_and_grad(of_params)), *given)
+        gradients = {name: calls[name, "gradient"]() for name in PREDICTIONS}
+        times = timing.in_turns(calls, rounds)
         errors = jax.tree.map(lambda a, b: float(abs(a - b).max() / abs(b).max()), *gradients.values())
         found: dict[str, Any] = {
-            name: {kind: statistics.median(times[name, kind]) for kind in ("objective", "gradient")}
-            for name in PREDICTIONS
+            name: {kind: times[name, kind] for kind in ("objective", "gradient")} for name in PREDICTIONS
         }
         return found | {"objective": float(gradients["jaxlstm"][0]), "difference": max(jax.tree.leaves(errors))}
 

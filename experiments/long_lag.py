@@ -50,7 +50,7 @@ Draw = Callable[[Key[Array, ""], int, int], "Batch"]
 
 
 class Batch(NamedTuple):
-    """Sequences of a task, and what is asked: at their last step, or at the last few."""
+    """Sequences of a task, and the answers wanted at their last step or last few steps."""
 
     xs: Float[Array, "time batch 2"] | Int[Array, "time batch"]  # pairs of numbers, or symbols
     asked: Int[Array, "answer batch"]  # steps
@@ -142,7 +142,7 @@ def copy(key: Key[Array, ""], lag: int, batch: int) -> Batch:
 
 
 class Of1997(NamedTuple):
-    """How the paper of 1997 set a task up, and what it took: the mean number of sequences to success, by lag."""
+    """The settings of the 1997 paper for a task, and the mean number of sequences to success, by lag."""
 
     blocks: int
     learning_rate: float

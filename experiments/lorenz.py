@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
 from experiments import plots
-from experiments.harness import devices, runs
+from experiments.harness import devices, rows, runs
 from jaxlstm import GRU, LSTM, RNN, Cell, fit, init_train_state, make_train_step, unroll
 from jaxlstm.diagnostics import ClosedLoopParams, closed_loop, lyapunov_exponents
 
@@ -203,8 +203,8 @@ def main(
         truth = jax.jit(trajectory, static_argnums=1)(starts, TRAINING_STEPS)
         seen, held_out = truth[:, 0].astype(jnp.float32), in_pieces(truth[:, 1:])
         true = {
-            "exponents": _short(jax.jit(true_exponents, static_argnums=1)(starts[1:], exponent_steps)),
-            "run": _short(_unscaled(truth[:SHOWN, 1])),
+            "exponents": rows.rounded(jax.jit(true_exponents, static_argnums=1)(starts[1:], exponent_steps)),
+            "run": rows.rounded(_unscaled(truth[:SHOWN, 1])),
         }
     result: dict[str, Any] = {
         "config": config,
@@ -229,9 +229,12 @@ def main(
                 found = jax.tree.map(np.asarray, run(nets))
             for seed in range(seeds):
                 row = {"net": name, "seed": seed, "loss": float(losses[seed, -100:].mean())}
-                row |= {"exponents": _short(found["exponents"][seed]), "follows": _short(found["follows"][seed].mean())}
+                row |= {
+                    "exponents": rows.rounded(found["exponents"][seed]),
+                    "follows": rows.rounded(found["follows"][seed].mean()),
+                }
                 if not seed:  # the picture shows the first net of each cell
-                    row["run"] = _short(_unscaled(found["run"][0, :SHOWN]))
+                    row["run"] = rows.rounded(_unscaled(found["run"][0, :SHOWN]))
                 result["rows"].append(row)
             runs.write_json(path, result)  # after every cell, so that Ctrl-C loses little
     picture = plots.lorenz(folder / "lorenz.png", result, PUBLISHED)
@@ -241,10 +244,6 @@ def main(
 
 def _unscaled(positions: Any) -> Any:
     return np.asarray(positions) * SCALE + CENTER
-
-
-def _short(array: Any) -> Any:
-    return np.round(np.asarray(array, np.float64), 4).tolist()
 
 
 def table(result: dict[str, Any]) -> str:

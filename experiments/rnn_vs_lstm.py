@@ -8,15 +8,13 @@ with the best validation loss and, without early stopping, at the last one.
 
 import functools
 import logging
-import statistics
-import time
 from typing import Any
 
 import jax
 import optax
 
 from experiments import chorales, plots
-from experiments.harness import intervals, rows, runs
+from experiments.harness import intervals, rows, runs, timing
 from jaxlstm import LSTM, RNN, Cell, init_train_state, make_train_step
 
 CELLS: dict[str, Cell[Any, Any]] = {"RNN": RNN, "LSTM": LSTM}
@@ -29,7 +27,7 @@ log = logging.getLogger("rnn_vs_lstm")
 def step_seconds(data: chorales.Streams, rounds: int = 50) -> dict[tuple[str, int], float]:
     """Return the median time of a training step on one batch, for every net; the nets take turns."""
     batch = jax.tree.map(lambda leaf: leaf[: chorales.Recipe(1).batch], data)
-    optimizer, steps, states = optax.adam(1e-3), {}, {}
+    optimizer, calls = optax.adam(1e-3), {}
     for name, units in NETS:
 
         def loss_fn(net: chorales.Params, batch: chorales.Streams, cell: Cell[Any, Any] = CELLS[name]) -> Any:
@@ -37,16 +35,9 @@ def step_seconds(data: chorales.Streams, rounds: int = 50) -> dict[tuple[str, in
             return nats.mean(where=asked)
 
         params = chorales.init_net(jax.random.key(0), CELLS[name], units)
-        steps[name, units] = jax.jit(make_train_step(loss_fn, optimizer))
-        states[name, units] = init_train_state(params, optimizer, jax.random.key(1))
-    times: dict[tuple[str, int], list[float]] = {net: [] for net in NETS}
-    for n in range(rounds + 1):
-        for net in NETS:
-            began = time.perf_counter()
-            states[net], _ = jax.block_until_ready(steps[net](states[net], batch))
-            if n:  # the first round compiles
-                times[net].append(time.perf_counter() - began)
-    return {net: statistics.median(own) for net, own in times.items()}
+        state = init_train_state(params, optimizer, jax.random.key(1))
+        calls[name, units] = functools.partial(jax.jit(make_train_step(loss_fn, optimizer)), state, batch)
+    return timing.in_turns(calls, rounds)
 
 
 def measure(

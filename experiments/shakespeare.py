@@ -96,11 +96,11 @@ def predict(
 ) -> tuple[list[LSTMState], Float[Array, "time batch symbol"]]:
     """Return the logits of the character after each one."""
     xs = jax.nn.one_hot(tokens, len(net.b))
-    key_layers, key_last = (None, None) if key is None else jax.random.split(key)
-    carries, hs = unroll_stack(
-        LSTM, net.layers, xs, carries, dropout=dropout if key_layers is not None else 0.0, key=key_layers
-    )
-    if key_last is not None and dropout:
+    if not dropout:
+        carries, hs = unroll_stack(LSTM, net.layers, xs, carries)
+    else:
+        key_layers, key_last = jax.random.split(key)
+        carries, hs = unroll_stack(LSTM, net.layers, xs, carries, dropout=dropout, key=key_layers)
         hs = hs * dropout_mask(key_last, dropout, hs.shape, hs.dtype)
     return carries, hs @ net.w + net.b
 

@@ -174,7 +174,7 @@ def test_training_pieces_are_cut_and_test_pieces_are_not(tmp_path):
 
 
 def write_music(folder, *lengths):
-    """Write a file like those of the data sets: two pieces of each length in every part."""
+    """Write a file in the format of the data sets, with two pieces of each length in every part."""
     parts = {}
     for n, part in enumerate(("train", "valid", "test")):
         own = pieces(*(length for length in lengths for _ in range(2)))
@@ -258,7 +258,7 @@ def test_a_net_learns_music_and_dropout_changes_its_training(tmp_path):
 
 def test_the_validation_part_stops_the_training_and_the_test_part_takes_no_part():
     own = pieces(7, 6)
-    # What is right in training is wrong in the validation part, so training stops soon.
+    # The validation set inverts the training set, so training stops soon.
     parts = {"train": own, "valid": [1 - piece for piece in own], "test": pieces(8, 5)}
     parts = {name: chorales.streams(part, 8) for name, part in parts.items()}
     recipe = chorales.Recipe(3, epochs=60, patience=3, batch=2)

@@ -89,9 +89,9 @@ def cli(experiment: str, main: Callable[..., Any], log_to: TextIO = sys.stdout, 
 
 
 def _saved_flags(experiment: str, main: Callable[..., Any], quick: Row | None) -> tuple[Row, list[str]]:
-    """Return the flags that are set before those of the command line, and the command line without --quick.
+    """Return the flags that the command line overrides, and the command line without --quick.
 
-    They are those in the config.json of --workdir if --resume is given, else those of --quick.
+    With --resume they come from the config.json in --workdir, otherwise from --quick.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--workdir", type=Path)
@@ -272,7 +272,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Return the commit of this code, with a + if files differ from it; None where there is no Git repository."""
+    """Return the commit of this code, followed by + if files have changed; None outside a Git repository."""
     describe = ["git", "describe", "--always", "--exclude=*", "--dirty=+", "--abbrev=12"]
     try:
         found = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
