@@ -282,10 +282,11 @@ def main(
     config = {name: value for name, value in locals().items() if name not in ("workdir", "resume")}
     name = Path(data).stem.replace("_", " ")
     if name not in NETS:
-        raise FileNotFoundError(f"--data must be a file named JSB_Chorales.mat or Nottingham.mat, got {data}")
+        raise runs.FlagError(f"--data must be a file named JSB_Chorales.mat or Nottingham.mat, got {data}")
     plans = [{"size": net.size, "cell": net.cell} for net in NETS[name] if net.size in sizes]
     if not plans:
-        raise ValueError(f"--sizes must name sizes of {name}, {sorted({n.size for n in NETS[name]})}, got {sizes}")
+        known = dict.fromkeys(net.size for net in NETS[name])
+        raise runs.FlagError(f"--sizes must contain a size of {name}, {' or '.join(known)}, got {' '.join(sizes)}")
     parts = load(data)
     config["sha256"] = hash_of(data)
 

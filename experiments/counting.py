@@ -209,6 +209,7 @@ def main(
       resume: continue the run in --workdir.
     """
     config = {name: value for name, value in locals().items() if name not in ("workdir", "resume")}
+    runs.check_names("languages", languages, LANGUAGES)
     plans = [{"language": language, "cell": cell} for language in languages for cell in CELLS]
     settings = {name: value for name, value in config.items() if name != "languages"}
     measure_row = functools.partial(measure, **settings)

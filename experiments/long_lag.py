@@ -5,7 +5,7 @@ matter, and the net answers at its end. A net has solved a task when it answers 
 tasks, within a tolerance and with a small mean error, each of them *before* it learns from it.
 
 Two recipes run side by side. "1997" is the paper's: memory blocks without a forget gate, the truncated gradient, one
-sequence per step of plain SGD, and its initial weights and biases. "today" has 16 units, the full gradient, Adam, and
+sequence per step of plain SGD, and its initial weights and biases. "today" has 32 units, the full gradient, Adam, and
 eight sequences per step; chrono biases are drawn for the lag of the task, so this net knows the lag.
 """
 
@@ -281,7 +281,7 @@ def nets(lag: int) -> dict[str, Net]:
     }
 
 
-UNITS, BATCH = 16, 8
+UNITS, BATCH = 32, 8
 BY_LAG = "order of two"  # the task that every cell tries at every lag
 
 
@@ -402,13 +402,14 @@ def main(
       tasks: names of tasks.
       lags: lags for today's recipe; every cell tries the order of two at each of them.
       paper_lags: at which the recipe of 1997 is tried; 500 takes half an hour, 1000 several hours.
-      limit: sequences after which a trial of today's recipe counts as failed.
+      limit: sequences after which a trial of today's recipe counts as failed, in blocks of 2000.
       paper_limit: the same for the recipe of 1997.
       learning_rate: of today's recipe.
       workdir: folder of the results; by default a new one in runs/.
       resume: continue the run in --workdir.
     """
     config = {name: value for name, value in locals().items() if name not in ("workdir", "resume")}
+    runs.check_names("tasks", tasks, TASKS)
 
     def measure(recipe: str, task: str, lag: int) -> dict[str, Any]:
         of_paper = recipe == "1997"

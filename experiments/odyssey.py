@@ -66,6 +66,7 @@ def main(
       resume: continue the run in --workdir.
     """
     config = {name: value for name, value in locals().items() if name not in ("workdir", "resume")}
+    runs.check_names("names", names, VARIANTS)
     parts = chorales.load(data)
     config["sha256"] = chorales.hash_of(data)
 

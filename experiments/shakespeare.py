@@ -180,6 +180,7 @@ def main(
       resume: continue the run in --workdir.
     """
     config = {name: value for name, value in locals().items() if name not in ("workdir", "resume")}
+    runs.check_names("recipes", recipes, RECIPES)
     data = text.load_or_exit("shakespeare", corpus, ROWS * BLOCK)
     config["sha256"] = data.sha256
     plans = [{"recipe": recipe, "seed": seed} for recipe in recipes for seed in range(seeds)]

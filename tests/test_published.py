@@ -173,6 +173,22 @@ def test_training_pieces_are_cut_and_test_pieces_are_not(tmp_path):
         chorales.read("nothing.mat")
 
 
+@pytest.mark.parametrize(
+    ("main", "flags", "message"),
+    [
+        (long_lag.main, {"tasks": ("adding", "add")}, r"--tasks must be among 'adding', .*, got 'add'"),
+        (counting.main, {"languages": ("ab",)}, r"--languages must be among .*'Dyck-1'.*, got 'ab'"),
+        (shakespeare.main, {"recipes": ("yesterday",)}, r"--recipes must be among 'char-rnn', .*, got 'yesterday'"),
+        (odyssey.main, {"names": ("NP", "N")}, r"--names must be among 'V', .*, got 'N'"),
+        (chorales.main, {"data": "Bach.mat"}, r"--data must be a file named JSB_Chorales.mat or Nottingham.mat"),
+        (chorales.main, {"sizes": ("7",)}, r"--sizes must contain a size of JSB Chorales, 20,000 or 300,000, got 7"),
+    ],
+)
+def test_a_wrong_name_is_reported_before_any_work(main, flags, message):
+    with pytest.raises(runs.FlagError, match=message):
+        main(**flags)
+
+
 def write_music(folder, *lengths):
     """Write a file in the format of the data sets, with two pieces of each length in every part."""
     parts = {}

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -50,10 +50,20 @@ log = logging.getLogger("runs")
 # The command line.
 
 
+class FlagError(ValueError):
+    """A flag's value is wrong."""
+
+
+def check_names(flag: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise a `FlagError` if a flag gives a name that is not known."""
+    if unknown := [name for name in given if name not in known]:
+        raise FlagError(f"--{flag} must be among {', '.join(map(repr, known))}, got {', '.join(map(repr, unknown))}")
+
+
 def cli(experiment: str, main: Callable[..., Any], log_to: TextIO = sys.stdout, *, quick: Row | None = None) -> None:
     """Run an experiment's `main` with flags from the command line, or with the saved flags if --resume is given.
 
-    Ctrl-C and operating system errors end the run with a one-line message.
+    Ctrl-C, operating system errors and `FlagError` end the run with a one-line message.
 
     Args:
       experiment: the experiment's name.
@@ -79,7 +89,7 @@ def cli(experiment: str, main: Callable[..., Any], log_to: TextIO = sys.stdout, 
     except KeyboardInterrupt:
         print(f"{experiment}: interrupted.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except OSError as error:
+    except (OSError, FlagError) as error:
         sys.exit(f"{experiment}: {error}")
     finally:
         try:
