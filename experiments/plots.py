@@ -457,13 +457,19 @@ def lorenz(path: Path, result: dict[str, Any], published: Sequence[float]) -> Pa
 # Polyphonic music.
 
 
+def _seeds(axes: Any, place: float, values: Sequence[float], color: str, label: str | None = None) -> None:
+    """Draw one dot per seed at a height, and their mean with its 95 % interval."""
+    mean, low, high = intervals.of_mean(values)
+    axes.plot(values, [place] * len(values), "o", color=color, alpha=0.3, markersize=4)
+    axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], color=color, capsize=3, marker="|", markersize=14,
+                  label=label)  # fmt: skip
+
+
 def chorales(path: Path, rows: list[dict[str, Any]], data: str) -> Path:
     """Draw the test loss of every seed beside the published number."""
     figure, axes = plt.subplots(figsize=(8, 0.55 * len(rows) + 1.4), layout="constrained")
     for place, row in enumerate(rows):
-        axes.plot(row["test"], [place] * len(row["test"]), "o", color=COLORS[0], alpha=0.6, markersize=5,
-                  label="this library, one dot per seed" if not place else None)  # fmt: skip
-        axes.plot(np.mean(row["test"]), place, "|", color=COLORS[0], markersize=18, markeredgewidth=2)
+        _seeds(axes, place, row["test"], COLORS[0], None if place else "this library: seeds, mean, 95 % interval")
         axes.plot(row["published"], place, "D", color=COLORS[1], markersize=7,
                   label="published" if not place else None)  # fmt: skip
     axes.set_yticks(range(len(rows)), [f"{row['cell']}, {row['units']} units" for row in rows])
@@ -583,12 +589,7 @@ def odyssey(path: Path, rows: list[dict[str, Any]], changes: dict[str, str]) -> 
     _, low, high = intervals.of_mean(base["test"])
     axes.axvspan(low, high, color=COLORS[0], alpha=0.15, linewidth=0)
     for place, row in enumerate(rows):
-        mean, low, high = intervals.of_mean(row["test"])
-        color = COLORS[0] if row is base else COLORS[1]
-        axes.plot(row["test"], [place] * len(row["test"]), "o", color=color, alpha=0.3, markersize=4)
-        axes.errorbar(
-            mean, place, xerr=[[mean - low], [high - mean]], color=color, capsize=3, marker="|", markersize=12
-        )
+        _seeds(axes, place, row["test"], COLORS[0] if row is base else COLORS[1])
     axes.set_yticks(range(len(rows)), [f"{row['variant']}: {changes[row['variant']]}" for row in rows])
     axes.invert_yaxis()
     axes.set(xlabel="test: nats per chord (lower is better)", title="Variants of the LSTM on JSB Chorales")
@@ -602,10 +603,7 @@ def rnn_vs_lstm(path: Path, rows: list[dict[str, Any]]) -> Path:
     labels = [f"{row['cell']}, {row['units']} units\n{row['parameters']:,} parameters" for row in rows]
     for place, row in enumerate(rows):
         for part, label, color in (("train", "training data", COLORS[2]), ("test", "test data", COLORS[1])):
-            mean, low, high = intervals.of_mean(row[part])
-            losses.plot(row[part], [place] * len(row[part]), "o", color=color, alpha=0.3, markersize=4)
-            losses.errorbar(mean, place, xerr=[[mean - low], [high - mean]], color=color, capsize=3, marker="|",
-                            markersize=14, label=None if place else label)  # fmt: skip
+            _seeds(losses, place, row[part], color, None if place else label)
         times.barh(place, 1e3 * row["step seconds"], color=COLORS[0])
     losses.set(xlabel="nats per chord", title="Best validation: the gap between the dots is overfitting")
     losses.set_yticks(range(len(rows)), labels)
