@@ -31,7 +31,7 @@ ifneq ($(VERSION),$(call version_of,$(BIN)/python))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: check train bench tour test test-full lint clean
+.PHONY: check train bench tour docs docs-serve test test-full lint clean
 .DEFAULT_GOAL := check
 
 define GPU_HINT
@@ -54,6 +54,12 @@ bench: $(STAMP)  ## a quarter of an hour: compare speed with other libraries
 
 tour: $(STAMP)  ## two minutes: run docs/tour.py and write docs/tour.ipynb
 	@cd docs && ../$(BIN)/jupytext --quiet --to ipynb tour.py && ../$(BIN)/jupyter execute --inplace tour.ipynb
+
+docs: $(STAMP)  ## ten seconds: build the site in build/site; every warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(STAMP)  ## show the site on this machine, and build it again when a page changes
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 test: $(STAMP)  ## five minutes
 	@$(BIN)/python -m pytest -n 2 -m "not slow and not ci" $(ARGS)

@@ -1,0 +1,167 @@
+"""The documentation site: built with every warning an error, complete, and looked at in a browser if there is one."""
+
+import ast
+import doctest
+import functools
+import http.server
+import importlib
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mkdocs", reason="the site needs the extra docs")
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import site_pages  # noqa: E402
+
+pytestmark = pytest.mark.ci
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Build the site and return its folder."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    output = built.stdout + built.stderr
+    assert built.returncode == 0 and not re.search(r"^(WARNING|ERROR)", output, re.M), output
+    return folder
+
+
+def addresses(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.html") if path.name != "404.html")
+
+
+@pytest.mark.parametrize("module", site_pages.MODULES)
+def test_every_public_name_has_an_entry_in_the_reference(module, site):
+    page = (site / "reference" / f"{module}.html").read_text(encoding="utf-8")
+    known = importlib.import_module(module)
+    own = getattr(known, "__all__", None) or [
+        name for name, value in vars(known).items() if getattr(value, "__module__", "") == module and name[0] != "_"
+    ]
+    for name in own:
+        if f"{module}.{name}" not in site_pages.MODULES:
+            assert f'id="{module}.{name}"' in page, name
+
+
+def test_all_public_modules_are_in_the_reference():
+    import jaxlstm
+
+    for name in jaxlstm.__all__:
+        if type(getattr(jaxlstm, name)).__name__ == "module":
+            assert f"jaxlstm.{name}" in site_pages.MODULES
+    assert {f"jaxlstm.{module}" for module in ("epochs", "plots")} <= site_pages.MODULES.keys()
+
+
+def test_links_out_of_the_docs_lead_to_files_of_the_repository(site):
+    source = "https://github.com/jaxlstm/jaxlstm/"
+    found = set()
+    for address in addresses(site):
+        found |= set(re.findall(rf'href="{source}(?:blob|tree)/main/([^"#]+)', (site / address).read_text("utf-8")))
+    assert len(found) > 20
+    assert all((ROOT / path).exists() for path in found), sorted(found)
+
+
+# In a browser.
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Start headless Chromium."""
+    api = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("the browser test needs Chromium; on Debian: apt-get install chromium")
+    with api.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def base(site):
+    """Serve the site on this machine."""
+    handler = functools.partial(_Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+WIDTH_AND_PICTURES = """() => ({
+    wider: document.documentElement.scrollWidth - window.innerWidth,
+    missing: [...document.images].filter(image => !image.naturalWidth).map(image => image.src),
+    dark: getComputedStyle(document.body).backgroundColor,
+    formulas: [...document.querySelectorAll("math")].map(math => math.getBoundingClientRect().height),
+})"""
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_every_page_in_a_browser(width, scheme, browser, base, site):
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page, complaints = context.new_page(), []
+    page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    # The search may still load when we leave a page, which aborts it.
+    page.on("requestfailed", lambda request: request.failure != "net::ERR_ABORTED" and complaints.append(request.url))
+    page.on("request", lambda request: request.url.startswith(base) or complaints.append(request.url))
+    page.on("response", lambda response: response.status >= 400 and complaints.append(response.url))
+    wanted = addresses(site)
+    assert len(wanted) > 40
+    for address in wanted:
+        page.goto(base + address)
+        found = page.evaluate(WIDTH_AND_PICTURES)
+        assert not complaints, (address, complaints)
+        assert found["wider"] <= 0 and not found["missing"], (address, found)
+        light = sum(map(int, re.findall(r"\d+", found["dark"])[:3])) > 3 * 128
+        assert light == (scheme == "light"), (address, found["dark"])
+        if address == "derivation.html":
+            assert len(found["formulas"]) > 50 and min(found["formulas"]) > 5
+            text = page.inner_text("article")
+            assert not re.search(r"\$|formula\d+(block|inline)", text.partition("import jax")[0])
+    context.close()
+
+
+def test_the_search_finds_unroll(browser, base):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(base + "index.html", wait_until="networkidle")
+    page.click("input.md-search__input")
+    page.keyboard.type("unroll")
+    page.wait_for_selector(".md-search-result__link", timeout=20_000)
+    links = page.eval_on_selector_all(".md-search-result__link", "links => links.map(link => link.href)")
+    assert any("reference/jaxlstm.html" in link for link in links[:5]), links[:5]
+    page.close()
+
+
+# The entries of cells: doctest does not see a docstring under an assignment.
+
+
+def examples_under_assignments():
+    """Return (where, docstring) for every name of the package that is documented under its assignment."""
+    for path in sorted((ROOT / "jaxlstm").rglob("*.py")):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        for before, node in itertools.pairwise(body):
+            assigned = isinstance(before, ast.Assign | ast.AnnAssign) and isinstance(node, ast.Expr)
+            if assigned and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+                yield f"{path.name}:{node.lineno}", node.value.value
+
+
+def test_the_examples_under_the_cells_run():
+    found = dict(examples_under_assignments())
+    assert len(found) >= 14
+    for where, text in found.items():
+        example = doctest.DocTestParser().get_doctest(text, {}, where, None, None)
+        assert example.examples and doctest.DocTestRunner().run(example).failed == 0, where

@@ -1,0 +1,205 @@
+"""What the documentation site shows beside the pages in docs/: a hook of MkDocs, named in mkdocs.yml.
+
+README.md becomes the first page. The reference has one page per public module, written from the docstrings. Pictures
+that pages show from other folders come with them, links to source files lead to the repository, and formulas become
+MathML, which browsers draw without a script.
+"""
+
+import ast
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from posixpath import normpath, relpath
+from typing import Any
+
+import griffe
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+MODULES = {  # the titles of the reference's pages
+    "jaxlstm": "Cells, sequences, training",
+    "jaxlstm.diagnostics": "Diagnostics",
+    "jaxlstm.epochs": "Epochs and batches",
+    "jaxlstm.initializers": "Initializers",
+    "jaxlstm.plots": "Plots",
+    "jaxlstm.regularize": "Regularized cells",
+    "jaxlstm.rtrl": "Learning online",
+    "jaxlstm.variants": "Variants of the LSTM",
+    "jaxlstm.adapters.weights": "Weights of other frameworks",
+    "jaxlstm.adapters.nnx": "Flax NNX",
+    "jaxlstm.adapters.linen": "Flax Linen",
+    "jaxlstm.adapters.onnx": "ONNX",
+}
+
+
+# The reference.
+
+
+def source_of(module: str) -> ast.Module:
+    """Return the syntax tree of a module."""
+    path = ROOT / module.replace(".", "/")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def public_names(module: str) -> list[str]:
+    """Return the names in `__all__`, or else the functions and classes without an underscore."""
+    tree = source_of(module)
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            names = ast.literal_eval(node.value)
+            return [name for name in names if f"{module}.{name}" not in MODULES]
+    definitions = (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef))
+    return [node.name for node in definitions if not node.name.startswith("_")]
+
+
+def reference() -> dict[str, str]:
+    """Return where the reference describes a name, for all names that only one module has."""
+    places = [(name, f"{module}.{name}") for module in MODULES for name in public_names(module)]
+    names = [name for name, _ in places]
+    return {name: place for name, place in places if names.count(name) == 1}
+
+
+def reference_page(module: str) -> str:
+    """Return the Markdown that mkdocstrings fills: the module's docstring, and every public name."""
+    about = DOCTEST.sub(AS_CODE, ast.get_docstring(source_of(module)) or "")
+    entries = (f"::: {module}.{name}" for name in public_names(module))
+    return "\n\n".join([f"# `{module}`", about, *entries])
+
+
+DOCTEST, AS_CODE = re.compile(r"^( *)>>> .*(?:\n(?! *$).*)*", re.M), r"\1```pycon\n\g<0>\n\1```"
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Give the reference its pages."""
+    for section in config.nav or []:
+        if "Reference" in section:
+            section["Reference"] = [{title: f"reference/{module}.md"} for module, title in MODULES.items()]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages from outside docs/, and the reference."""
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    for module in MODULES:
+        files.append(File.generated(config, f"reference/{module}.md", content=reference_page(module)))
+    return files
+
+
+class AsWritten(griffe.Extension):
+    """Keep shapes such as "time *batch" as written; show doctests as code; give each parameter its own line."""
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Change a docstring."""
+        if obj.docstring:
+            several = re.compile(r"^( +)(\w+(?:, \w+)+): (.*)$", re.M)  # cell, params: as for `unroll`
+            obj.docstring.value = DOCTEST.sub(AS_CODE, several.sub(one_per_line, obj.docstring.value))
+
+    def on_function_instance(self, *, node: Any, func: griffe.Function, **_: Any) -> None:
+        """Change the annotations of a function."""
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg]
+            for argument in filter(None, arguments):
+                func.parameters[argument.arg].annotation = annotation(
+                    argument.annotation, func.parameters[argument.arg].annotation
+                )
+            func.returns = annotation(node.returns, func.returns)
+
+    def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, **_: Any) -> None:
+        """Change the annotation of an attribute."""
+        if isinstance(node, ast.AnnAssign):
+            attr.annotation = annotation(node.annotation, attr.annotation)
+
+
+def annotation(node: ast.expr | None, parsed: Any) -> Any:
+    """Return an annotation as text if it contains a shape, which griffe would read as an expression."""
+    shapes = (isinstance(n, ast.Constant) and isinstance(n.value, str) for n in ast.walk(node or ast.Pass()))
+    return ast.unparse(node) if node and any(shapes) else parsed
+
+
+def one_per_line(line: re.Match[str]) -> str:
+    """Return a line of a docstring for each parameter."""
+    indent, names, about = line.groups()
+    return "\n".join(f"{indent}{name}: {about}" for name in names.split(", "))
+
+
+# Links and formulas.
+
+REFERENCE = reference()
+CODE_BLOCK, INLINE_CODE = re.compile(r"(^```.*?^```$)", re.S | re.M), re.compile(r"(`[^`\n]+`)")
+LINK, NAME = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)"), re.compile(r"(?<!\[)`(\w+)`(?!\])")
+FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$`])\$([^$\n]+(?:\n[^$\n]+)?)\$", re.S)
+FORMULAS: list[str] = []  # Markdown would break a paragraph at MathML: marks stand for it until the page is HTML
+
+
+def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:
+    """Rewrite what a page of the repository says in another way than a page of the site."""
+    here = page.file.src_uri
+    at = next((source for source, own in PAGES.items() if own == here), f"docs/{here}")
+    linked: set[str] = set()
+
+    def link(match: re.Match[str]) -> str:
+        target, _, anchor = match[2].partition("#")
+        if not target or ":" in target:
+            return match[0]
+        where = site_place(normpath(str(PurePosixPath(at).parent / target)), files, config)
+        if ":" not in where:
+            where = relpath(where, str(PurePosixPath(here).parent))
+        return f"{match[1]}({where}{'#' + anchor if anchor else ''})"
+
+    def name(match: re.Match[str]) -> str:
+        """Link a public name to the reference where a page uses it first."""
+        if match[1] not in REFERENCE or match[1] in linked or here.startswith("reference/"):
+            return match[0]
+        linked.add(match[1])
+        return f"[{match[0]}][{REFERENCE[match[1]]}]"
+
+    def prose(text: str) -> str:
+        text = without_code(INLINE_CODE, functools.partial(FORMULA.sub, formula), text)
+        return LINK.sub(link, "".join(NAME.sub(name, line) for line in text.splitlines(keepends=True)))
+
+    return without_code(CODE_BLOCK, prose, markdown)
+
+
+def without_code(code: re.Pattern[str], change: Callable[[str], str], text: str) -> str:
+    """Change a text between its pieces of code."""
+    return "".join(part if n % 2 else change(part) for n, part in enumerate(code.split(text)))
+
+
+def formula(match: re.Match[str]) -> str:
+    """Keep a formula as MathML and return its mark; a tag such as (1) stands at its right."""
+    text, _, tag = (match[1] or match[2]).partition(r"\tag{")
+    display = "block" if match[1] else "inline"
+    shown = convert(text.strip(), display=display)
+    if display == "block":
+        number = f'<span class="tag">({tag.strip("} ")})</span>' if tag else ""
+        shown = f'<div class="formula">{shown}{number}</div>'
+    FORMULAS.append(shown)
+    mark = f"formula{len(FORMULAS) - 1}{display}"
+    return f"\n\n{mark}\n\n" if display == "block" else mark
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Put the formulas in place of their marks."""
+    html = re.sub(r"<p>(formula\d+block)</p>", r"\1", html)
+    return re.sub(r"formula(\d+)(?:block|inline)", lambda mark: FORMULAS[int(mark[1])], html)
+
+
+def site_place(path: str, files: Files, config: MkDocsConfig) -> str:
+    """Return where the site shows a file of the repository: a page, a picture, or the repository itself."""
+    if path in PAGES:
+        return PAGES[path]
+    if path.startswith("docs/") and files.get_file_from_path(path.removeprefix("docs/")):
+        return path.removeprefix("docs/")
+    if path.endswith((".png", ".svg")):
+        place = f"pictures/{path}"
+        if not files.get_file_from_path(place):
+            files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
+        return place
+    kind = "tree" if (ROOT / path).is_dir() else "blob"
+    return f"{config.extra['source']}/{kind}/main/{path}"
