@@ -9,6 +9,7 @@ ACCEL ?=
 ARGS ?=
 BIN := $(VENV)/bin
 comma := ,
+NOTEBOOKS := tour check_gradients find_fixed_points
 
 ifneq ($(filter-out cuda12 cuda13 tpu,$(ACCEL)),)
 $(error ACCEL must be cuda12, cuda13 or tpu, got $(ACCEL))
@@ -52,8 +53,9 @@ bench: $(STAMP)  ## a quarter of an hour: compare speed with other libraries
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	@$(BIN)/python -m benchmarks.benchmark $(ARGS)
 
-tour: $(STAMP)  ## two minutes: run docs/tour.py and write docs/tour.ipynb
-	@cd docs && ../$(BIN)/jupytext --quiet --to ipynb tour.py && ../$(BIN)/jupyter execute --inplace tour.ipynb
+tour: $(STAMP)  ## three minutes: run the notebooks, docs/tour.py and two more, and write them as .ipynb
+	@cd docs && ../$(BIN)/jupytext --quiet --to ipynb $(NOTEBOOKS:%=%.py) && \
+	../$(BIN)/jupyter execute --inplace $(NOTEBOOKS:%=%.ipynb)
 
 docs: $(STAMP)  ## ten seconds: build the site in build/site; every warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -17,6 +17,7 @@ import griffe
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
@@ -88,7 +89,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     for module in MODULES:
         files.append(File.generated(config, f"reference/{module}.md", content=reference_page(module)))
+    for notebook in sorted((ROOT / "docs").glob("*.ipynb")):
+        for name, content in notebook_page(notebook).items():
+            files.append(File.generated(config, name, content=content))
     return files
+
+
+def notebook_page(path: Path) -> dict[str, str | bytes]:
+    """Return a notebook as a page, and its pictures."""
+    resources = {"output_files_dir": f"pictures/{path.stem}"}
+    text, found = MarkdownExporter().from_filename(str(path), resources)
+    return {f"{path.stem}.md": text, **found["outputs"]}
 
 
 class AsWritten(griffe.Extension):
@@ -194,6 +205,8 @@ def site_place(path: str, files: Files, config: MkDocsConfig) -> str:
     """Return where the site shows a file of the repository: a page, a picture, or the repository itself."""
     if path in PAGES:
         return PAGES[path]
+    if path.endswith(".ipynb"):
+        path = path.replace(".ipynb", ".md")
     if path.startswith("docs/") and files.get_file_from_path(path.removeprefix("docs/")):
         return path.removeprefix("docs/")
     if path.endswith((".png", ".svg")):
