@@ -56,8 +56,7 @@ found = check_gradients(loss_fn, params, xs, key=jax.random.key(3))
 print(found)
 
 # %% [markdown]
-# Every leaf agrees down to the accuracy of the differences, the column `floor`. Now the same with a fault: the square is
-# missing.
+# Every leaf agrees down to the accuracy of the differences, the column `floor`. Now a fault: the square is missing.
 
 
 # %%
