@@ -1,5 +1,6 @@
-"""Draw docs/cell.svg and docs/unrolled.svg: `python docs/diagrams.py`."""
+"""Draw docs/cell.svg, docs/unrolled.svg and docs/imports.svg: `python docs/diagrams.py`."""
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,62 @@ def draw_unrolled(axes: Any, name: str) -> None:
     axes.set(xlim=(-1.4, 11.6), ylim=(-2.4, 4.3))
 
 
+PACKAGE = HERE.parent / "jaxlstm"
+IN_ALL = ("cell", "checks")  # nearly every module imports them
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the modules of the package that a file imports, without the package's name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxlstm."):
+            name = (node.module or "").removeprefix("jaxlstm.")
+            found |= {f"{name}.{alias.name}" for alias in node.names} if name == "diagnostics" else {name}
+    return found
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Return what every module imports, without what it reaches through another one."""
+    names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    names = {name: path for name, path in names.items() if "_" not in name and not name.startswith("adapters")}
+    direct = {name: imports_of(path) & names.keys() - set(IN_ALL) for name, path in names.items()}
+
+    def reached(name: str) -> set[str]:
+        return direct[name].union(*(reached(other) for other in direct[name]))
+
+    return {name: own - set().union(*(reached(other) for other in own)) for name, own in direct.items()}
+
+
+def draw_imports(axes: Any) -> None:
+    """Draw every module above those that it imports."""
+    graph = import_graph()
+    alone = {name for name, own in graph.items() if not own and not any(name in others for others in graph.values())}
+
+    def storey(name: str) -> int:
+        return 1 + max(map(storey, graph[name]), default=0)
+
+    storeys: dict[int, list[str]] = {}
+    for name in sorted(graph.keys() - alone - set(IN_ALL)):
+        storeys.setdefault(storey(name), []).append(name)
+    place: dict[str, tuple[float, float]] = {}
+    for height, names in sorted(storeys.items()):
+        # A module stands near the middle of what it imports.
+        middle = {name: sum(place[other][0] for other in graph[name]) / max(1, len(graph[name])) for name in names}
+        for n, name in enumerate(sorted(names, key=lambda name: (middle[name], name))):
+            place[name] = (3.3 * (n - (len(names) - 1) / 2), 1.9 * height)
+    for n, (name, (x, y)) in enumerate(reversed(place.items())):
+        box(axes, x, y, name.replace("diagnostics.", "diagnostics.\n"), GATE, 2.9, 0.95)
+        for other in sorted(graph[name]):  # lines of one module have one colour
+            arrow(axes, (x, y - 0.48), (place[other][0], place[other][1] + 0.48), colour=f"C{n % 10}", width=1.4)
+    box(axes, 0, 0, f"{' and '.join(IN_ALL)}, which most modules import", POINTWISE, 12, 0.8)
+    top = 1.9 * (max(storeys) + 0.7)
+    axes.text(0, top, f"without imports: {', '.join(sorted(alone - set(IN_ALL)))}", ha="center")
+    width = 1.75 * max(map(len, storeys.values()))
+    axes.set(xlim=(-width, width), ylim=(-0.8, top + 0.6))
+
+
 def main() -> None:
-    """Write both files."""
+    """Write the files."""
     figure, panels = plt.subplots(1, 2, figsize=(14, 8), width_ratios=(7, 12.4), layout="constrained")
     draw_rnn(panels[0])
     draw_lstm(panels[1])
@@ -154,14 +209,22 @@ def main() -> None:
     draw_unrolled(panels[0], "RNN")
     draw_unrolled(panels[1], "LSTM")
     save(figure, panels, "unrolled")
+    figure, axes = plt.subplots(figsize=(13, 8.6), layout="constrained")
+    draw_imports(axes)
+    save(figure, [axes], "imports", about=said())
 
 
-def save(figure: Any, panels: Any, name: str) -> None:
+def said() -> str:
+    """Return the imports as text. The file holds it, so that a test sees whether the picture is up to date."""
+    return "; ".join(f"{name}: {' '.join(sorted(own))}" for name, own in sorted(import_graph().items()))
+
+
+def save(figure: Any, panels: Any, name: str, about: str | None = None) -> None:
     """Write an SVG that is the same each time."""
     for axes in panels:
         axes.set_aspect("equal")
         axes.axis("off")
-    figure.savefig(HERE / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(HERE / f"{name}.svg", metadata={"Date": None, "Description": about})
     plt.close(figure)
 
 

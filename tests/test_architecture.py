@@ -91,6 +91,16 @@ def test_imports_run_one_way():
         assert found <= allowed, f"{module} imports {found - allowed}"
 
 
+def test_the_picture_of_the_imports_is_up_to_date():
+    sys.path.insert(0, str(ROOT / "docs"))
+    import diagrams
+
+    drawn = (ROOT / "docs" / "imports.svg").read_text(encoding="utf-8")
+    assert f"<dc:description>{diagrams.said()}</dc:description>" in drawn, "python docs/diagrams.py"
+    for module, own in diagrams.import_graph().items():
+        assert own <= MAY_IMPORT[module]
+
+
 def is_public(module, name):
     """Return whether a name can be imported from the top or from one of the rooms."""
     room = module.removeprefix("jaxlstm.")
