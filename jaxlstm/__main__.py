@@ -3,18 +3,21 @@
 Compares all methods of `compare_gradients` for the LSTM in float64, and one gradient in float32 with float64. With
 `--all`, compares the methods for every cell and in float32 too, and checks `gradient="bulk"` and `gradient="scan"` in
 float32 in the ways that users call them: with and without jit, for a plain sum and for random weights, mapped over
-parameters, and example by example.
+parameters, and example by example. `--json` prints everything as JSON.
 """
 
 import functools
+import json
 import os
+import platform
+import re
 import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from platform import python_version
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -25,6 +28,9 @@ from jaxtyping import Array
 import jaxlstm
 from jaxlstm import GRU, LSTM, RNN, Cell, length_mask, unroll
 from jaxlstm.diagnostics import Comparison, compare_gradients
+from jaxlstm.gradients import Bulk
+from jaxlstm.masks import Steps
+from jaxlstm.tuning import make_plans
 
 CELLS = (LSTM, GRU, RNN)
 Mode = Literal["bulk", "scan"]
@@ -34,6 +40,24 @@ LOSSES = ("sum", "random")
 NUM_STEPS, BATCH, INPUT_SIZE, HIDDEN_SIZE = 12, 3, 5, 7
 LENGTHS = (12, 9, 4)
 TOLERANCE = 1e-5  # of float32 against float64
+
+
+def machine() -> dict[str, Any]:
+    """Return the versions, the devices, and the plan by which the checked layer runs on them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text("utf-8"), re.M) if cpuinfo.exists() else None
+    params, xs, carry = problem(LSTM, "float32")
+    plans = make_plans(LSTM, params, Steps(xs, None, None), carry, Bulk())
+    plan = plans.on_a_cpu if jax.default_backend() == "cpu" else plans.elsewhere
+    return {
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "numpy")}
+        | {"jaxlstm": jaxlstm.__version__, "Python": platform.python_version()},
+        "system": platform.platform(),
+        "processor": model[1] if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "devices": [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()],
+        "plan": plan._asdict(),
+    }
 
 
 def problem(
@@ -164,19 +188,15 @@ def main(arguments: Sequence[str] = ()) -> int:
     parser.add_argument(
         "--all", action="store_true", help="check every cell, and every way of calling a gradient: half a minute"
     )
-    everything = parser.parse_args(arguments).all
-    start = time.perf_counter()
-    versions = "".join(f"{name} {version(name)}, " for name in ("jax", "jaxlib", "numpy"))
-    print(f"jaxlstm {jaxlstm.__version__}, {versions}Python {python_version()}")
-    print("devices: " + ", ".join(f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()))
-    print(
-        "\nThe gradient of an LSTM by all methods: relative error against autodiff of the scan, in float64.\n"
-        f"{NUM_STEPS} steps, batch {BATCH} of lengths {LENGTHS}, {INPUT_SIZE} features, {HIDDEN_SIZE} units.\n"
-    )
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    flags = parser.parse_args(arguments)
+    start, here = time.perf_counter(), machine()
+    if not flags.json:
+        print(about(here))
     pairs: list[tuple[Cell[Any, Any], str]] = [(LSTM, "float64")]
     ways: list[tuple[Cell[Any, Any], str, str]] = []
     references: dict[Cell[Any, Any], Any] = {}
-    if everything:
+    if flags.all:
         pairs = [*((cell, "float64") for cell in CELLS), (LSTM, "float32")]
         ways = [(cell, way, how) for cell in CELLS for way in list(WAYS)[1:] for how in ("jit", "eager")]
         found = together([functools.partial(reference_gradients, cell) for cell in CELLS])
@@ -190,11 +210,31 @@ def main(arguments: Sequence[str] = ()) -> int:
     by_way = {
         (cell.name, f"{way}, {how}"): own for (cell, way, how), own in zip(ways, found[len(pairs) :], strict=False)
     }
-    print(report(comparisons, by_way, *found[-1]))
-    lines = disagreements(comparisons, by_way)
-    print(f"\n{time.perf_counter() - start:.0f} s")
-    print(*lines, "DISAGREE: do not trust gradients on this machine." if lines else "AGREE", sep="\n")
+    lines, seconds = disagreements(comparisons, by_way), time.perf_counter() - start
+    if flags.json:
+        errors = {" ".join(pair): own.errors for pair, own in comparisons.items()}
+        errors |= {" ".join(way): own for way, own in by_way.items()}
+        by_default, pinned = found[-1]
+        of_float32 = {"default matmuls": by_default, "float32 matmuls": pinned}
+        everything = {**here, "errors": errors, "float32": of_float32, "disagreements": lines, "seconds": seconds}
+        print(json.dumps(everything, indent=1, default=float))
+    else:
+        print(report(comparisons, by_way, *found[-1]))
+        print(f"\n{seconds:.0f} s")
+        print(*lines, "DISAGREE: do not trust gradients on this machine." if lines else "AGREE", sep="\n")
     return 1 if lines else 0
+
+
+def about(here: dict[str, Any]) -> str:
+    """Return the head of the report."""
+    versions = ", ".join(f"{name} {here['versions'][name]}" for name in ("jaxlstm", "jax", "jaxlib", "numpy", "Python"))
+    plan = ", ".join(f"{name} {value}" for name, value in here["plan"].items())
+    return (
+        f"{versions}\ndevices: {', '.join(here['devices'])}\n"
+        f"{here['system']}, {here['processor']}, {here['cores']} cores\nplan: {plan}\n\n"
+        "The gradient of an LSTM by all methods: relative error against autodiff of the scan, in float64.\n"
+        f"{NUM_STEPS} steps, batch {BATCH} of lengths {LENGTHS}, {INPUT_SIZE} features, {HIDDEN_SIZE} units.\n"
+    )
 
 
 def report(

@@ -181,8 +181,8 @@ def test_the_package_is_as_readable_as_it_should_be():
     assert counted["lambdas per 100 lines"] <= 0.8
     assert counted["words of README.md"] <= 1000
     assert counted["comment lines per 100 lines of code"] >= 3
-    assert counted["of these, code, without what was added to the engine"] <= 3620
-    assert counted["of these, code"] <= 5250
+    assert counted["of these, code, without what was added to the engine"] <= 3655
+    assert counted["of these, code"] <= 5300
 
 
 def test_the_numbers_cited_in_the_gradient_by_hand_are_those_of_the_derivation():

@@ -1,5 +1,7 @@
 """`python -m jaxlstm`: gradients agree here, the exit code says so, and a wrong gradient is named."""
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlstm import LSTM, RNN, lstm_bptt, unroll
+import jaxlstm
+from jaxlstm import LSTM, RNN, lstm_bptt, tuning, unroll
 from jaxlstm import __main__ as check
 from jaxlstm.diagnostics import central_differences, comparison
 
@@ -45,6 +48,22 @@ def test_by_default_only_the_lstm_is_checked_and_help_checks_nothing(monkeypatch
     with pytest.raises(SystemExit) as stopped:
         check.main(["--help"])
     assert stopped.value.code == 0 and "usage: python -m jaxlstm" in capsys.readouterr().out and len(compared) == 1
+
+
+def test_the_report_as_json(monkeypatch, capsys):
+    """Attached to a bug report, it says what was measured, and on what."""
+    agreeing = check.compare(RNN, "float64")
+    monkeypatch.setattr(check, "compare", lambda *args: agreeing)
+    monkeypatch.setattr(check, "default_precision", lambda: (1e-3, 1e-7))
+    assert check.main(["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["jax"] == jax.__version__ and found["versions"]["jaxlstm"] == jaxlstm.__version__
+    assert found["devices"] == [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()]
+    assert found["cores"] == os.cpu_count() and found["processor"] and found["system"]
+    assert found["plan"].keys() == tuning.Plan()._asdict().keys()
+    assert found["errors"] == {"LSTM float64": json.loads(json.dumps(agreeing.errors, default=float))}
+    assert found["float32"] == {"default matmuls": 1e-3, "float32 matmuls": 1e-7}
+    assert found["disagreements"] == [] and 0 < found["seconds"] < 600
 
 
 @pytest.fixture
