@@ -81,6 +81,10 @@ def chrono(
 
     Raises:
       TypeError, ValueError: as `LSTM.init`; ValueError if `max_lag` is 2 or less.
+
+    >>> b = chrono(jax.random.key(0), 5, 7, max_lag=100).b
+    >>> bool((b[:7] == -b[7:14]).all()), bool(b[7:14].max() < jnp.log(99))
+    (True, True)
     """
     key = checked_init(key, input_size, hidden_size, dtype)
     if not isinstance(max_lag, int | float) or isinstance(max_lag, bool) or not 2 < max_lag < math.inf:

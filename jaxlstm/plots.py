@@ -33,8 +33,9 @@ __all__ = [  # noqa: RUF022
 # fmt: on
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# Of fixed points with 0, 1, 2, ... unstable directions.
+"""The colors of lines and points, in order; readers who confuse red and green can tell them apart (Okabe & Ito)."""
 MARKERS = "o^sDvP*"
+"""The markers of fixed points with 0, 1, 2, ... unstable directions."""
 # Smaller errors are drawn here. On a logarithmic scale, 0 has no place of its own.
 SMALLEST = {"float64": 1e-18, "float32": 1e-10}
 

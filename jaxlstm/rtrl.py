@@ -171,6 +171,13 @@ def rtrl_step(
 
     Returns:
       The state after the step, the output y [*batch, hidden], and d_y -> d_params, which sums over the batch.
+
+    >>> import jax, jaxlstm
+    >>> params = jaxlstm.LSTM.init(jax.random.key(0), 5, 7)
+    >>> state = init_rtrl(jaxlstm.LSTM, params, (3,))
+    >>> state, y, d_params = rtrl_step(jaxlstm.LSTM, params, state, jax.numpy.ones((3, 5)))
+    >>> d_params(2 * y).w_hh.shape  # of the loss (y**2).sum()
+    (7, 28)
     """
     batch_shape = state.influence.shape[:-2]
     unravel = ravel_pytree(params)[1]

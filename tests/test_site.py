@@ -5,6 +5,7 @@ import doctest
 import functools
 import http.server
 import importlib
+import inspect
 import itertools
 import re
 import shutil
@@ -50,6 +51,14 @@ def test_every_public_name_has_an_entry_in_the_reference(module, site):
     for name in own:
         if f"{module}.{name}" not in site_pages.MODULES:
             assert f'id="{module}.{name}"' in page, name
+
+
+@pytest.mark.parametrize("module", site_pages.MODULES)
+def test_every_public_function_has_an_example(module):
+    known = importlib.import_module(module)
+    for name in site_pages.public_names(module):
+        if inspect.isfunction(getattr(known, name)):
+            assert ">>> " in getattr(known, name).__doc__ or site_pages.used_in(name), name
 
 
 def test_all_public_modules_are_in_the_reference():

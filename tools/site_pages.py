@@ -68,8 +68,21 @@ def reference() -> dict[str, str]:
 def reference_page(module: str) -> str:
     """Return the Markdown that mkdocstrings fills: the module's docstring, and every public name."""
     about = DOCTEST.sub(AS_CODE, ast.get_docstring(source_of(module)) or "")
-    entries = (f"::: {module}.{name}" for name in public_names(module))
+    entries = (f"::: {module}.{name}\n\n{used_in(name)}" for name in public_names(module))
     return "\n\n".join([f"# `{module}`", about, *entries])
+
+
+def used_in(name: str) -> str:
+    """Return links to the pages whose code, which the tests run, uses a name."""
+    titles = {page: text.partition("\n")[0].removeprefix("# ") for page, text in PAGES_WITH_CODE.items()}
+    code = {page: "".join(CODE_BLOCK.findall(text)) for page, text in PAGES_WITH_CODE.items()}
+    links = [f"[{titles[page]}](../{page})" for page in titles if re.search(rf"\b{name}\b", code[page])]
+    return f"Used in: {', '.join(links[:4])}." if links else ""
+
+
+CODE_BLOCK = re.compile(r"(^```.*?^```$)", re.S | re.M)
+PAGES_WITH_CODE = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES_WITH_CODE["index.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 DOCTEST, AS_CODE = re.compile(r"^( *)>>> .*(?:\n(?! *$).*)*", re.M), r"\1```pycon\n\g<0>\n\1```"
@@ -142,7 +155,7 @@ def one_per_line(line: re.Match[str]) -> str:
 # Links and formulas.
 
 REFERENCE = reference()
-CODE_BLOCK, INLINE_CODE = re.compile(r"(^```.*?^```$)", re.S | re.M), re.compile(r"(`[^`\n]+`)")
+INLINE_CODE = re.compile(r"(`[^`\n]+`)")
 LINK, NAME = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)"), re.compile(r"(?<!\[)`(\w+)`(?!\])")
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$`])\$([^$\n]+(?:\n[^$\n]+)?)\$", re.S)
 FORMULAS: list[str] = []  # Markdown would break a paragraph at MathML: marks stand for it until the page is HTML

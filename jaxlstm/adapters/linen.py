@@ -120,7 +120,13 @@ class LSTMCell(nn.OptimizedLSTMCell):
 
 
 class GRUCell(nn.GRUCell):
-    """`nn.GRUCell` computed by jaxlstm: same arguments, parameters and carry."""
+    """`nn.GRUCell` computed by jaxlstm: same arguments, parameters and carry.
+
+    >>> import jax
+    >>> xs = jnp.ones((3, 11, 5))  # [batch, time, features]
+    >>> nn.RNN(GRUCell(7)).init_with_output(jax.random.key(0), xs)[0].shape
+    (3, 11, 7)
+    """
 
     @nn.compact
     def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:

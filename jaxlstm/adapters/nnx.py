@@ -151,7 +151,12 @@ class OptimizedLSTMCell(nnx.OptimizedLSTMCell):
 
 
 class GRUCell(nnx.GRUCell):
-    """`nnx.GRUCell` computed by jaxlstm: same arguments, parameters and carry; it has no b_hn."""
+    """`nnx.GRUCell` computed by jaxlstm: same arguments, parameters and carry; it has no b_hn.
+
+    >>> cell = GRUCell(5, 7, rngs=nnx.Rngs(0))
+    >>> cell(jnp.zeros((3, 7)), jnp.ones((3, 5)))[1].shape
+    (3, 7)
+    """
 
     @property
     def params(self) -> GRUParams:

@@ -27,6 +27,12 @@ from jaxtyping import Array
 from jaxlstm import Bidirectional, Cell, GRUParams, LSTMParams, RNNParams
 from jaxlstm.variants import PeepholeParams, ProjectedParams
 
+__all__ = [  # noqa: RUF022
+    "from_torch", "to_torch", "from_jax_rnn", "to_jax_rnn", "from_keras", "to_keras", "from_linen", "to_linen",
+    "from_nnx", "to_nnx", "from_equinox", "to_equinox", "from_haiku", "to_haiku", "from_onnx", "to_onnx_initializers",
+    "read_safetensors", "write_safetensors",
+]  # fmt: skip
+
 
 class Kind(NamedTuple):
     """What a cell's parameters are, and the gates in the order of their columns; u is torch's z."""
@@ -138,6 +144,12 @@ def from_jax_rnn(
 
     Raises:
       ValueError: a size is not positive, or the vector has another length.
+
+    >>> from jaxlstm import LSTM, init_stack
+    >>> layers = init_stack(jax.random.key(0), LSTM, 5, [7, 7])
+    >>> flat = to_jax_rnn(LSTM, layers)
+    >>> flat.shape, len(from_jax_rnn(LSTM, flat, input_size=5, hidden_size=7, num_layers=2))
+    ((840,), 2)
     """
     _kind("from_jax_rnn", cell, "LSTM")
     if min(input_size, hidden_size, num_layers) < 1:
@@ -152,10 +164,14 @@ def from_jax_rnn(
 
 
 def to_jax_rnn(cell: Cell[Any, Any], layers: Sequence[Any]) -> np.ndarray:
-    """Return the flat vector that `jax.experimental.rnn.lstm` takes.
+    """Return the flat vector that `jax.experimental.rnn.lstm` takes; `from_jax_rnn` has an example.
 
     Raises:
       TypeError, ValueError: as `to_torch`.
+
+    >>> from jaxlstm import LSTM
+    >>> to_jax_rnn(LSTM, [LSTM.init(jax.random.key(0), 5, 7)]).shape  # 5·28 + 7·28, and two biases of 28
+    (392,)
     """
     _kind("to_jax_rnn", cell, "LSTM")
     entries = to_torch(cell, layers)
@@ -508,6 +524,11 @@ def to_onnx_initializers(cell: Cell[Any, Any], params: Any) -> dict[str, np.ndar
 
     Raises:
       TypeError: `params` are not this cell's.
+
+    >>> from jaxlstm import LSTM
+    >>> found = to_onnx_initializers(LSTM, LSTM.init(jax.random.key(0), 5, 7))
+    >>> {name: array.shape for name, array in found.items()}
+    {'W': (1, 28, 5), 'R': (1, 28, 7), 'B': (1, 56)}
     """
     kind = _kind("to_onnx_initializers", cell, *ONNX)
     return initializers_of(cell, [_numpy("to_onnx_initializers", kind, half) for half in _halves(params)])

@@ -324,6 +324,12 @@ def stacked(cell: Cell[Any, Any]) -> Cell[Any, Any]:
 
     Args:
       cell: the cell of every layer.
+
+    >>> import jax, jaxlstm
+    >>> layers = jaxlstm.init_stack(jax.random.key(0), jaxlstm.LSTM, 5, [7, 4])
+    >>> carry, ys = jaxlstm.unroll(stacked(jaxlstm.LSTM), layers, jax.numpy.ones((11, 3, 5)))
+    >>> len(carry), ys.shape
+    (2, (11, 3, 4))
     """
     check_cell(cell)
 
