@@ -494,6 +494,18 @@ def test_training_goes_on_until_every_trial_has_solved_the_task(monkeypatch):
     assert long_lag.sequences_to_success(task, recipe, 3, keys(), 80) == [None] * 3
 
 
+def test_long_lag_plans_every_row_once_and_the_longest_last():
+    rows_ = long_lag.plans(("adding", "order of two", "2c", "copy"), (50, 100, 500), (50,), (50, 200))
+    found = [(row["recipe"], row["task"], row["lag"]) for row in rows_]
+    by_cell = [(net, "order of two", lag) for net in long_lag.nets(9) if net != "LSTM, chrono" for lag in (50, 200)]
+    chrono = [("adding", 100), ("adding", 500), ("2c", 50), ("copy", 50), ("copy", 100)]
+    chrono += [("order of two", lag) for lag in (50, 100, 200, 500)]
+    assert len(found) == len(set(found))
+    assert set(found) == {("1997", "2c", 50), *by_cell, *(("LSTM, chrono", *place) for place in chrono)}
+    assert [row["lag"] for row in rows_] == sorted(row["lag"] for row in rows_)
+    assert not any(row["task"] == "order of two" for row in long_lag.plans(("copy",), (50,), (), (50,)))
+
+
 def test_long_lag_tables_show_medians_ranges_and_failures():
     row = {"solved_at": [5000, 3000, None, 4000]}
     assert long_lag.sequences(row) == "3/4: 4,500 (3,000 to the limit)"
