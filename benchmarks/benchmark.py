@@ -245,6 +245,22 @@ def ratios(row: dict[str, Any], kind: str) -> dict[str, float]:
     return out
 
 
+def by_library(results: list[dict[str, Any]]) -> str:
+    """Return a table with the geometric mean over all shapes for every library: its median time over jaxlstm's."""
+    names = dict.fromkeys(name for result in results for row in result["shapes"] for name in row["forward"])
+    heads = [f"{result['device']}: {kind}" for result in results for kind in KINDS]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name in names:
+        cells = []
+        for result in results:
+            for kind in KINDS:
+                times = [row[kind][name]["median"] / row[kind]["jaxlstm"]["median"]
+                         for row in result["shapes"] if name in row[kind]]  # fmt: skip
+                cells.append(f"{geometric_mean(times):.2f}" if len(times) == len(result["shapes"]) else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 COLUMNS = [
     ("gradient", "fastest JAX library"),
     ("gradient", "fifteen lines"),

@@ -30,24 +30,25 @@ from jaxlstm.diagnostics import check_gradients, compare_gradients
 
 # %%
 @jax.custom_vjp
-def softsign(x):
-    return x / (1 + abs(x))
+def swish(x):
+    return x * jax.nn.sigmoid(x)
 
 
-def softsign_forward(x):
-    return softsign(x), x
+def swish_forward(x):
+    return swish(x), x
 
 
-def softsign_backward(x, d_y):
-    return (d_y / (1 + abs(x)) ** 2,)
+def swish_backward(x, d_y):
+    s = jax.nn.sigmoid(x)
+    return (d_y * (s + x * s * (1 - s)),)
 
 
-softsign.defvjp(softsign_forward, softsign_backward)
+swish.defvjp(swish_forward, swish_backward)
 
 
 def loss_fn(params, xs):
     _, ys = unroll(LSTM, params["layer"], xs)
-    return (softsign(ys @ params["w"]) ** 2).mean()
+    return (swish(ys @ params["w"]) ** 2).mean()
 
 
 params = {"layer": LSTM.init(jax.random.key(0), 5, 7), "w": jax.random.normal(jax.random.key(1), (7, 2))}
@@ -56,21 +57,21 @@ found = check_gradients(loss_fn, params, xs, key=jax.random.key(3))
 print(found)
 
 # %% [markdown]
-# Every leaf agrees down to the accuracy of the differences, the column `floor`. Now a fault: the square is missing.
+# Every leaf agrees down to the accuracy of the differences, the column `floor`. The column `given` is for a gradient of
+# your own, which you pass as `gradients=`. Now a fault: the second term is missing.
 
 
 # %%
 def wrong_backward(x, d_y):
-    return (d_y / (1 + abs(x)),)
+    return (d_y * jax.nn.sigmoid(x),)
 
 
-softsign.defvjp(softsign_forward, wrong_backward)
+swish.defvjp(swish_forward, wrong_backward)
 found = check_gradients(loss_fn, params, xs, key=jax.random.key(3))
 print(found)
 
 # %% [markdown]
-# All leaves lie before the fault, so all are wrong. A single number would not say where; for a recurrent net there is
-# more to see.
+# The gradients of all leaves pass through the fault, so all are wrong. For a recurrent net there is more to see.
 #
 # ## A backward pass through time
 #
@@ -95,13 +96,13 @@ found = compare_gradients(LSTM, params["layer"], xs, step_loss, methods={"mine":
 print(found)
 
 # %% [markdown]
-# Going back in time, the error appears at step 20 and only in the gate f. Every earlier step inherits it, in all gates.
+# Going back in time, the error appears at step 20 and only in the gate f. All earlier steps inherit it.
 
 # %%
 axes = plots.error_by_step(found, "mine")
 
 # %% [markdown]
-# `departures` has the same as values, for a test of your own:
+# `departures` holds these findings as values, for your own tests:
 
 # %%
 print(found.departures["mine"])

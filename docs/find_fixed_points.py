@@ -14,6 +14,8 @@
 # `docs/find_fixed_points.py` is the source.
 
 # %%
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,8 @@ from jaxlstm.diagnostics import fixed_points, linearize, principal_components, s
 # %% [markdown]
 # ## The task
 #
-# Each of two inputs is 0 except for a pulse of +1 or −1 now and then. The net shows the last pulse of each.
+# Each of two inputs is 0 except for an occasional pulse of +1 or −1. It should output the last pulse of each. Every
+# training step draws new sequences, so a "batch" is only a key.
 
 
 # %%
@@ -37,8 +40,8 @@ def pulses(key):
     return xs, jax.lax.associative_scan(lambda old, new: jnp.where(new == 0, old, new), xs)
 
 
-def loss_fn(net, key, carry, _):
-    xs, bits = pulses(key)
+def loss_fn(net, batch, carry, key):
+    xs, bits = pulses(batch)
     _, ys = unroll(LSTM, net["layer"], xs)
     return ((ys @ net["w"] - bits) ** 2).mean(), (carry, {})
 
@@ -46,9 +49,8 @@ def loss_fn(net, key, carry, _):
 net = {"layer": LSTM.init(jax.random.key(0), 2, 12), "w": jnp.zeros((12, 2))}
 optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 2000))
 state = init_train_state(net, optimizer, jax.random.key(1))
-state, metrics = jax.jit(fit, static_argnums=0)(
-    make_train_step(loss_fn, optimizer), state, jax.random.split(jax.random.key(2), 2000)
-)
+train = jax.jit(functools.partial(fit, make_train_step(loss_fn, optimizer)))
+state, metrics = train(state, jax.random.split(jax.random.key(2), 2000))
 params = state.params["layer"]
 print(f"loss: {metrics['loss'][0]:.3f} before training, {metrics['loss'][-1]:.5f} after it")
 
@@ -65,11 +67,11 @@ found = fixed_points(LSTM, params, sample_carries(jax.random.key(4), carries, 10
 around = linearize(LSTM, params, found.carry, quiet)
 shown = np.asarray(found.carry.h @ state.params["w"], np.float64)
 for number, kind, bits in zip(around.num_unstable, around.kind, shown, strict=True):
-    print(f"{kind:9} {number} unstable directions; the net shows {bits[0]:+.2f} {bits[1]:+.2f}")
+    print(f"{kind:9} unstable directions: {number}   output: {bits[0]:+.2f} {bits[1]:+.2f}")
 
 # %% [markdown]
-# Four stable points hold the four memories. Between each two that differ in one bit lies a saddle with one unstable
-# direction, and in the middle a point with two: nothing is decided there.
+# The four stable points hold the four memories. Between every two that differ in one bit there is a saddle with one
+# unstable direction. The point in the middle has two: there, neither bit is decided.
 
 # %%
 plane = principal_components(carries, 2)
@@ -88,7 +90,7 @@ start = jax.tree.map(lambda leaf: jnp.asarray(leaf[around.num_unstable == 0][cor
 for size in (0.2, 0.4, 0.6, 0.8, 1.0):
     push = jnp.zeros((30, 2)).at[0, 0].set(-size)
     _, ys = unroll(LSTM, params, push, start)
-    print(f"a push of -{size}: 30 steps later, the first bit shows {float((ys[-1] @ state.params['w'])[0]):+.2f}")
+    print(f"a push of -{size}: the first output 30 steps later is {float((ys[-1] @ state.params['w'])[0]):+.2f}")
 
 # %% [markdown]
 # The slowest direction of a stable point sets how fast the net returns to it:

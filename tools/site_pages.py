@@ -112,7 +112,8 @@ def notebook_page(path: Path) -> dict[str, str | bytes]:
     """Return a notebook as a page, and its pictures."""
     resources = {"output_files_dir": f"pictures/{path.stem}"}
     text, found = MarkdownExporter().from_filename(str(path), resources)
-    return {f"{path.stem}.md": text, **found["outputs"]}
+    title = text.strip().partition("\n")[0].removeprefix("# ")
+    return {f"{path.stem}.md": text.replace("![png]", f"![Output: {title}]"), **found["outputs"]}
 
 
 class AsWritten(griffe.Extension):
@@ -121,8 +122,7 @@ class AsWritten(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Change a docstring."""
         if obj.docstring:
-            several = re.compile(r"^( +)(\w+(?:, \w+)+): (.*)$", re.M)  # cell, params: as for `unroll`
-            obj.docstring.value = DOCTEST.sub(AS_CODE, several.sub(one_per_line, obj.docstring.value))
+            obj.docstring.value = DOCTEST.sub(AS_CODE, SEVERAL.sub(one_per_line, obj.docstring.value))
 
     def on_function_instance(self, *, node: Any, func: griffe.Function, **_: Any) -> None:
         """Change the annotations of a function."""
@@ -144,6 +144,9 @@ def annotation(node: ast.expr | None, parsed: Any) -> Any:
     """Return an annotation as text if it contains a shape, which griffe would read as an expression."""
     shapes = (isinstance(n, ast.Constant) and isinstance(n.value, str) for n in ast.walk(node or ast.Pass()))
     return ast.unparse(node) if node and any(shapes) else parsed
+
+
+SEVERAL = re.compile(r"^( +)([a-z]\w*(?:, [a-z]\w*)+): (.*(?:\n\1 +.*)*)$", re.M)  # "cell, params: as for `unroll`"
 
 
 def one_per_line(line: re.Match[str]) -> str:
