@@ -32,7 +32,7 @@ ifneq ($(VERSION),$(call version_of,$(BIN)/python))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: check train bench tour docs docs-serve test test-full lint clean
+.PHONY: check train bench tour docs docs-serve test test-lowest test-full lint clean
 .DEFAULT_GOAL := check
 
 define GPU_HINT
@@ -65,6 +65,10 @@ docs-serve: $(STAMP)  ## show the site on this machine, and build it again when 
 
 test: $(STAMP)  ## five minutes
 	@$(BIN)/python -m pytest -n 2 -m "not slow and not ci" $(ARGS)
+
+test-lowest:  ## the same with the lowest versions of all dependencies
+	@mkdir -p build && $(PYTHON) tools/lowest.py > build/lowest.txt
+	@PIP_CONSTRAINT=$(CURDIR)/build/lowest.txt $(MAKE) --no-print-directory test VENV=.venv-lowest
 
 # All tests with XLA's optimizations, as users compile. The check for leaked tracers turns JAX's caches off, so only the
 # tests of `make test` run with it.

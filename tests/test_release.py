@@ -68,6 +68,24 @@ def test_the_metadata_are_complete(built):
     assert all((ROOT / re.split("/(?:raw|blob)/main/", target)[1].partition("#")[0]).exists() for target in targets)
 
 
+def test_the_lowest_versions_are_those_of_the_metadata():
+    sys.path.insert(0, str(ROOT / "tools"))
+    import lowest
+
+    found = lowest.constraints((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert {"jax==0.10.2", "numpy==2.4", "onnxruntime==1.20", "matplotlib==3.10"} <= set(found)
+    example = """[project]
+dependencies = ["a>=1.2", "b"]
+[project.optional-dependencies]
+plots = ["c-d>=3"]
+experiments = ["jaxlstm[plots]"]
+onnx = []
+safetensors = []
+test = ["e>=4"]
+"""
+    assert lowest.constraints(example) == ["a==1.2", "c-d==3"]
+
+
 def test_the_version_is_the_same_everywhere():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"version: {jaxlstm.__version__}\n" in citation

@@ -1,0 +1,23 @@
+"""Print the lowest versions that pyproject.toml allows, as constraints for pip: `make test-lowest` tests with them.
+
+They are the versions of what users install: the dependencies, and the extras that add features. Tools that only the
+tests need are not among them.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+
+EXTRAS = ("plots", "experiments", "onnx", "safetensors")
+
+
+def constraints(text: str) -> list[str]:
+    """Return a line `name==version` for every requirement, given pyproject.toml."""
+    project = tomllib.loads(text)["project"]
+    requirements = [*project["dependencies"], *sum((project["optional-dependencies"][name] for name in EXTRAS), [])]
+    found = (re.match(r"([\w.-]+)>=([\w.]+)", requirement) for requirement in requirements)
+    return sorted({f"{match[1]}=={match[2]}" for match in found if match})
+
+
+if __name__ == "__main__":
+    print(*constraints((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")), sep="\n")
