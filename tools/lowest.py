@@ -14,7 +14,8 @@ EXTRAS = ("plots", "experiments", "onnx", "safetensors")
 def constraints(text: str) -> list[str]:
     """Return a line `name==version` for every requirement, given pyproject.toml."""
     project = tomllib.loads(text)["project"]
-    requirements = [*project["dependencies"], *sum((project["optional-dependencies"][name] for name in EXTRAS), [])]
+    optional = project["optional-dependencies"]
+    requirements = project["dependencies"] + [own for name in EXTRAS for own in optional[name]]
     found = (re.match(r"([\w.-]+)>=([\w.]+)", requirement) for requirement in requirements)
     return sorted({f"{match[1]}=={match[2]}" for match in found if match})
 
