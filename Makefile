@@ -53,10 +53,11 @@ bench: $(STAMP)  ## a quarter of an hour: compare speed with other libraries
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	@$(BIN)/python -m benchmarks.benchmark $(ARGS)
 
-tour: $(STAMP)  ## three minutes: run the notebooks, docs/tour.py and two more, and write them as .ipynb
+tour: $(STAMP)  ## three minutes: run the three notebooks in docs/ and save them with their output
 	@cd docs && ../$(BIN)/jupytext --quiet --to ipynb $(NOTEBOOKS:%=%.py) && \
 	../$(BIN)/jupyter execute --inplace $(NOTEBOOKS:%=%.ipynb)
 
+# The variable turns off an announcement of the theme's authors, which would hide a warning about a page.
 docs: $(STAMP)  ## ten seconds: build the site in build/site; every warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
@@ -66,9 +67,9 @@ docs-serve: $(STAMP)  ## show the site on this machine, and build it again when 
 test: $(STAMP)  ## five minutes
 	@$(BIN)/python -m pytest -n 2 -m "not slow and not ci" $(ARGS)
 
-test-lowest:  ## the same with the lowest versions of all dependencies
+test-lowest:  ## the same with the lowest versions of the package's own dependencies
 	@mkdir -p build && $(PYTHON) tools/lowest.py > build/lowest.txt
-	@PIP_CONSTRAINT=$(CURDIR)/build/lowest.txt $(MAKE) --no-print-directory test VENV=.venv-lowest
+	@PIP_CONSTRAINT=$(CURDIR)/build/lowest.txt $(MAKE) --no-print-directory test VENV=.venv-lowest PYTHON=$(PYTHON)
 
 # All tests with XLA's optimizations, as users compile. The check for leaked tracers turns JAX's caches off, so only the
 # tests of `make test` run with it.

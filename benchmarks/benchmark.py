@@ -248,7 +248,7 @@ def ratios(row: dict[str, Any], kind: str) -> dict[str, float]:
 def by_library(results: list[dict[str, Any]]) -> str:
     """Return a table with the geometric mean over all shapes for every library: its median time over jaxlstm's."""
     names = dict.fromkeys(name for result in results for row in result["shapes"] for name in row["forward"])
-    heads = [f"{result['device']}: {kind}" for result in results for kind in KINDS]
+    heads = [f"{result['device'].partition(',')[0]}: {kind}" for result in results for kind in KINDS]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for name in names:
         cells = []

@@ -10,8 +10,8 @@
 # # Is my gradient right?
 #
 # You wrote a backward pass, or a loss with a `custom_vjp` in it, and want to know whether its gradient is right. This
-# notebook checks both kinds, plants a fault in each, and shows how the checks report it. It takes half a minute on a
-# laptop. `docs/check_gradients.py` is the source.
+# notebook checks both kinds, plants a fault in each, and shows how the checks report it. It takes half a minute on
+# two CPU cores. `docs/check_gradients.py` is the source.
 
 # %%
 import jax

@@ -146,16 +146,18 @@ def draw_unrolled(axes: Any, name: str) -> None:
 
 
 PACKAGE = HERE.parent / "jaxlstm"
-IN_ALL = ("cell", "checks")  # nearly every module imports them
+IMPORTED_BY_MOST = ("cell", "checks")  # nearly every module imports them
 
 
 def imports_of(path: Path) -> set[str]:
     """Return the modules of the package that a file imports, without the package's name."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxlstm."):
-            name = (node.module or "").removeprefix("jaxlstm.")
-            found |= {f"{name}.{alias.name}" for alias in node.names} if name == "diagnostics" else {name}
+        if isinstance(node, ast.ImportFrom) and node.module in ("jaxlstm", "jaxlstm.diagnostics"):
+            inside = node.module.removeprefix("jaxlstm").removeprefix(".")
+            found |= {f"{inside}.{alias.name}".removeprefix(".") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxlstm."):
+            found.add((node.module or "").removeprefix("jaxlstm."))
     return found
 
 
@@ -163,7 +165,7 @@ def import_graph() -> dict[str, set[str]]:
     """Return what every module imports, without what it reaches through another one."""
     names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
     names = {name: path for name, path in names.items() if "_" not in name and not name.startswith("adapters")}
-    direct = {name: imports_of(path) & names.keys() - set(IN_ALL) for name, path in names.items()}
+    direct = {name: imports_of(path) & names.keys() - set(IMPORTED_BY_MOST) for name, path in names.items()}
 
     def reached(name: str) -> set[str]:
         return direct[name].union(*(reached(other) for other in direct[name]))
@@ -180,7 +182,7 @@ def draw_imports(axes: Any) -> None:
         return 1 + max(map(storey, graph[name]), default=0)
 
     storeys: dict[int, list[str]] = {}
-    for name in sorted(graph.keys() - alone - set(IN_ALL)):
+    for name in sorted(graph.keys() - alone - set(IMPORTED_BY_MOST)):
         storeys.setdefault(storey(name), []).append(name)
     place: dict[str, tuple[float, float]] = {}
     for height, names in sorted(storeys.items()):
@@ -192,9 +194,9 @@ def draw_imports(axes: Any) -> None:
         box(axes, x, y, name.replace("diagnostics.", "diagnostics.\n"), GATE, 2.9, 0.95)
         for other in sorted(graph[name]):  # lines of one module have one colour
             arrow(axes, (x, y - 0.48), (place[other][0], place[other][1] + 0.48), colour=f"C{n % 10}", width=1.4)
-    box(axes, 0, 0, f"{' and '.join(IN_ALL)}, which most modules import", POINTWISE, 12, 0.8)
+    box(axes, 0, 0, f"{' and '.join(IMPORTED_BY_MOST)}, which most modules import", POINTWISE, 12, 0.8)
     top = 1.9 * (max(storeys) + 0.7)
-    axes.text(0, top, f"without imports: {', '.join(sorted(alone - set(IN_ALL)))}", ha="center")
+    axes.text(0, top, f"without imports: {', '.join(sorted(alone - set(IMPORTED_BY_MOST)))}", ha="center")
     width = 1.75 * max(map(len, storeys.values()))
     axes.set(xlim=(-width, width), ylim=(-0.8, top + 0.6))
 
@@ -211,20 +213,20 @@ def main() -> None:
     save(figure, panels, "unrolled")
     figure, axes = plt.subplots(figsize=(13, 8.6), layout="constrained")
     draw_imports(axes)
-    save(figure, [axes], "imports", about=said())
+    save(figure, [axes], "imports", description=imports_as_text())
 
 
-def said() -> str:
+def imports_as_text() -> str:
     """Return the imports as text. The file holds it, so that a test sees whether the picture is up to date."""
     return "; ".join(f"{name}: {' '.join(sorted(own))}" for name, own in sorted(import_graph().items()))
 
 
-def save(figure: Any, panels: Any, name: str, about: str | None = None) -> None:
+def save(figure: Any, panels: Any, name: str, description: str | None = None) -> None:
     """Write an SVG that is the same each time."""
     for axes in panels:
         axes.set_aspect("equal")
         axes.axis("off")
-    figure.savefig(HERE / f"{name}.svg", metadata={"Date": None, "Description": about})
+    figure.savefig(HERE / f"{name}.svg", metadata={"Date": None, "Description": description})
     plt.close(figure)
 
 

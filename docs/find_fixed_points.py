@@ -10,7 +10,7 @@
 # # Where does a trained net come to rest?
 #
 # We train a net to remember two bits, find the points where it rests without input, and see how an input moves it from
-# one to another (Sussillo & Barak, Opening the black box, 2013). It takes half a minute on a laptop.
+# one to another (Sussillo & Barak, Opening the black box, 2013). It takes half a minute on two CPU cores.
 # `docs/find_fixed_points.py` is the source.
 
 # %%
@@ -27,13 +27,13 @@ from jaxlstm.diagnostics import fixed_points, linearize, principal_components, s
 # %% [markdown]
 # ## The task
 #
-# Each of two inputs is 0 except for an occasional pulse of +1 or −1. It should output the last pulse of each. Every
-# training step draws new sequences, so a "batch" is only a key.
+# Each of two inputs is 0 except for an occasional pulse of +1 or −1. The net should output the last pulse of each one.
+# Every training step draws new sequences, so a "batch" is only a key.
 
 
 # %%
 def pulses(key):
-    """Draw inputs [time, batch, bits] and what the net should show."""
+    """Draw inputs [time, batch, bits] and the outputs wanted."""
     key_when, key_sign = jax.random.split(key)
     when = jax.random.bernoulli(key_when, 0.15, (40, 32, 2)).at[0].set(True)
     xs = jnp.where(when, jax.random.rademacher(key_sign, (40, 32, 2), float), 0.0)

@@ -379,9 +379,9 @@ def plans(
     asked = [("copy", lag) for lag in (50, 100) if "copy" in tasks] + [row for row in published if row[0] != BY_LAG]
     paper_rows = [{"recipe": "1997", "task": name, "lag": lag} for name, lag in published if lag in paper_lags]
     today_rows = [{"recipe": "LSTM, chrono", "task": name, "lag": lag} for name, lag in asked if lag in lags]
-    if BY_LAG in tasks:
-        every = dict.fromkeys(nets(100), cell_lags) | {"LSTM, chrono": tuple(sorted({*lags, *cell_lags}))}
-        today_rows += [{"recipe": net, "task": BY_LAG, "lag": lag} for net, own in every.items() for lag in own]
+    for net in nets(100) if BY_LAG in tasks else ():
+        own_lags = {*lags, *cell_lags} if net == "LSTM, chrono" else cell_lags
+        today_rows += [{"recipe": net, "task": BY_LAG, "lag": lag} for lag in sorted(own_lags)]
     # The longest rows last, so that an interrupted run has most of them.
     return sorted(paper_rows + today_rows, key=lambda row: (row["lag"], row["recipe"] == "1997"))
 
@@ -407,7 +407,7 @@ def main(
       lags: for today's recipe.
       paper_lags: at which the recipe of 1997 is tried; 500 takes half an hour, 1000 several hours.
       cell_lags: at which every cell tries the order of two.
-      limit: sequences after which a trial of today's recipe counts as failed, in blocks of 2000.
+      limit: sequences after which a trial of today's recipe counts as failed, rounded up to a multiple of 2000.
       paper_limit: the same for the recipe of 1997.
       learning_rate: of today's recipe.
       workdir: folder of the results; by default a new one in runs/.

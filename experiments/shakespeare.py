@@ -2,9 +2,9 @@
 
 char-rnn (Karpathy 2015) names a checkpoint with a validation loss of 1.3950 nats per character; its size is not stated.
 "char-rnn" is its default recipe: two layers of 128 units, 50 sequences of 50 characters, RMSProp, no dropout. "today"
-has the same number of parameters and sees the same sequences, with Adam, a warm-up, a cosine decay and a little dropout;
-a last recipe is smaller. The split is char-rnn's: the text is cut into 50 rows,
-and the last 5 % of each row are held out. As there, the held-out part also chooses the epoch.
+has the same number of parameters and sees the same sequences, with Adam, a warm-up, a cosine decay and some dropout;
+a third recipe is smaller. The split is char-rnn's: the text is cut into 50 rows, and the last 5 % of each row are held
+out. As there, the held-out part also chooses the epoch.
 
 The text is not part of this repository: look for `tinyshakespeare.txt` (char-rnn's `input.txt`, 1,115,394 bytes) and
 pass it with --corpus.

@@ -39,21 +39,22 @@ MODES: tuple[Mode, ...] = ("bulk", "scan")
 LOSSES = ("sum", "random")
 NUM_STEPS, BATCH, INPUT_SIZE, HIDDEN_SIZE = 12, 3, 5, 7
 LENGTHS = (12, 9, 4)
+LARGE = (64, 128, 256)  # batch, features and units of a layer that devices run with their fast matmuls, if any
 TOLERANCE = 1e-5  # of float32 against float64
 
 
 def machine() -> dict[str, Any]:
-    """Return the versions, the devices, and the plan by which the checked layer runs on them."""
+    """Return the versions, the devices, and the plan by which `unroll` runs a layer of 256 units on them."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text("utf-8"), re.M) if cpuinfo.exists() else None
-    params, xs, carry = problem(LSTM, "float32")
+    params, xs, carry = problem(LSTM, "float32", *LARGE)
     plans = make_plans(LSTM, params, Steps(xs, None, None), carry, Bulk())
     plan = plans.on_a_cpu if jax.default_backend() == "cpu" else plans.elsewhere
     return {
         "versions": {name: version(name) for name in ("jax", "jaxlib", "numpy")}
         | {"jaxlstm": jaxlstm.__version__, "Python": platform.python_version()},
         "system": platform.platform(),
-        "processor": model[1] if model else platform.processor(),
+        "processor": model[1] if model else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "devices": [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()],
         "plan": plan._asdict(),
@@ -162,7 +163,7 @@ def default_precision() -> tuple[float, float]:
         return gradients_of(LSTM, "one batch", "bulk", *variables)["random"]
 
     def gradient(dtype: str) -> Any:
-        return jax.device_get(run(*problem(LSTM, dtype, batch=64, input_size=128, hidden_size=256)))
+        return jax.device_get(run(*problem(LSTM, dtype, *LARGE)))
 
     with jax.default_matmul_precision("default"):
         by_default = gradient("float32")
@@ -217,12 +218,19 @@ def main(arguments: Sequence[str] = ()) -> int:
         by_default, pinned = found[-1]
         of_float32 = {"default matmuls": by_default, "float32 matmuls": pinned}
         everything = {**here, "errors": errors, "float32": of_float32, "disagreements": lines, "seconds": seconds}
-        print(json.dumps(everything, indent=1, default=float))
+        print(json.dumps(jax.tree.map(_for_json, everything), indent=1, allow_nan=False))
     else:
         print(report(comparisons, by_way, *found[-1]))
         print(f"\n{seconds:.0f} s")
         print(*lines, "DISAGREE: do not trust gradients on this machine." if lines else "AGREE", sep="\n")
     return 1 if lines else 0
+
+
+def _for_json(value: Any) -> Any:
+    """Return a value as JSON has it; JSON has no NaN and no infinity, so they become text."""
+    if isinstance(value, float | np.floating | np.ndarray | jax.Array):
+        return float(value) if np.isfinite(value) else str(float(value))
+    return value
 
 
 def about(here: dict[str, Any]) -> str:
@@ -231,7 +239,8 @@ def about(here: dict[str, Any]) -> str:
     plan = ", ".join(f"{name} {value}" for name, value in here["plan"].items())
     return (
         f"{versions}\ndevices: {', '.join(here['devices'])}\n"
-        f"{here['system']}, {here['processor']}, {here['cores']} cores\nplan: {plan}\n\n"
+        f"{here['system']}, {here['processor']}, {here['cores']} cores\n"
+        f"plan for {NUM_STEPS} steps, batch {LARGE[0]}, {LARGE[1]} features, {LARGE[2]} units: {plan}\n\n"
         "The gradient of an LSTM by all methods: relative error against autodiff of the scan, in float64.\n"
         f"{NUM_STEPS} steps, batch {BATCH} of lengths {LENGTHS}, {INPUT_SIZE} features, {HIDDEN_SIZE} units.\n"
     )

@@ -111,15 +111,6 @@ is the output, [*batch, hidden].
 >>> jaxlstm.RNN.init(jax.random.key(0), 5, 7).w_ih.shape
 (5, 7)
 """
-"""The simple recurrent network with tanh (Elman, Finding structure in time, 1990).
-
-`RNN.init(key, input_size, hidden_size, *, dtype=jnp.float32)` draws `RNNParams`. The carry is an `RNNState`: h, which
-is the output, [*batch, hidden].
-
->>> import jax, jaxlstm
->>> jaxlstm.RNN.init(jax.random.key(0), 5, 7).w_ih.shape
-(5, 7)
-"""
 
 
 class GRUParams(NamedTuple):
@@ -188,15 +179,6 @@ def gru_gates(
 GRU: Cell[GRUParams, GRUState] = Cell(
     name="GRU", init=init_gru, initial_carry=initial_gru_carry, gates=gru_gates, activations=gru_activations
 )
-"""The gated recurrent unit (Cho et al. 2014); the reset gate acts after the matmul, as in cuDNN and torch.
-
-`GRU.init(key, input_size, hidden_size, *, dtype=jnp.float32)` draws `GRUParams`. The carry is a `GRUState`: h, which
-is the output, [*batch, hidden].
-
->>> import jax, jaxlstm
->>> jaxlstm.GRU.init(jax.random.key(0), 5, 7).w_ih.shape
-(5, 21)
-"""
 """The gated recurrent unit (Cho et al. 2014); the reset gate acts after the matmul, as in cuDNN and torch.
 
 `GRU.init(key, input_size, hidden_size, *, dtype=jnp.float32)` draws `GRUParams`. The carry is a `GRUState`: h, which

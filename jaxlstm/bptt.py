@@ -152,6 +152,12 @@ def lstm_bptt(
     has neither limit.
 
     Args, Returns, Raises: as `lstm_forward`, without the residuals.
+
+    >>> import jax
+    >>> params = LSTM.init(jax.random.key(0), 5, 7)
+    >>> carry, ys = lstm_bptt(params, jax.numpy.ones((11, 3, 5)), LSTM.initial_carry(params, (3,)))
+    >>> ys.shape
+    (11, 3, 7)
     """
     return _compiled_bptt(*_checked(params, xs, carry, mask))
 

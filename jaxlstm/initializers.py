@@ -45,6 +45,9 @@ def keras(key: Key[Array, ""], input_size: int, hidden_size: int, *, dtype: DTyp
 
     Raises:
       TypeError, ValueError: as `LSTM.init`.
+
+    >>> keras(jax.random.key(0), 5, 7).b[7].item()  # a forget gate's
+    1.0
     """
     key = checked_init(key, input_size, hidden_size, dtype)
     key_ih, key_hh = jax.random.split(key)
@@ -59,6 +62,9 @@ def flax(key: Key[Array, ""], input_size: int, hidden_size: int, *, dtype: DType
 
     Raises:
       TypeError, ValueError: as `LSTM.init`.
+
+    >>> flax(jax.random.key(0), 5, 7).b[7].item()  # a forget gate's
+    0.0
     """
     key = checked_init(key, input_size, hidden_size, dtype)
     key_ih, key_hh = jax.random.split(key)

@@ -168,12 +168,3 @@ LSTM: Cell[LSTMParams, LSTMState] = Cell(
 >>> jaxlstm.LSTM.init(jax.random.key(0), 5, 7).w_ih.shape
 (5, 28)
 """
-"""The LSTM with a forget gate (Gers, Schmidhuber & Cummins, Learning to forget, 2000).
-
-`LSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws `LSTMParams`. The carry is an
-`LSTMState`: h, which is the output, and c, both [*batch, hidden].
-
->>> import jax, jaxlstm
->>> jaxlstm.LSTM.init(jax.random.key(0), 5, 7).w_ih.shape
-(5, 28)
-"""

@@ -177,25 +177,7 @@ peepholes 0. The carry is an `LSTMState`: h, which is the output, and c, both [*
 >>> jaxlstm.variants.PeepholeLSTM.init(jax.random.key(0), 5, 7).p.shape
 (21,)
 """
-"""The LSTM with peepholes: i and f see the old cell state, o sees the new one (Gers & Schmidhuber 2000).
-
-`PeepholeLSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws `PeepholeParams`, its
-peepholes 0. The carry is an `LSTMState`: h, which is the output, and c, both [*batch, hidden].
-
->>> import jax, jaxlstm
->>> jaxlstm.variants.PeepholeLSTM.init(jax.random.key(0), 5, 7).p.shape
-(21,)
-"""
 NoInputGateLSTM = _peephole_cell("NoInputGateLSTM", "fgo", no_input_gate_activations)
-"""The peephole LSTM without the input gate, NIG in Greff et al. 2017: i = 1.
-
-`NoInputGateLSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws `PeepholeParams`.
-The carry is an `LSTMState`: h, which is the output, and c, both [*batch, hidden].
-
->>> import jax, jaxlstm
->>> jaxlstm.variants.NoInputGateLSTM.init(jax.random.key(0), 5, 7).w_ih.shape
-(5, 21)
-"""
 """The peephole LSTM without the input gate, NIG in Greff et al. 2017: i = 1.
 
 `NoInputGateLSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws `PeepholeParams`.
@@ -215,25 +197,7 @@ NoForgetGateLSTM = _peephole_cell("NoForgetGateLSTM", "igo", no_forget_gate_acti
 >>> jaxlstm.variants.NoForgetGateLSTM.init(jax.random.key(0), 5, 7).w_ih.shape
 (5, 21)
 """
-"""The peephole LSTM without the forget gate, NFG in Greff et al. 2017: f = 1.
-
-`NoForgetGateLSTM.init(key, input_size, hidden_size, *, dtype=jnp.float32)` draws `PeepholeParams`. The carry is an
-`LSTMState`: h, which is the output, and c, both [*batch, hidden].
-
->>> import jax, jaxlstm
->>> jaxlstm.variants.NoForgetGateLSTM.init(jax.random.key(0), 5, 7).w_ih.shape
-(5, 21)
-"""
 NoOutputGateLSTM = _peephole_cell("NoOutputGateLSTM", "ifg", no_output_gate_activations)
-"""The peephole LSTM without the output gate, NOG in Greff et al. 2017: o = 1.
-
-`NoOutputGateLSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws `PeepholeParams`.
-The carry is an `LSTMState`: h, which is the output, and c, both [*batch, hidden].
-
->>> import jax, jaxlstm
->>> jaxlstm.variants.NoOutputGateLSTM.init(jax.random.key(0), 5, 7).w_ih.shape
-(5, 21)
-"""
 """The peephole LSTM without the output gate, NOG in Greff et al. 2017: o = 1.
 
 `NoOutputGateLSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws `PeepholeParams`.
@@ -253,15 +217,6 @@ NoInputActivationLSTM = _peephole_cell("NoInputActivationLSTM", "ifgo", no_input
 >>> jaxlstm.variants.NoInputActivationLSTM.init(jax.random.key(0), 5, 7).w_ih.shape
 (5, 28)
 """
-"""The peephole LSTM without the input activation, NIAF in Greff et al. 2017: g = z_g.
-
-`NoInputActivationLSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws
-`PeepholeParams`. The carry is an `LSTMState`: h, which is the output, and c, both [*batch, hidden].
-
->>> import jax, jaxlstm
->>> jaxlstm.variants.NoInputActivationLSTM.init(jax.random.key(0), 5, 7).w_ih.shape
-(5, 28)
-"""
 NoOutputActivationLSTM: Cell[PeepholeParams, LSTMState] = Cell(
     _peephole_init("NoOutputActivationLSTM", "ifgo"),
     initial_carry,
@@ -269,15 +224,6 @@ NoOutputActivationLSTM: Cell[PeepholeParams, LSTMState] = Cell(
     activations=peephole_activations,
     name="NoOutputActivationLSTM",
 )
-"""The peephole LSTM without the output activation, NOAF in Greff et al. 2017: h = o ⊙ c.
-
-`NoOutputActivationLSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws
-`PeepholeParams`. The carry is an `LSTMState`: h, which is the output, and c, both [*batch, hidden].
-
->>> import jax, jaxlstm
->>> jaxlstm.variants.NoOutputActivationLSTM.init(jax.random.key(0), 5, 7).w_ih.shape
-(5, 28)
-"""
 """The peephole LSTM without the output activation, NOAF in Greff et al. 2017: h = o ⊙ c.
 
 `NoOutputActivationLSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws
@@ -377,16 +323,6 @@ all [*batch, hidden].
 >>> jaxlstm.variants.FullGateRecurrenceLSTM.init(jax.random.key(0), 5, 7).w_gates.shape
 (21, 21)
 """
-"""The peephole LSTM whose gates also see the gates of the step before, FGR in Greff et al. 2017.
-
-`FullGateRecurrenceLSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws
-`FullGateRecurrenceParams`. The carry is a `FullGateRecurrenceState`: h, which is the output, c and the gates i, f, o,
-all [*batch, hidden].
-
->>> import jax, jaxlstm
->>> jaxlstm.variants.FullGateRecurrenceLSTM.init(jax.random.key(0), 5, 7).w_gates.shape
-(21, 21)
-"""
 
 
 # Coupled gates: f = 1 - i, without peepholes (CIFG; Greff et al. 2017).
@@ -438,16 +374,6 @@ CoupledLSTM: Cell[LSTMParams, LSTMState] = Cell(
     activations=coupled_activations,
     gates_jvp=coupled_gates_jvp,
 )
-"""The LSTM with coupled gates, f = 1 - i, and no peepholes (CIFG in Greff et al. 2017).
-
-`CoupledLSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws `LSTMParams` in blocks
-i, g, o; the initial b_i is `-forget_bias`. The carry is an `LSTMState`: h, which is the output, and c, both [*batch,
-hidden].
-
->>> import jax, jaxlstm
->>> jaxlstm.variants.CoupledLSTM.init(jax.random.key(0), 5, 7).w_ih.shape
-(5, 21)
-"""
 """The LSTM with coupled gates, f = 1 - i, and no peepholes (CIFG in Greff et al. 2017).
 
 `CoupledLSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws `LSTMParams` in blocks
@@ -520,15 +446,6 @@ LayerNormLSTM: Cell[LayerNormParams, LSTMState] = Cell(
     project=layer_norm_project,
     activations=layer_norm_activations,
 )
-"""The LSTM with layer normalization of x W, of h W and of c (Ba, Kiros & Hinton 2016).
-
-`LayerNormLSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws `LayerNormParams`. The
-carry is an `LSTMState`: h, which is the output, and c, both [*batch, hidden].
-
->>> import jax, jaxlstm
->>> jaxlstm.variants.LayerNormLSTM.init(jax.random.key(0), 5, 7).scale_c.shape
-(7,)
-"""
 """The LSTM with layer normalization of x W, of h W and of c (Ba, Kiros & Hinton 2016).
 
 `LayerNormLSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws `LayerNormParams`. The
@@ -615,15 +532,6 @@ ProjectedLSTM: Cell[ProjectedParams, LSTMState] = Cell(
     gates=projected_gates,
     activations=projected_activations,
 )
-"""The LSTM with a projected output (Sak, Senior & Beaufays 2014), as torch's `proj_size`.
-
-`ProjectedLSTM.init(key, input_size, hidden_size, *, proj_size=None, forget_bias=1.0, dtype=jnp.float32)` draws
-`ProjectedParams`. The carry is an `LSTMState`: h, which is the output, [*batch, projection], and c, [*batch, hidden].
-
->>> import jax, jaxlstm
->>> jaxlstm.variants.ProjectedLSTM.init(jax.random.key(0), 5, 7).w_hr.shape
-(7, 4)
-"""
 """The LSTM with a projected output (Sak, Senior & Beaufays 2014), as torch's `proj_size`.
 
 `ProjectedLSTM.init(key, input_size, hidden_size, *, proj_size=None, forget_bias=1.0, dtype=jnp.float32)` draws
@@ -834,15 +742,6 @@ SLSTM: Cell[LSTMParams, SLSTMState] = Cell(
     activations=slstm_activations,
     gates_jvp=slstm_gates_jvp,
 )
-"""The sLSTM with one head: exponential gates and a normalizer (Beck et al., xLSTM, 2024).
-
-`SLSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws `LSTMParams`. The carry is an
-`SLSTMState`: h, which is the output, c, n and m, all [*batch, hidden].
-
->>> import jax, jaxlstm
->>> jaxlstm.variants.SLSTM.init(jax.random.key(0), 5, 7).w_ih.shape
-(5, 28)
-"""
 """The sLSTM with one head: exponential gates and a normalizer (Beck et al., xLSTM, 2024).
 
 `SLSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws `LSTMParams`. The carry is an

@@ -50,6 +50,26 @@ def test_by_default_only_the_lstm_is_checked_and_help_checks_nothing(monkeypatch
     assert stopped.value.code == 0 and "usage: python -m jaxlstm" in capsys.readouterr().out and len(compared) == 1
 
 
+def test_the_plan_is_of_the_platform(monkeypatch):
+    on_a_cpu = check.machine()["plan"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    elsewhere = check.machine()["plan"]
+    assert on_a_cpu["unroll"] == 1 < elsewhere["unroll"] and on_a_cpu["pieces"] == 4 != elsewhere["pieces"]
+
+
+def test_the_report_as_json_has_no_nan(monkeypatch, capsys):
+    agreeing = check.compare(RNN, "float64")
+    monkeypatch.setattr(check, "compare", lambda *args: agreeing)
+    monkeypatch.setattr(check, "reference_gradients", lambda cell: None)
+    monkeypatch.setattr(check, "worst_errors", lambda *args: {"bulk sum": np.nan, "scan sum": np.float32(np.inf)})
+    monkeypatch.setattr(check, "default_precision", lambda: (np.nan, 1e-7))
+    assert check.main(["--all", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["errors"]["LSTM per example, eager"] == {"bulk sum": "nan", "scan sum": "inf"}
+    assert found["float32"] == {"default matmuls": "nan", "float32 matmuls": 1e-7}
+    assert "LSTM per example, eager, bulk sum: nan, allowed 1e-05" in found["disagreements"]
+
+
 def test_the_report_as_json(monkeypatch, capsys):
     """Attached to a bug report, it says what was measured, and on what."""
     agreeing = check.compare(RNN, "float64")

@@ -176,10 +176,10 @@ def test_training_pieces_are_cut_and_test_pieces_are_not(tmp_path):
 @pytest.mark.parametrize(
     ("main", "flags", "message"),
     [
-        (long_lag.main, {"tasks": ("adding", "add")}, r"--tasks must be among 'adding', .*, got 'add'"),
-        (counting.main, {"languages": ("ab",)}, r"--languages must be among .*'Dyck-1'.*, got 'ab'"),
-        (shakespeare.main, {"recipes": ("yesterday",)}, r"--recipes must be among 'char-rnn', .*, got 'yesterday'"),
-        (odyssey.main, {"names": ("NP", "N")}, r"--names must be among 'V', .*, got 'N'"),
+        (long_lag.main, {"tasks": ("adding", "add")}, r"--tasks must be one of 'adding', .*, got 'add'"),
+        (counting.main, {"languages": ("ab",)}, r"--languages must be one of .*'Dyck-1'.*, got 'ab'"),
+        (shakespeare.main, {"recipes": ("yesterday",)}, r"--recipes must be one of 'char-rnn', .*, got 'yesterday'"),
+        (odyssey.main, {"names": ("NP", "N")}, r"--names must be one of 'V', .*, got 'N'"),
         (chorales.main, {"data": "Bach.mat"}, r"--data must be a file named JSB_Chorales.mat or Nottingham.mat"),
         (chorales.main, {"sizes": ("7",)}, r"--sizes must contain a size of JSB Chorales, 20,000 or 300,000, got 7"),
     ],
@@ -187,6 +187,13 @@ def test_training_pieces_are_cut_and_test_pieces_are_not(tmp_path):
 def test_a_wrong_name_is_reported_before_any_work(main, flags, message):
     with pytest.raises(runs.FlagError, match=message):
         main(**flags)
+
+
+def test_a_wrong_name_ends_in_one_line():
+    command = [sys.executable, "-m", "experiments.long_lag", "--tasks", "add"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("long_lag: --tasks must be one of 'adding', ") and done.stderr.count("\n") == 1
 
 
 def write_music(folder, *lengths):

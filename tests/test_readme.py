@@ -251,7 +251,7 @@ def test_the_readmes_speeds_equal_the_committed_results():
     names = {
         "fastest of Flax, Equinox, Haiku and Keras": "fastest JAX library",
         "fifteen lines of `lax.scan`": "fifteen lines",
-        "torch (one CPU model)": "torch",
+        "torch (AMD only)": "torch",
     }
     for shown, name in names.items():
         cells = [mean(kind, name, results) for results in (RESULTS, [ON_A_GPU]) for kind in ("gradient", "forward")]

@@ -1,12 +1,9 @@
 """The documentation site: built with every warning an error, complete, and looked at in a browser if there is one."""
 
-import ast
-import doctest
 import functools
 import http.server
 import importlib
 import inspect
-import itertools
 import re
 import shutil
 import subprocess
@@ -22,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import site_pages  # noqa: E402
+import test_architecture  # noqa: E402
 
 pytestmark = pytest.mark.ci
 
@@ -58,16 +56,39 @@ def test_every_public_function_has_an_example(module):
     known = importlib.import_module(module)
     for name in site_pages.public_names(module):
         if inspect.isfunction(getattr(known, name)):
-            assert ">>> " in getattr(known, name).__doc__ or site_pages.used_in(name), name
+            assert ">>> " in getattr(known, name).__doc__ or site_pages.used_in(f"{module}.{name}"), name
 
 
 def test_all_public_modules_are_in_the_reference():
-    import jaxlstm
+    rooms = {f"jaxlstm.{room}" for room in test_architecture.ROOMS}
+    assert site_pages.MODULES.keys() == {"jaxlstm", "jaxlstm.bptt"} | rooms | test_architecture.ADAPTERS
 
-    for name in jaxlstm.__all__:
-        if type(getattr(jaxlstm, name)).__name__ == "module":
-            assert f"jaxlstm.{name}" in site_pages.MODULES
-    assert {f"jaxlstm.{module}" for module in ("epochs", "plots")} <= site_pages.MODULES.keys()
+
+def test_only_names_of_the_package_count_as_used():
+    code = """import equinox as eqx, flax
+from jaxlstm import LSTM, initializers as init
+from jaxlstm.adapters import nnx
+eqx.nn.LSTMCell; init.torch; flax.nnx.GRUCell; nnx.Recurrent(5); jaxlstm.variants.SLSTM; LSTM.init
+"""
+    found = site_pages.names_in(code)
+    wanted = {"LSTM", "initializers.torch", "adapters.nnx.Recurrent", "variants.SLSTM"}
+    assert {f"jaxlstm.{name}" for name in wanted} <= found
+    assert not any(name.endswith(("LSTMCell", "GRUCell", "initializers.flax")) for name in found)
+
+
+@pytest.mark.parametrize("page", ["flax.md", "benchmark.md", "coming-from-keras.md", "weights.md"])
+def test_names_of_other_libraries_do_not_link_to_the_reference(page, site):
+    html = (site / page.replace(".md", ".html")).read_text(encoding="utf-8")
+    for name in ("Bidirectional", "OptimizedLSTMCell", "RNN"):
+        foreign = re.findall(rf"(\S+ +(?:<[^>]*>)*)<a [^>]*><code>{name}</code></a>", html)
+        assert not any(word.startswith(("Flax", "linen", "Keras")) for word in foreign), foreign
+
+
+def test_every_formula_is_drawn(site):
+    pages = {address: (site / address).read_text(encoding="utf-8") for address in addresses(site)}
+    assert not any(re.search(r"formula\d+(block|inline)", html) for html in pages.values())
+    source = re.sub("```.*?```", "", (ROOT / "docs" / "derivation.md").read_text(encoding="utf-8"), flags=re.S)
+    assert pages["derivation.html"].count("<math") == len(re.findall(r"\$+", source)) / 2 > 50
 
 
 def test_links_out_of_the_docs_lead_to_files_of_the_repository(site):
@@ -113,7 +134,7 @@ def base(site):
 WIDTH_AND_PICTURES = """() => ({
     wider: document.documentElement.scrollWidth - window.innerWidth,
     missing: [...document.images].filter(image => !image.naturalWidth).map(image => image.src),
-    dark: getComputedStyle(document.body).backgroundColor,
+    background: getComputedStyle(document.body).backgroundColor,
     formulas: [...document.querySelectorAll("math")].map(math => math.getBoundingClientRect().height),
 })"""
 
@@ -135,8 +156,8 @@ def test_every_page_in_a_browser(width, scheme, browser, base, site):
         found = page.evaluate(WIDTH_AND_PICTURES)
         assert not complaints, (address, complaints)
         assert found["wider"] <= 0 and not found["missing"], (address, found)
-        light = sum(map(int, re.findall(r"\d+", found["dark"])[:3])) > 3 * 128
-        assert light == (scheme == "light"), (address, found["dark"])
+        light = sum(map(int, re.findall(r"\d+", found["background"])[:3])) > 3 * 128
+        assert light == (scheme == "light"), (address, found["background"])
         if address == "derivation.html":
             assert len(found["formulas"]) > 50 and min(found["formulas"]) > 5
             text = page.inner_text("article")
@@ -153,24 +174,3 @@ def test_the_search_finds_unroll(browser, base):
     links = page.eval_on_selector_all(".md-search-result__link", "links => links.map(link => link.href)")
     assert any("reference/jaxlstm.html" in link for link in links[:5]), links[:5]
     page.close()
-
-
-# The entries of cells: doctest does not see a docstring under an assignment.
-
-
-def examples_under_assignments():
-    """Return (where, docstring) for every name of the package that is documented under its assignment."""
-    for path in sorted((ROOT / "jaxlstm").rglob("*.py")):
-        body = ast.parse(path.read_text(encoding="utf-8")).body
-        for before, node in itertools.pairwise(body):
-            assigned = isinstance(before, ast.Assign | ast.AnnAssign) and isinstance(node, ast.Expr)
-            if assigned and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-                yield f"{path.name}:{node.lineno}", node.value.value
-
-
-def test_the_examples_under_the_cells_run():
-    found = {where: text for where, text in examples_under_assignments() if ">>> " in text}
-    assert len(found) >= 14
-    for where, text in found.items():
-        example = doctest.DocTestParser().get_doctest(text, {}, where, None, None)
-        assert doctest.DocTestRunner().run(example).failed == 0, where

@@ -16,8 +16,10 @@ def constraints(text: str) -> list[str]:
     project = tomllib.loads(text)["project"]
     optional = project["optional-dependencies"]
     requirements = project["dependencies"] + [own for name in EXTRAS for own in optional[name]]
-    found = (re.match(r"([\w.-]+)>=([\w.]+)", requirement) for requirement in requirements)
-    return sorted({f"{match[1]}=={match[2]}" for match in found if match})
+    found = {own: re.fullmatch(r"([\w.-]+)(?:\[.*\])?>=([\w.]+)", own) for own in requirements if "jaxlstm[" not in own}
+    if without := [own for own, match in found.items() if match is None]:
+        raise ValueError(f"pyproject.toml: every requirement needs a lower bound, name>=version, got {without}")
+    return sorted({f"{match[1]}=={match[2]}" for match in found.values() if match})
 
 
 if __name__ == "__main__":

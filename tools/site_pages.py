@@ -21,8 +21,11 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+# Paragraphs of a docstring that begin with >>>.
+DOCTEST, AS_CODE = re.compile(r"^( *)>>> .*(?:\n(?! *$).*)*", re.M), r"\1```pycon\n\g<0>\n\1```"
 MODULES = {  # the titles of the reference's pages
     "jaxlstm": "Cells, sequences, training",
+    "jaxlstm.bptt": "The gradient by hand",
     "jaxlstm.diagnostics": "Diagnostics",
     "jaxlstm.epochs": "Epochs and batches",
     "jaxlstm.initializers": "Initializers",
@@ -58,6 +61,7 @@ def public_names(module: str) -> list[str]:
     return [node.name for node in definitions if not node.name.startswith("_")]
 
 
+@functools.cache
 def reference() -> dict[str, str]:
     """Return where the reference describes a name, for all names that only one module has."""
     places = [(name, f"{module}.{name}") for module in MODULES for name in public_names(module)]
@@ -68,28 +72,44 @@ def reference() -> dict[str, str]:
 def reference_page(module: str) -> str:
     """Return the Markdown that mkdocstrings fills: the module's docstring, and every public name."""
     about = DOCTEST.sub(AS_CODE, ast.get_docstring(source_of(module)) or "")
-    entries = (f"::: {module}.{name}\n\n{used_in(name)}" for name in public_names(module))
+    entries = (f"::: {module}.{name}\n\n{used_in(f'{module}.{name}')}" for name in public_names(module))
     return "\n\n".join([f"# `{module}`", about, *entries])
 
 
-def used_in(name: str) -> str:
-    """Return links to the pages whose code, which the tests run, uses a name."""
-    titles = {page: text.partition("\n")[0].removeprefix("# ") for page, text in PAGES_WITH_CODE.items()}
-    code = {page: "".join(CODE_BLOCK.findall(text)) for page, text in PAGES_WITH_CODE.items()}
-    links = [f"[{titles[page]}](../{page})" for page in titles if re.search(rf"\b{name}\b", code[page])]
+def used_in(path: str) -> str:
+    """Return links to the pages whose code, which the tests run, uses a name of the package."""
+    links = [f"[{title}](../{page})" for page, (title, names) in names_in_pages().items() if path in names]
     return f"Used in: {', '.join(links[:4])}." if links else ""
 
 
-CODE_BLOCK = re.compile(r"(^```.*?^```$)", re.S | re.M)
-PAGES_WITH_CODE = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
-PAGES_WITH_CODE["index.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
+@functools.cache
+def names_in_pages() -> dict[str, tuple[str, set[str]]]:
+    """Return the title of every page with code, and the names of the package that its code uses, in full."""
+    paths = {path.name: path for path in sorted((ROOT / "docs").glob("*.md"))} | {"index.md": ROOT / "README.md"}
+    found = {}
+    for page, path in paths.items():
+        text = path.read_text(encoding="utf-8")
+        code = "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.S | re.M))
+        found[page] = (text.partition("\n")[0].removeprefix("# "), names_in(code))
+    return found
 
 
-DOCTEST, AS_CODE = re.compile(r"^( *)>>> .*(?:\n(?! *$).*)*", re.M), r"\1```pycon\n\g<0>\n\1```"
+def names_in(code: str) -> set[str]:
+    """Return the names of the package that a program imports, or uses as attributes of what it imports."""
+    nodes = list(ast.walk(ast.parse(code)))
+    meaning = {"jaxlstm": "jaxlstm"}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "jaxlstm":
+            meaning |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    dotted = (ast.unparse(node).partition(".") for node in nodes if isinstance(node, ast.Attribute))
+    return {*meaning.values(), *(f"{meaning[name]}.{rest}" for name, _, rest in dotted if name in meaning)}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Give the reference its pages."""
+    """Give the reference its pages, and forget what an earlier build found."""
+    names_in_pages.cache_clear()
+    reference.cache_clear()
+    FORMULAS.clear()
     for section in config.nav or []:
         if "Reference" in section:
             section["Reference"] = [{title: f"reference/{module}.md"} for module, title in MODULES.items()]
@@ -157,7 +177,7 @@ def one_per_line(line: re.Match[str]) -> str:
 
 # Links and formulas.
 
-REFERENCE = reference()
+CODE_BLOCK = re.compile(r"(^```.*?^```$)", re.S | re.M)
 INLINE_CODE = re.compile(r"(`[^`\n]+`)")
 LINK, NAME = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)"), re.compile(r"(?<!\[)`(\w+)`(?!\])")
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$`])\$([^$\n]+(?:\n[^$\n]+)?)\$", re.S)
@@ -165,7 +185,7 @@ FORMULAS: list[str] = []  # Markdown would break a paragraph at MathML: marks st
 
 
 def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:
-    """Rewrite what a page of the repository says in another way than a page of the site."""
+    """Rewrite links, names and formulas for the site."""
     here = page.file.src_uri
     at = next((source for source, own in PAGES.items() if own == here), f"docs/{here}")
     linked: set[str] = set()
@@ -181,10 +201,10 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
 
     def name(match: re.Match[str]) -> str:
         """Link a public name to the reference where a page uses it first."""
-        if match[1] not in REFERENCE or match[1] in linked or here.startswith("reference/"):
+        if match[1] not in reference() or match[1] in linked or here.startswith("reference/"):
             return match[0]
         linked.add(match[1])
-        return f"[{match[0]}][{REFERENCE[match[1]]}]"
+        return f"[{match[0]}][{reference()[match[1]]}]"
 
     def prose(text: str) -> str:
         text = without_code(INLINE_CODE, functools.partial(FORMULA.sub, formula), text)

@@ -57,7 +57,7 @@ class FlagError(ValueError):
 def check_names(flag: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raise a `FlagError` if a flag gives a name that is not known."""
     if unknown := [name for name in given if name not in known]:
-        raise FlagError(f"--{flag} must be among {', '.join(map(repr, known))}, got {', '.join(map(repr, unknown))}")
+        raise FlagError(f"--{flag} must be one of {', '.join(map(repr, known))}, got {', '.join(map(repr, unknown))}")
 
 
 def cli(experiment: str, main: Callable[..., Any], log_to: TextIO = sys.stdout, *, quick: Row | None = None) -> None:
