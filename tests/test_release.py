@@ -74,7 +74,7 @@ def test_the_lowest_versions_are_those_of_the_metadata():
     import lowest
 
     found = lowest.constraints((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert {"jax==0.10.2", "numpy==2.4", "onnxruntime==1.20", "matplotlib==3.10"} <= set(found)
+    assert {"jax==0.10.2", "numpy==2.4", "onnxruntime==1.20", "matplotlib==3.10.8"} <= set(found)
     example = """[project]
 dependencies = ["a[x]>=1.2"]
 [project.optional-dependencies]
