@@ -177,7 +177,7 @@ EXPERIMENTS = [
           "parameters RNN 8.91, GRU 8.43, LSTM 8.45 (Bai et al. 2018)", chorales,
           "--data JSB_Chorales.mat --sizes 20,000"),
     Entry("long_lag", "rows", "adding, T = 100: 74,000 sequences (Hochreiter & Schmidhuber 1997)", long_lag,
-          "--lags 50 100 --paper-lags 50 100"),
+          "--paper-lags 50 100"),
     Entry("counting", "rows", "LSTMs count, GRUs and tanh RNNs do not (Weiss et al. 2018)", counting),
     Entry("tagging", "rows", "", tagging),
     Entry("rnn_vs_lstm", "rows", "", rnn_vs_lstm, "--data JSB_Chorales.mat"),
