@@ -49,7 +49,8 @@ def main(
     units: int = 36,
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2),
     seeds: int = 10,
-    epochs: int = 300,
+    epochs: int = 500,
+    patience: int = 60,
     workdir: str | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
@@ -61,7 +62,9 @@ def main(
       units: units per variant.
       learning_rates: of Adam; the validation loss selects one for each variant.
       seeds: number of seeds per variant and learning rate.
-      epochs: the largest number of epochs; training stops after 15 without a better validation loss.
+      epochs: the largest number of epochs.
+      patience: training stops after so many epochs without a better validation loss. Cells with peepholes rest on a
+        plateau for longer than the 15 epochs of `chorales.py`.
       workdir: folder of the results; by default a new one in runs/.
       resume: continue the run in --workdir.
     """
@@ -71,7 +74,7 @@ def main(
     config["sha256"] = chorales.hash_of(data)
 
     def measure(variant: str) -> dict[str, Any]:
-        recipe = chorales.Recipe(units, epochs=epochs)
+        recipe = chorales.Recipe(units, epochs=epochs, patience=patience)
         return chorales.train_and_choose(VARIANTS[variant].cell, [recipe], parts, learning_rates, seeds)
 
     plans = [{"variant": name} for name in VARIANTS if name in {"V", "NP", *names}]
