@@ -162,7 +162,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Return what every module imports, without what it reaches through another one."""
+    """Return the direct imports of every module, without those it also gets through another import."""
     names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
     names = {name: path for name, path in names.items() if "_" not in name and not name.startswith("adapters")}
     direct = {name: imports_of(path) & names.keys() - set(IMPORTED_BY_MOST) for name, path in names.items()}
@@ -186,7 +186,7 @@ def draw_imports(axes: Any) -> None:
         storeys.setdefault(storey(name), []).append(name)
     place: dict[str, tuple[float, float]] = {}
     for height, names in sorted(storeys.items()):
-        # A module stands near the middle of what it imports.
+        # Order the modules of a row by the mean position of their imports.
         middle = {name: sum(place[other][0] for other in graph[name]) / max(1, len(graph[name])) for name in names}
         for n, name in enumerate(sorted(names, key=lambda name: (middle[name], name))):
             place[name] = (3.3 * (n - (len(names) - 1) / 2), 1.9 * height)

@@ -31,7 +31,7 @@ def test_all_notebooks_are_known():
 
 
 def run(name, monkeypatch):
-    """Run a script as a notebook and return what it prints."""
+    """Run a script as a notebook and return its printed output."""
     monkeypatch.setenv("PYTHONPATH", str(DOCS.parent))
     notebook = jupytext.read(DOCS / f"{name}.py")
     NotebookClient(notebook, timeout=180, kernel_name="python3", resources={"metadata": {"path": DOCS}}).execute()

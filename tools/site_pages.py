@@ -90,12 +90,17 @@ def names_in_pages() -> dict[str, tuple[str, set[str]]]:
     for page, path in paths.items():
         text = path.read_text(encoding="utf-8")
         code = "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.S | re.M))
-        found[page] = (text.partition("\n")[0].removeprefix("# "), names_in(code))
+        found[page] = (title_of(text), names_in(code))
     return found
 
 
+def title_of(text: str) -> str:
+    """Return the heading that a page begins with."""
+    return text.strip().partition("\n")[0].removeprefix("# ")
+
+
 def names_in(code: str) -> set[str]:
-    """Return the names of the package that a program imports, or uses as attributes of what it imports."""
+    """Return every jaxlstm name that the code imports, or reaches as an attribute of an import."""
     nodes = list(ast.walk(ast.parse(code)))
     meaning = {"jaxlstm": "jaxlstm"}
     for node in nodes:
@@ -132,8 +137,7 @@ def notebook_page(path: Path) -> dict[str, str | bytes]:
     """Return a notebook as a page, and its pictures."""
     resources = {"output_files_dir": f"pictures/{path.stem}"}
     text, found = MarkdownExporter().from_filename(str(path), resources)
-    title = text.strip().partition("\n")[0].removeprefix("# ")
-    return {f"{path.stem}.md": text.replace("![png]", f"![Output: {title}]"), **found["outputs"]}
+    return {f"{path.stem}.md": text.replace("![png]", f"![Output: {title_of(text)}]"), **found["outputs"]}
 
 
 class AsWritten(griffe.Extension):
@@ -208,7 +212,7 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
 
     def prose(text: str) -> str:
         text = without_code(INLINE_CODE, functools.partial(FORMULA.sub, formula), text)
-        return LINK.sub(link, "".join(NAME.sub(name, line) for line in text.splitlines(keepends=True)))
+        return LINK.sub(link, NAME.sub(name, text))
 
     return without_code(CODE_BLOCK, prose, markdown)
 

@@ -164,7 +164,7 @@ def from_jax_rnn(
 
 
 def to_jax_rnn(cell: Cell[Any, Any], layers: Sequence[Any]) -> np.ndarray:
-    """Return the flat vector that `jax.experimental.rnn.lstm` takes; `from_jax_rnn` has an example.
+    """Return the flat vector that `jax.experimental.rnn.lstm` takes.
 
     Raises:
       TypeError, ValueError: as `to_torch`.
