@@ -25,7 +25,7 @@ from jaxlstm.precision import low_precision
 from jaxlstm.recurrence import unroll
 from jaxlstm.train import TrainState, fit, init_train_state, make_train_step
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # fmt: off
 __all__ = [  # noqa: RUF022

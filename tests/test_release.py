@@ -89,10 +89,11 @@ test = ["e>=4"]
         lowest.constraints(example.replace("c-d>=3", "c-d~=3"))
 
 
-def test_the_version_is_the_same_everywhere():
+def test_the_version_and_its_date_are_the_same_everywhere():
+    newest = re.search(r"^## (\S+) \((\d{4}-\d\d-\d\d)\)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert newest is not None and newest[1] == jaxlstm.__version__
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert f"version: {jaxlstm.__version__}\n" in citation
-    assert re.search(rf"^## .*{re.escape(jaxlstm.__version__)}", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert f"version: {newest[1]}\ndate-released: {newest[2]}\n" in citation
 
 
 def test_the_wheel_works_outside_the_repository(built, tmp_path):
