@@ -44,6 +44,7 @@ KINDS = ("forward", "gradient")
 # The sizes at which costs are measured.
 MEMORY_OF: dict[str, Any] = {"batch": 16, "input_size": 256, "hidden": 256, "lengths": [2000, 4000]}
 COMPILED: dict[str, Any] = {"batch": 16, "input_size": 64, "hidden": 64, "lengths": [10, 10_000]}
+STEP_COMPILED: Shape = (100, 32, 64, 64)
 DOUBLED: Shape = (10_000, 1, 8, 8)
 TRAINED: Shape = (100, 64, 128, 256)
 STREAMED: dict[str, Any] = {"input_size": 64, "hidden": 64, "streams": [1, 64, 1024, 8192]}
@@ -193,6 +194,7 @@ def own_costs(rounds: int, seconds: float) -> dict[str, Any]:
         costs: dict[str, Any] = {
             "temporaries": one.ask(measure="temporaries", **MEMORY_OF),
             "compiling": one.ask(measure="compiling", **COMPILED, repeats=rounds),
+            "compiling a step": one.ask(measure="compiling_a_step", shape=STEP_COMPILED, repeats=rounds),
             "doubling": one.ask(measure="doubling", shape=DOUBLED, rounds=rounds, seconds=seconds),
             "masked": {
                 ", ".join(map(str, shape)): one.ask(measure="masked", shape=shape, rounds=rounds, seconds=seconds)
@@ -326,6 +328,9 @@ def costs_table(result: dict[str, Any]) -> str:
     rows[f"from Python to a compiled gradient, {at.format(**COMPILED)}, at T={short} and T={long}, s"] = _named(
         costs["compiling"], "{0[0]:.2f} and {0[1]:.2f}"
     )
+    if "compiling a step" in costs:  # older results lack it
+        of_step = "from Python to a compiled Adam step of two masked layers at T={}, B={}, I={}, H={}, s"
+        rows[of_step.format(*STEP_COMPILED)] = _named(costs["compiling a step"], "{:.2f}")
     rows["time at 2T divided by time at T: T={}, B={}, I={}, H={}".format(*DOUBLED)] = _named(
         costs["doubling"], "{:.2f}"
     )

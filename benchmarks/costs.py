@@ -34,7 +34,9 @@ from jaxlstm import (
     step_stack,
     sweep,
     unroll,
+    unroll_stack,
 )
+from jaxlstm.adapters.weights import to_linen
 
 Loss = Callable[..., jax.Array]
 SMALLEST: Shape = (1, 1, 1, 1)
@@ -118,6 +120,60 @@ def compiling(batch: int, input_size: int, hidden: int, lengths: list[int], repe
     return {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in times.items()}
 
 
+def masked_layers(shape: Shape) -> dict[str, tuple[Loss, Any]]:
+    """Return a loss of two layers with a mask of lengths, and its parameters, for jaxlstm and two peers."""
+    num_steps, batch, input_size, hidden = shape
+    lengths, mask = _lengths(batch, num_steps)
+    _, _, xs = layer(shape)
+    params = init_stack(jax.random.key(0), LSTM, input_size, [hidden, hidden])
+    rnn = nn.RNN(nn.OptimizedLSTMCell(hidden), time_major=True, return_carry=True)
+
+    def ours(params: Any) -> jax.Array:
+        carries, _ = unroll_stack(LSTM, params, xs, mask=mask)
+        return (carries[-1].h ** 2).sum()
+
+    def by_scan(params: Any) -> jax.Array:
+        hs = xs
+        for own in params:
+            hs = scan_lstm(own, hs, mask)
+        return (hs[-1] ** 2).sum()
+
+    def of_flax(variables: Any) -> jax.Array:
+        hs: Any = xs
+        for own in variables:
+            (_, last), hs = rnn.apply(own, hs, seq_lengths=lengths)
+        return (last**2).sum()
+
+    of_linen = [{"params": {"cell": to_linen(LSTM, own)}} for own in params]
+    return {"jaxlstm": (ours, params), "fifteen lines": (by_scan, params), "Flax linen": (of_flax, of_linen)}
+
+
+def compiling_a_step(shape: Shape, repeats: int) -> dict[str, float]:
+    """Return the median seconds from Python to a compiled Adam step of `masked_layers`."""
+    optimizer = optax.adam(1e-3)
+
+    def once(loss: Loss, params: Any) -> float:
+        def step(params: Any, state: Any) -> Any:
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        state = optimizer.init(params)
+        jax.clear_caches()
+        start = time.perf_counter()
+        jax.jit(step).lower(params, state).compile()
+        return time.perf_counter() - start
+
+    losses = masked_layers(shape)
+    rows = [[once(*own) for own in losses.values()] for _ in range(repeats)]
+    return dict(zip(losses, map(statistics.median, zip(*rows, strict=True)), strict=True))
+
+
+def _lengths(batch: int, num_steps: int) -> tuple[jax.Array, jax.Array]:
+    """Return lengths from all steps down to half of them, and their mask."""
+    lengths = num_steps - jnp.arange(batch) * num_steps // (2 * batch)
+    return lengths, length_mask(lengths, num_steps)
+
+
 def doubling(shape: Shape, rounds: int, seconds: float) -> dict[str, float]:
     """Return the time for twice as many time steps divided by the time for T steps."""
     num_steps, *rest = shape
@@ -135,7 +191,7 @@ def doubling(shape: Shape, rounds: int, seconds: float) -> dict[str, float]:
 def masked(shape: Shape, rounds: int, seconds: float) -> dict[str, float]:
     """Return the median seconds of a gradient, without and with a mask of lengths."""
     num_steps, batch, _, _ = shape
-    mask = length_mask(num_steps - jnp.arange(batch) * num_steps // (2 * batch), num_steps)
+    _, mask = _lengths(batch, num_steps)
     _, params, xs = layer(shape)
 
     def loss(params: Any, xs: jax.Array, mask: Any) -> jax.Array:
@@ -238,7 +294,18 @@ def sharded(shape: Shape, library: str, seconds: float) -> dict[str, float]:
 
 QUESTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (matmul, temporaries, compiling, doubling, masked, ensemble, training, streaming, sharded)
+    for function in (
+        matmul,
+        temporaries,
+        compiling,
+        compiling_a_step,
+        doubling,
+        masked,
+        ensemble,
+        training,
+        streaming,
+        sharded,
+    )
 }
 
 

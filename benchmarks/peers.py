@@ -104,23 +104,28 @@ def jaxlstm(given: Arrays, scan: bool) -> Layer:
     return of_jax(apply, params_of(given), given, tuple)
 
 
-def scan_lstm(params: Any, xs: Any) -> Any:
-    """Run the LSTM that everyone writes at first, without a library: fifteen lines around a `lax.scan`."""
+def scan_lstm(params: Any, xs: Any, mask: Any = None) -> Any:
+    """Run the LSTM that everyone writes at first, without a library: fifteen lines around a `lax.scan`.
+
+    Where `mask` [time, batch] is False, the carry stays as it is.
+    """
     import jax
     import jax.numpy as jnp
 
     w_ih, w_hh, b = params
 
-    def step(carry: Any, x: Any) -> Any:
-        h, c = carry
+    def step(carry: Any, inputs: Any) -> Any:
+        (h, c), (x, real) = carry, inputs
         z_i, z_f, z_g, z_o = jnp.split(x @ w_ih + h @ w_hh + b, 4, axis=-1)
         i, f, o = jax.nn.sigmoid(z_i), jax.nn.sigmoid(z_f), jax.nn.sigmoid(z_o)
         c = f * c + i * jnp.tanh(z_g)
         h = o * jnp.tanh(c)
+        if real is not None:
+            h, c = (jnp.where(real[:, None], new, old) for new, old in zip((h, c), carry, strict=True))
         return (h, c), h
 
     zero = jnp.zeros((xs.shape[1], w_hh.shape[0]), xs.dtype)
-    return jax.lax.scan(step, (zero, zero), xs)[1]
+    return jax.lax.scan(step, (zero, zero), (xs, mask))[1]
 
 
 def fifteen_lines(given: Arrays) -> Layer:

@@ -106,6 +106,7 @@ def test_the_command_measures_draws_and_prints(tmp_path):
 COSTS = {
     "temporaries": {name: [20_000_000, 40_480_000] for name in ("scan", "bulk", "chunked")},
     "compiling": {"bulk": [0.25, 0.5]},
+    "compiling a step": {"jaxlstm": 1.5, "Flax linen": 1.25},
     "doubling": {"forward": 2.0, "gradient": 1.9},
     "masked": {"1": {"without": 0.5, "with": 0.625}, "2": {"without": 0.25, "with": 0.25}},
     "ensembles": {
@@ -133,6 +134,7 @@ def test_the_table_of_costs_shows_every_cost_in_its_unit():
     values = [line.split("|")[2].strip() for line in text.splitlines()]
     assert values[2:] == [
         "4.8", "1.6", "scan 20, bulk 20, chunked 20", "scan 10.0, bulk 10.0, chunked 10.0", "bulk 0.25 and 0.50",
+        "jaxlstm 1.50, Flax linen 1.25",
         "forward 2.00, gradient 1.90", "1.25, 1.00", "sweep 1.0, vmap 2.0", "sweep 1, vmap 10",
         "a call each 125, fit 100", "7.0, 5.0, 25.0",
         "20, 40; 50,000", "1000, 2000; 1,024,000",
@@ -145,6 +147,7 @@ def test_costs_are_measured():
     sizes = costs.temporaries(2, 3, 4, [40, 80])
     assert sizes.keys() == costs.METHODS.keys() and all(0 < few < many for few, many in sizes.values())
     assert all(0 < few < 60 > many > 0 for few, many in costs.compiling(2, 3, 4, [5, 50], repeats=1).values())
+    assert all(0 < seconds < 60 for seconds in costs.compiling_a_step((5, 2, 3, 4), repeats=1).values())
     assert 0.5 < costs.doubling((500, 1, 3, 4), rounds=3, seconds=0.02)["gradient"] < 8
     times = costs.masked((20, 2, 3, 4), 1, 0.01)
     assert 0.1 < times["with"] / times["without"] < 10
@@ -160,6 +163,14 @@ def test_costs_are_measured():
     for library in ("jaxlstm", "Flax linen"):
         assert 0 < costs.sharded((5, 2, 3, 4), library, 0.01)["seconds"] < 10
     assert 1e7 < costs.matmul(0.05)["rate"] < 1e15
+
+
+@pytest.mark.documented
+def test_the_steps_whose_compile_times_are_compared_compute_the_same():
+    of_linen, *others = (float(loss(params)) for loss, params in reversed(costs.masked_layers((7, 5, 3, 4)).values()))
+    assert others == pytest.approx([of_linen] * 2, rel=1e-5)
+    lengths, mask = costs._lengths(5, 7)
+    assert mask.sum() == lengths.sum() < mask.size
 
 
 @jax.debug_nans(False)  # the check keeps donated buffers, to repeat the operation that made a NaN
