@@ -54,8 +54,8 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "char-rnn": Recipe(128, 50),
-    "today": Recipe(128, 50, dropout=0.05, adam=1e-2),
-    "today, 96 units": Recipe(96, 50, dropout=0.05, adam=1e-2),
+    "today": Recipe(128, 50, dropout=0.05, adam=3e-2),
+    "today, 96 units": Recipe(96, 50, dropout=0.05, adam=3e-2),
 }
 ROWS, BLOCK, HELD_OUT = 50, 50, 0.05  # of char-rnn's split
 
@@ -109,7 +109,8 @@ def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransf
     steps = recipe.epochs * steps_per_epoch
     if recipe.adam is not None:
         schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.adam, min(500, steps // 10), steps, recipe.adam / 100)
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+        # With the default b2=0.999, a learning rate three times as small is best, and the loss after 8 epochs is larger.
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95))
 
     def rate(step: Any) -> Array:
         return 2e-3 * 0.97 ** jnp.maximum(0, step // steps_per_epoch - 9)

@@ -141,12 +141,17 @@ def notebook_page(path: Path) -> dict[str, str | bytes]:
 
 
 class AsWritten(griffe.Extension):
-    """Keep shapes such as "time *batch" as written; show doctests as code; give each parameter its own line."""
+    """Keep shapes such as "time *batch" as written; show doctests as code; give each parameter its own line.
+
+    A comment at the end of a field's line becomes its docstring.
+    """
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Change a docstring."""
         if obj.docstring:
-            obj.docstring.value = DOCTEST.sub(AS_CODE, SEVERAL.sub(one_per_line, obj.docstring.value))
+            text = DOCTEST.sub(AS_CODE, SEVERAL.sub(one_per_line, obj.docstring.value))
+            escape = functools.partial(STAR.sub, r"\\*")
+            obj.docstring.value = without_code(CODE_BLOCK, functools.partial(without_code, INLINE_CODE, escape), text)
 
     def on_function_instance(self, *, node: Any, func: griffe.Function, **_: Any) -> None:
         """Change the annotations of a function."""
@@ -159,9 +164,11 @@ class AsWritten(griffe.Extension):
             func.returns = annotation(node.returns, func.returns)
 
     def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, **_: Any) -> None:
-        """Change the annotation of an attribute."""
+        """Change the annotation of an attribute, and describe it."""
         if isinstance(node, ast.AnnAssign):
             attr.annotation = annotation(node.annotation, attr.annotation)
+            if attr.docstring is None and (comment := re.search(r"  # (.*)$", attr.source)):
+                attr.docstring = griffe.Docstring(comment[1], parent=attr)
 
 
 def annotation(node: ast.expr | None, parsed: Any) -> Any:
@@ -170,6 +177,7 @@ def annotation(node: ast.expr | None, parsed: Any) -> Any:
     return ast.unparse(node) if node and any(shapes) else parsed
 
 
+STAR = re.compile(r"(?<=[\[( ])\*(?=\w+[,\])])")  # of a shape: Markdown would take two of them for emphasis
 SEVERAL = re.compile(r"^( +)([a-z]\w*(?:, [a-z]\w*)+): (.*(?:\n\1 +.*)*)$", re.M)  # "cell, params: as for `unroll`"
 
 
@@ -181,7 +189,7 @@ def one_per_line(line: re.Match[str]) -> str:
 
 # Links and formulas.
 
-CODE_BLOCK = re.compile(r"(^```.*?^```$)", re.S | re.M)
+CODE_BLOCK = re.compile(r"(^ *```.*?^ *```$)", re.S | re.M)
 INLINE_CODE = re.compile(r"(`[^`\n]+`)")
 LINK, NAME = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)"), re.compile(r"(?<!\[)`(\w+)`(?!\])")
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$`])\$([^$\n]+(?:\n[^$\n]+)?)\$", re.S)

@@ -170,7 +170,7 @@ def _merged(
 
 
 class Linearization(NamedTuple):
-    """One step around a point, s' − s* ≈ J (s − s*) + B (x' − x). Leaves [*points, ...]; eigenvalues largest first."""
+    """One step around a point, `s' − s* ≈ J (s − s*) + B (x' − x)`. Eigenvalues λ are sorted, the largest |λ| first."""
 
     carry_jacobian: np.ndarray  # J [*points, n, n]
     input_jacobian: np.ndarray  # B [*points, n, input]
@@ -179,7 +179,7 @@ class Linearization(NamedTuple):
     left: np.ndarray  # [*points, n, n]: rows, what decides how much; left @ right = I, if J has n eigenvectors
     time_constants: np.ndarray  # [*points, n]: −1 / ln|λ| steps; negative where a direction is unstable
     num_unstable: np.ndarray  # [*points]: how many |λ| > 1
-    kind: np.ndarray  # [*points]: "stable", "saddle" or "unstable"
+    kind: np.ndarray  # [*points]: "stable" (no |λ| > 1), "saddle" (some) or "unstable" (all)
     oscillates: np.ndarray  # [*points]: whether the largest eigenvalue is complex
 
 
