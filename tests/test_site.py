@@ -64,6 +64,15 @@ def test_all_public_modules_are_in_the_reference():
     assert site_pages.MODULES.keys() == {"jaxlstm", "jaxlstm.bptt"} | rooms | test_architecture.ADAPTERS
 
 
+def test_fields_and_calls_are_described_as_their_source_does(site):
+    page = (site / "reference" / "jaxlstm.diagnostics.html").read_text(encoding="utf-8")
+    assert "<p>[*points, n]: −1 / ln|λ| steps; negative where a direction is unstable</p>" in page
+    page = (site / "reference" / "jaxlstm.adapters.nnx.html").read_text(encoding="utf-8")
+    assert 'id="jaxlstm.adapters.nnx.Recurrent.__call__"' in page and "__post_init__" not in page
+    assert "[*batch, time, features], or [time, *batch, features] if" in page
+    assert "units of each layer, and of each direction" in page, "of __init__"
+
+
 def test_only_names_of_the_package_count_as_used():
     code = """import equinox as eqx, flax
 from jaxlstm import LSTM, initializers as init

@@ -100,7 +100,11 @@ class Recurrent(nnx.Module):
 
         Args:
           inputs: [*batch, time, features], or [time, *batch, features] if `time_major`.
-          initial_carry, seq_lengths, mask, reset, noise: as in `jaxlstm.adapters.linen.Recurrent`.
+          initial_carry: a list of carries, one per layer, as an earlier call returned it.
+          seq_lengths: [*batch] integers; later outputs are 0, and the carry returned is the last real one.
+          mask: [*batch, time], True where a step is real.
+          reset: [*batch, time], True where a new segment or episode starts.
+          noise: for a regularized cell, the `noise` of its `Noisy` input, one per layer, [*batch, time, ...].
           return_carry, time_major, deterministic: override the attributes.
           rngs: for dropout; overrides the module's own.
         """
