@@ -956,6 +956,26 @@ def test_the_figures_about_long_lags_are_in_the_result():
     assert 50_000 / long_lag.BATCH == 6250
 
 
+def test_the_figures_about_shakespeare_are_in_the_result():
+    rows = committed("shakespeare")["rows"]
+    best = {name: [row["best"] for row in rows if row["recipe"] == name] for name in shakespeare.RECIPES}
+    last = [row["curve"]["held out"][-1] for row in rows if row["recipe"] == "char-rnn"]
+    said = f"has {np.mean(best['char-rnn']):.3f} nats at its best epoch, below the published 1.3950"
+    assert said in PAGE and f"{np.mean(last):.3f} at the last epoch" in PAGE
+    assert max(best["char-rnn"] + best["today"]) < shakespeare.PUBLISHED
+    assert f"**Today's recipe** has {np.mean(best['today']):.3f} at the same number of parameters" in PAGE
+    assert intervals.of_mean(best["today"])[2] < intervals.of_mean(best["char-rnn"])[1], "apart"
+    assert "The two intervals are apart." in PAGE
+    sizes = {row["recipe"]: row["parameters"] for row in rows}
+    assert sizes["today"] == sizes["char-rnn"]
+    share = sizes["today, 96 units"] / sizes["today"]
+    assert f"{share:.0%} of the parameters, today's recipe has {np.mean(best['today, 96 units']):.3f}" in PAGE
+    below = sum(loss < shakespeare.PUBLISHED for loss in best["today, 96 units"])
+    assert below == 1 and "one of three seeds lies below the published loss" in PAGE
+    ends = [row["curve"]["held out"][-1] - row["best"] for row in rows if row["recipe"] == "today"]
+    assert max(ends) < 0.001 and "does not overfit" in PAGE
+
+
 def test_the_figures_about_gradbench_are_in_the_result():
     rows = committed("gradbench")["rows"]
     ratios = {
