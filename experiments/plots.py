@@ -706,8 +706,8 @@ def shakespeare(path: Path, rows: list[dict[str, Any]], published: float) -> Pat
             axes.plot(epochs, curve["training"], color=COLORS[n], linewidth=0.8, linestyle=":",
                       label=None if k else f"{recipe}: training")  # fmt: skip
     axes.axhline(published, color="0.3", linestyle="--", linewidth=1)
-    axes.annotate(f"published {published:.4f}", (1, published), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-                  textcoords="offset points", ha="right", color="0.3")  # fmt: skip
+    axes.annotate(f"published {published:.4f}", (0, published), xycoords=("axes fraction", "data"), xytext=(4, -13),
+                  textcoords="offset points", color="0.3")  # fmt: skip
     axes.set(xlabel="epoch", ylabel="nats per character", ylim=(1.1, 2.0), title="Tiny Shakespeare: one line per seed")
     axes.legend(fontsize="small", ncols=2)
     return _save(figure, path, dpi=110)
