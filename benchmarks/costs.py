@@ -110,10 +110,7 @@ def compiling(batch: int, input_size: int, hidden: int, lengths: list[int], repe
 
     def once(shape: Shape, method: str) -> float:
         function, arguments = gradient(shape, method)
-        jax.clear_caches()
-        start = time.perf_counter()
-        jax.jit(function).lower(*arguments).compile()
-        return time.perf_counter() - start
+        return _seconds_to_compile(function, *arguments)
 
     shapes = [(num_steps, batch, input_size, hidden) for num_steps in lengths]
     times = {method: [[once(shape, method) for shape in shapes] for _ in range(repeats)] for method in METHODS}
@@ -157,15 +154,18 @@ def compiling_a_step(shape: Shape, repeats: int) -> dict[str, float]:
             updates, state = optimizer.update(jax.grad(loss)(params), state, params)
             return optax.apply_updates(params, updates), state
 
-        state = optimizer.init(params)
-        jax.clear_caches()
-        start = time.perf_counter()
-        jax.jit(step).lower(params, state).compile()
-        return time.perf_counter() - start
+        return _seconds_to_compile(step, params, optimizer.init(params))
 
     losses = masked_layers(shape)
     rows = [[once(*own) for own in losses.values()] for _ in range(repeats)]
     return dict(zip(losses, map(statistics.median, zip(*rows, strict=True)), strict=True))
+
+
+def _seconds_to_compile(function: Callable[..., Any], *arguments: Any) -> float:
+    jax.clear_caches()
+    start = time.perf_counter()
+    jax.jit(function).lower(*arguments).compile()
+    return time.perf_counter() - start
 
 
 def _lengths(batch: int, num_steps: int) -> tuple[jax.Array, jax.Array]:
