@@ -19,6 +19,7 @@ step. The rule is ordinary JAX, so it can itself be differentiated, vmapped and 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from jaxtyping import Array
 from jaxlstm.cell import Cell, PyTree, leaf_path
 from jaxlstm.masks import Steps, hold, start_of
 from jaxlstm.tangents import add, as_custom_jvp_output, filled, jvp, present
-from jaxlstm.tuning import Plan, in_bulk, scan_blocks
+from jaxlstm.tuning import Plan, in_bulk
 
 
 class Kept(NamedTuple):
@@ -75,6 +76,31 @@ def run(how: How, params: PyTree, steps: Steps, carry: PyTree, reset_carry: PyTr
     # With z in the loop, there is nothing to compute for a block at once.
     carry, (ys, kept) = scan_blocks(block, carry, steps, plan.block_size if plan.pieces else None, how.reverse)
     return carry, ys, kept
+
+
+def scan_blocks(
+    block: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    carry: PyTree,
+    steps: PyTree,
+    size: int | None,
+    reverse: bool,
+) -> tuple[PyTree, PyTree]:
+    """Scan over blocks of time; if their size does not divide the sequence, the last block processed is shorter."""
+    num_steps = jax.tree.leaves(steps)[0].shape[0]
+    if size is None or size >= num_steps:
+        return block(carry, steps)
+    num_blocks, rest = divmod(num_steps, size)
+    whole, left = slice(0, num_steps - rest), slice(num_steps - rest, None)
+    if reverse:
+        whole, left = slice(rest, None), slice(0, rest)
+    cut = lambda v: v[whole].reshape(num_blocks, size, *v.shape[1:])
+    carry, outs = lax.scan(block, carry, jax.tree.map(cut, steps), reverse=reverse)
+    outs = jax.tree.map(lambda v: v.reshape(num_blocks * size, *v.shape[2:]), outs)
+    if not rest:
+        return carry, outs
+    carry, last = block(carry, jax.tree.map(lambda v: v[left], steps))
+    join = lambda v, w: jnp.concatenate([w, v] if reverse else [v, w])
+    return carry, jax.tree.map(join, outs, last)
 
 
 def _sum_of_pieces(z: list[Array], a: Array) -> tuple[Array, Array]:

@@ -3,6 +3,7 @@
 import functools
 import math
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
-from jaxlstm.bulk import How, run, run_in_bulk
+from jaxlstm.bulk import How, run, run_in_bulk, scan_blocks
 from jaxlstm.cell import Cell, PyTree
 from jaxlstm.checks import (
     ArgumentValueError,
@@ -25,7 +26,7 @@ from jaxlstm.checks import (
 )
 from jaxlstm.gradients import Bulk, Chunked, Gradient, GradientOrName, Scan, checked_gradient
 from jaxlstm.masks import Steps, hold, select, start_of, zeros_where_masked
-from jaxlstm.tuning import by_platform, make_plans, scan_blocks, size_without_remainder
+from jaxlstm.tuning import Plan, known_plan, make_plans, size_without_remainder
 
 Params = TypeVar("Params")
 Carry = TypeVar("Carry")
@@ -168,12 +169,17 @@ def _run(
     gradient: Bulk | Scan,
     reverse: bool,
 ) -> tuple[Carry, Array]:
-    bulk = gradient if isinstance(gradient, Bulk) else None
-    plans = make_plans(cell, params, steps, carry, bulk or Bulk())
-    if bulk is None or not plans.by_rule:  # the plain scan is the same program on every platform
+    plans = make_plans(cell, params, steps, carry, gradient if isinstance(gradient, Bulk) else Bulk())
+    if isinstance(gradient, Scan) or not plans.by_rule:  # the plain scan is the same program on every platform
         return run(How(cell, plans.on_a_cpu, reverse), params, steps, carry, reset_carry)[:2]
-    by_plan = lambda plan, *arguments: run_in_bulk(How(cell, plan, reverse), *arguments)[:2]
-    return by_platform(by_plan, plans, params, steps, carry, reset_carry)
+
+    def by_plan(plan: Plan) -> Callable[..., tuple[Carry, Array]]:
+        return lambda *arguments: run_in_bulk(How(cell, plan, reverse), *arguments)[:2]
+
+    arguments = (params, steps, carry, reset_carry)
+    if plan := known_plan(plans, arguments):
+        return by_plan(plan)(*arguments)
+    return lax.platform_dependent(*arguments, cpu=by_plan(plans.on_a_cpu), default=by_plan(plans.elsewhere))
 
 
 def _run_in_chunks(

@@ -31,8 +31,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from jaxlstm.cell import Cell, PyTree
 from jaxlstm.checks import is_sharded, of_one_step, on_unknown_mesh
@@ -89,7 +87,7 @@ def make_plans(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree
     """Decide how to run a recurrence.
 
     The plans depend on shapes and on whether a mesh is in use, but not on the platform: it is not known when a program
-    is traced, and `jax.export` lowers it for other machines. `by_platform` chooses when it is lowered. Memory besides
+    is traced, and `jax.export` lowers it for other machines. JAX chooses one when it lowers the program. Memory besides
     the outputs: the carry before every step, the gates of every step if they are kept, and about five times z of one
     block.
     """
@@ -176,26 +174,17 @@ def on_devices(arrays: PyTree) -> bool:
     return in_use or any(map(is_sharded, jax.tree.leaves(arrays)))
 
 
-def by_platform(run: Callable[..., Any], plans: Plans, *arguments: PyTree) -> Any:
-    """Return `run(plan, *arguments)` by the plan of the platform that the program is lowered for.
+def known_plan(plans: Plans, arrays: PyTree) -> Plan | None:
+    """Return the plan if it is known when a program is traced: both are the same, or the mesh knows its platform.
 
-    A mesh knows its platform. There, a branch would stay in the compiled program: XLA keeps it around the sum over
-    devices.
+    The mesh is the one in use, or the one that the arrays are typed with. If there were a branch instead, XLA would
+    keep it in the compiled program, around the sum over devices.
     """
-    on_a_cpu, elsewhere = (functools.partial(run, plan) for plan in (plans.on_a_cpu, plans.elsewhere))
-    device = _device_of_mesh(arguments)
-    if device or plans.on_a_cpu == plans.elsewhere:
-        return (on_a_cpu if device and device.platform == "cpu" else elsewhere)(*arguments)
-    return lax.platform_dependent(*arguments, cpu=on_a_cpu, default=elsewhere)
-
-
-def _device_of_mesh(arrays: PyTree) -> Any:
-    """Return the kind of device of the mesh in use, or of the one that the arrays are typed with; None if unknown."""
     meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arrays))]
-    return next((mesh.abstract_device for mesh in meshes if mesh.abstract_device), None)
-
-
-# Blocks of time.
+    device = next((mesh.abstract_device for mesh in meshes if mesh.abstract_device), None)
+    if device is None:
+        return plans.on_a_cpu if plans.on_a_cpu == plans.elsewhere else None
+    return plans.on_a_cpu if device.platform == "cpu" else plans.elsewhere
 
 
 def size_without_remainder(num_steps: int, most: int) -> int:
@@ -204,31 +193,6 @@ def size_without_remainder(num_steps: int, most: int) -> int:
     A remainder is correct but slow: XLA then copies the inputs and outputs of every other block.
     """
     return next((size for size in range(most, most // 2, -1) if num_steps % size == 0), most)
-
-
-def scan_blocks(
-    block: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
-    carry: PyTree,
-    steps: PyTree,
-    size: int | None,
-    reverse: bool,
-) -> tuple[PyTree, PyTree]:
-    """Scan over blocks of time; if their size does not divide the sequence, the last block processed is shorter."""
-    num_steps = jax.tree.leaves(steps)[0].shape[0]
-    if size is None or size >= num_steps:
-        return block(carry, steps)
-    num_blocks, rest = divmod(num_steps, size)
-    whole, left = slice(0, num_steps - rest), slice(num_steps - rest, None)
-    if reverse:
-        whole, left = slice(rest, None), slice(0, rest)
-    cut = lambda v: v[whole].reshape(num_blocks, size, *v.shape[1:])
-    carry, outs = lax.scan(block, carry, jax.tree.map(cut, steps), reverse=reverse)
-    outs = jax.tree.map(lambda v: v.reshape(num_blocks * size, *v.shape[2:]), outs)
-    if not rest:
-        return carry, outs
-    carry, last = block(carry, jax.tree.map(lambda v: v[left], steps))
-    join = lambda v, w: jnp.concatenate([w, v] if reverse else [v, w])
-    return carry, jax.tree.map(join, outs, last)
 
 
 def in_bulk(cell: Cell[Any, Any], plan: Plan) -> Cell[Any, Any]:
