@@ -218,7 +218,8 @@ def table(result: dict[str, Any]) -> str:
             d: [r["error"] for r in rows if (r["road"], r["dtype"]) == (method, d)] for d in result["config"]["dtypes"]
         }
         cells = [f"{max(errors):.0e}" if errors else "" for errors in worst.values()]
-        cost = [f"{1e3 * at[method]['seconds']:.3g} ms", f"{at[method]['temporaries'] / 1e6:.2g} MB"]
+        ms, mb = f"{1e3 * at[method]['seconds']:.3g}", f"{at[method]['temporaries'] / 1e6:.2g}"
+        cost = [f"{float(ms):,g} ms", f"{float(mb):,g} MB"]  # 1,200, not 1.2e+03
         lines.append(f"| {method} | " + " | ".join(cells + cost) + " |")
     return "\n".join(lines)
 

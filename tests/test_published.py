@@ -976,6 +976,40 @@ def test_the_figures_about_shakespeare_are_in_the_result():
     assert max(ends) < 0.001 and "does not overfit" in PAGE
 
 
+def test_the_figures_about_overfitting_are_in_the_result():
+    row = {(row["cell"], row["units"]): row for row in committed("rnn_vs_lstm")["rows"]}
+    assert all(len(found[name]) >= 10 for found in row.values() for name in ("gap", "last gap", "test"))
+
+    def difference(a, b, what="gap"):
+        low, high = stats.ttest_ind(row[a][what], row[b][what], equal_var=False).confidence_interval(0.95)
+        assert low > 0
+        return f"{np.mean(row[a][what]) - np.mean(row[b][what]):.2f} ({low:.2f} to {high:.2f})"
+
+    small, large, rnns = ("LSTM", 36), ("LSTM", 82), [("RNN", 36), ("RNN", 82), ("RNN", 178)]
+    equal_width = difference(small, rnns[0]), difference(large, rnns[1])
+    equal_parameters = difference(small, rnns[1]), difference(large, rnns[2])
+    assert f"its gap is larger by {' and '.join(equal_width)} at equal width" in PAGE
+    assert f"and by {' and '.join(equal_parameters)} at equal parameters" in PAGE
+    better = difference(rnns[2], large, "test"), difference(rnns[1], small, "test")
+    assert f"its test loss is lower by {better[0]}." in PAGE and f"the two nets are close: {better[1]}." in PAGE
+    rates = {name: found["tried"][found["chosen"]]["learning_rate"] for name, found in row.items()}
+    assert rates[large] == max(tried["learning_rate"] for tried in row[large]["tried"]) == 0.03
+    assert rates[rnns[2]] == 0.001 and "the RNN of equal size chose 0.001" in PAGE
+    assert f"the gap of the larger LSTM is {np.mean(row[large]['last gap']):.2f} nats" in PAGE
+    seconds = {name: found["step seconds"] for name, found in row.items()}
+    ratios = [seconds[small] / seconds[rnns[0]], seconds[large] / seconds[rnns[1]]]
+    ratios += [seconds[small] / seconds[rnns[1]], seconds[large] / seconds[rnns[2]]]
+    taken = "takes {:.1f} and {:.1f} times as long at equal width**, not four times, and {:.1f} and {:.1f} times"
+    assert taken.format(*ratios) in PAGE
+    claims = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    gap, last = ({name: np.mean(found[what]) for name, found in row.items()} for what in ("gap", "last gap"))
+    of_rnns = [sorted(means[name] for name in rnns) for means in (gap, last)]
+    said = f"{gap[small]:.2f} and {gap[large]:.2f} nats per chord for LSTMs, {of_rnns[0][0]:.2f} to {of_rnns[0][2]:.2f}"
+    assert said in claims
+    said = f"{last[small]:.2f} and {last[large]:.2f}, against {of_rnns[1][0]:.2f} to {of_rnns[1][2]:.2f}"
+    assert said in claims and "takes {:.1f} and {:.1f} times as long at equal width".format(*ratios) in claims
+
+
 def test_the_figures_about_gradbench_are_in_the_result():
     rows = committed("gradbench")["rows"]
     ratios = {
