@@ -476,7 +476,8 @@ WIDE = (2000, 16, 256, 256)
 def temporaries(run, shape=WIDE):
     num_steps, batch, input_size, hidden = shape
     params = jax.eval_shape(lambda: LSTM.init(jax.random.key(0), input_size, hidden))
-    xs, weight = (jax.ShapeDtypeStruct((num_steps, batch, n), np.float32) for n in (input_size, hidden))
+    xs = jax.ShapeDtypeStruct((num_steps, batch, input_size), np.float32)
+    weight = jax.eval_shape(run, params, xs)
     loss = lambda p, x, w: ((run(p, x) - w) ** 2).sum()
     return jax.jit(jax.grad(loss, (0, 1))).lower(params, xs, weight).compile().memory_analysis().temp_size_in_bytes
 
@@ -505,3 +506,10 @@ def test_the_chunked_gradient_keeps_less_per_step_than_one_carry():
     num_steps, batch, _, hidden = WIDE
     growth = (temporaries(chunked) - temporaries(chunked, (500, *WIDE[1:]))) / (num_steps - 500)
     assert growth < 4 * batch * hidden * 2.2  # the outputs and their cotangents, which this loss reads itself
+
+
+def test_the_chunked_gradient_of_the_last_carry_grows_with_the_root_of_the_steps():
+    def last(params, xs):
+        return unroll(LSTM, params, xs, gradient=Chunked())[0].h
+
+    assert temporaries(last) < 2.5 * temporaries(last, (500, *WIDE[1:]))  # four times as many steps
