@@ -308,7 +308,8 @@ def test_the_unit_that_carries_number_is_found_and_held_still():
     inside = {name: ends([row["inside"][name] for row in found["LSTM"]]) for name in "if"}
     assert inside == {"f": "0.93 to 1.00", "i": "0.19 to 0.80"}
     page = " ".join((ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").split())
-    assert all(said in page for said in (*inside.values(), *one.values()))
+    between = [f"between {span.replace(' to ', ' and ')}" for span in one.values()]
+    assert all(said in page for said in (*inside.values(), *between))
 
 
 def test_the_figures_about_methods_are_in_the_result():
