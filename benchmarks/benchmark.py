@@ -190,7 +190,7 @@ def machine() -> str:
 def own_costs(rounds: int, seconds: float) -> dict[str, Any]:
     """Measure what jaxlstm costs besides time: see `benchmarks.costs`."""
     with Peer("1", "benchmarks.costs") as one, Peer("2", "benchmarks.costs") as two:
-        # One process for all of them, since a program's memory and compile time do not depend on the programs before.
+        # All costs on one device share a process: memory and compile time do not depend on the programs before.
         costs: dict[str, Any] = {
             "temporaries": one.ask(measure="temporaries", **MEMORY_OF),
             "compiling": one.ask(measure="compiling", **COMPILED, repeats=rounds),

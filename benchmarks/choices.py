@@ -1,6 +1,6 @@
 """Does each choice in `jaxlstm/tuning.py` earn its place?
 
-Each choice is removed by itself. The plain scan and the fifteen lines everyone writes run beside. All programs take
+Each choice is removed by itself. The plain scan and the fifteen lines everyone writes run alongside. All programs take
 turns in one process, in a new order every round; several processes are started, because the same program can be a tenth
 slower in one process than in another. The result holds, per shape, the time without a choice divided by the time with
 all of them: medians and minima over all rounds.

@@ -1,6 +1,6 @@
 """Which character comes next? A language model of two LSTM layers, and a text that it writes.
 
-The text is made of 1,024 sentences such as "the dogs at sea hear the owl. ". The verb agrees with the first noun, so
+The text is drawn from 1,024 sentences such as "the dogs at sea hear the owl. ". The verb agrees with the first noun, so
 the model must remember that noun.
 
     python examples/language_model.py

@@ -1,4 +1,4 @@
-"""How fast does a machine run, now? From NumPy recordings of different lengths to a tagger that is saved.
+"""How fast is a machine running at each moment? From NumPy recordings of different lengths to a tagger that is saved.
 
 A recording is a noisy wave that changes between slow, medium and fast at random moments. A tag names the speed at every
 sample. Each speed gives high and low samples alike, so a linear model of the last samples does no better than chance.

@@ -2,8 +2,8 @@
 
 A diagonal LSTM: every unit reads one input and itself, so all its weights are vectors. Its forget and output gates read
 the input, its input gate and candidate read h. A stack of them predicts the bits of the next character of a text. The
-problem comes from the repository of ADBench (Microsoft). GradBench, which continues it, has no JAX implementation of it
-as of 2026. The objective is theirs, with its log(2 + Σ exp); so are the sizes, and float64.
+problem comes from the repository of ADBench (Microsoft). GradBench, its successor, has no JAX implementation of the
+problem as of 2026. The objective is theirs, with its log(2 + Σ exp); so are the sizes, and float64.
 """
 
 import functools

@@ -2,7 +2,7 @@
 
 The tasks are those of Hochreiter & Schmidhuber, Long short-term memory, 1997: only a few steps of a long sequence
 matter, and the net answers at its end. A net has solved a task when it answers a run of new sequences, 2000 for most
-tasks, within a tolerance and with a small mean error, each of them *before* it learns from it.
+tasks, within a tolerance and with a small mean error. It answers each sequence *before* it learns from that sequence.
 
 Two recipes run side by side. "1997" is the paper's: memory blocks without a forget gate, the truncated gradient, one
 sequence per step of plain SGD, and its initial weights and biases. "today" has 32 units, the full gradient, Adam, and
@@ -64,7 +64,7 @@ def _places(key: Key[Array, ""], low: Any, high: Any, batch: int) -> Int[Array, 
 def _marked_pairs(
     key: Key[Array, ""], lag: int, batch: int, low: float, neutral: float
 ) -> tuple[Array, Array, Array, Array]:
-    """Draw pairs (value, marker): one of the first ten is marked, and one of the first lag/2 − 1 others.
+    """Draw pairs (value, marker): one of the first ten is marked, and another one of the first lag/2 − 1.
 
     As in the paper, the very first value is the operation's neutral element if it is marked.
     """
@@ -117,7 +117,7 @@ order_of_three = functools.partial(_temporal_order, ((0.1, 0.2), (0.33, 0.43), (
 
 
 def noise(key: Key[Array, ""], lag: int, batch: int) -> Batch:
-    """Task 2c: b, then x or y, then `lag` or more of `lag` random symbols, then e; was it x or y?
+    """Task 2c: b, then x or y, then `lag` or more random symbols of `lag` kinds, then e; was it x or y?
 
     After the first `lag` symbols each one is the last with probability 1/10; here at most lag/10 + 20 follow.
     """
@@ -161,8 +161,8 @@ class Task(NamedTuple):
     tolerance: float  # of every output
     mean_error: float  # of all outputs, on the sequences in a row
     paper: Of1997 | None
-    in_a_row: int = 2000  # among so many sequences in a row
-    misses: int = 0  # there may be so many errors
+    in_a_row: int = 2000  # length of the run of sequences
+    misses: int = 0  # how many answers in the run may miss the tolerance
 
 
 # fmt: off

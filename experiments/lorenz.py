@@ -164,7 +164,7 @@ def measure(
     after = truth[READ:]
     _, hs = unroll(loop, params, jnp.zeros((*after.shape[:-1], 0)), carry)
     run = hs @ params.readout.w + params.readout.b
-    # The first of the loop's outputs has read a prediction, for the state after the first one predicted.
+    # The loop's first output has read the prediction of after[0], so it predicts after[1].
     wrong = jnp.sqrt(((run[:-1] - after[1:]) ** 2).mean(-1)) > 0.4
     follows = jnp.where(wrong.any(axis=0), wrong.argmax(axis=0), len(wrong)) * DT
     first = jax.tree.map(lambda leaf: leaf[0], carry)

@@ -235,8 +235,8 @@ def chosen(logits: Float[Array, "*batch action"], action: Int[Array, "*batch"]) 
 def advantages(rollout: Rollout, discount: float, trace: float) -> Float[Array, "time env"]:
     """Return the generalized advantage estimates (Schulman et al. 2016).
 
-    An episode that is over is worth nothing more. One that is cut off is worth the value of the observation at which it
-    was. Neither learns from the episode after it.
+    An episode that is over is worth nothing more. One that is cut off is worth the value of its last observation.
+    Neither learns from the episode after it.
     """
     later = jnp.where(rollout.terminated, 0.0, rollout.next_value)
     surprise = rollout.reward + discount * later - rollout.value

@@ -1,9 +1,9 @@
 """Check gradients on this machine: `python -m jaxlstm`, or with `--all` more of them.
 
-Compares all methods of `compare_gradients` for the LSTM in float64, and one gradient in float32 with float64. With
-`--all`, compares the methods for every cell and in float32 too, and checks `gradient="bulk"` and `gradient="scan"` in
-float32 in the ways that users call them: with and without jit, for a plain sum and for random weights, mapped over
-parameters, and example by example. `--json` prints everything as JSON.
+Compares all methods of `compare_gradients` for the LSTM in float64, and its float32 gradient with its float64 one. With
+`--all`, compares the methods for every cell, for the LSTM in float32 too, and checks `gradient="bulk"` and
+`gradient="scan"` in float32 in the ways that users call them: with and without jit, for a plain sum and for random
+weights, mapped over parameters, and example by example. `--json` prints everything as JSON.
 """
 
 import functools

@@ -40,6 +40,8 @@ def init_bidirectional(
 ) -> Bidirectional[Params]:
     """Draw the parameters of both directions of a layer; `options` go to `cell.init`.
 
+    `hidden_size` is the units of each direction, so by default the layer outputs 2·hidden_size features.
+
     Raises:
       TypeError, ValueError: as `cell.init`.
     """
@@ -70,11 +72,12 @@ def unroll_bidirectional(
       cell: a `Cell`, such as `LSTM`.
       params: of both directions, from `init_bidirectional`.
       xs: [time, *batch, input].
-      carry: of both directions; the backward carry is the one before the last step.
+      carry: of both directions; the backward half enters the last step with its carry.
       mask: True where a step is real.
       reset: True where a new segment starts, as in `unroll`. The backward half is reset at the step before, the last of
         its segment; a reset at step 0 affects the forward half only.
-      reset_carry: of both directions; if the backward half has one per step, the one at the step where it is reset.
+      reset_carry: of both directions; if the backward half has one per step, it takes the one at the last step of each
+        segment, which it enters first.
       merge: (forward, backward) -> ys, on outputs [time, *batch, hidden]; default side by side.
       gradient: how to differentiate, as in `unroll`.
 

@@ -139,8 +139,8 @@ def _rule(how: How, primals: Any, tangents: Any) -> tuple[Any, Any]:
             d_carry, d_y = hold(now, d_start, *advance(d_start, d_a, forcing))
             return d_carry, (d_y, d_start if how.returns_kept else None)
 
-        # Otherwise JAX would compute what does not depend on d_carry in a third loop and store it for all steps: for a
-        # mask, flags broadcast to [batch, hidden].
+        # Without this checkpoint, JAX would move whatever does not depend on d_carry into a third loop and store it for
+        # all steps; for a mask, that is flags broadcast to [batch, hidden].
         if how.plan.checkpoint_step:
             step = jax.checkpoint(step, prevent_cse=False)
         each = (now._replace(x=None, reset_carry=d_now.reset_carry), kept.carry, advance, forcing)
@@ -148,8 +148,8 @@ def _rule(how: How, primals: Any, tangents: Any) -> tuple[Any, Any]:
         d_kept = _kept_tangent(how, params, d_params, now.x, d_now.x, kept.carry, d_starts)
         return d_carry, (d_ys, d_kept)
 
-    # The backward pass reads `steps` and `kept` and computes the rest of a block again. XLA must not merge that work
-    # with the forward pass, which would keep z for all steps. Loops over blocks prevent this, and so do kept gates.
+    # The backward pass reads `steps` and `kept` and computes the rest of a block again. If XLA merged that work with
+    # the forward pass, it would keep z for all steps. Loops over blocks prevent this, and so do kept gates.
     block = jax.checkpoint(block, prevent_cse=how.plan.block_size is None and not how.plan.keep_gates)
     blocks = (steps, d_steps, kept)
     d_last, (d_ys, d_kept) = scan_blocks(block, filled(carry, d_carry), blocks, how.plan.block_size, how.reverse)

@@ -54,7 +54,7 @@ class Cell(Generic[Params, Carry]):
         Default `xs @ params.w_ih + params.b`.
       recur: `(params, carry) -> a`, linear in the carry and in the weights. Default `carry.h @ params.w_hh`.
         A cell without a recurrent matmul returns None.
-      activations: `(params, carry, z, a) -> NamedTuple` of the gates' values; `gates` calls it; optional.
+      activations: `(params, carry, z, a) -> NamedTuple` of the gates' values, the same that `gates` computes; optional.
       gates_jvp: `(params, carry, activations) -> linear`, the derivative of `gates` in closed form; optional, faster.
         Only for a cell whose gates read z + a and no parameters. `linear(d_carry, d_z) -> (d_carry, d_y)`, where d_z is
         the tangent of z + a, is a `jax.tree_util.Partial` of arrays [*batch, ...]. Without it, JAX differentiates

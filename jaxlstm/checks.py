@@ -68,7 +68,7 @@ def at(place: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_callback() -> Iterator[None]:
-    """Keep the name of a public function that the caller's own function called: decorate what a caller passes in."""
+    """Keep the function name of an error from the caller's own code: decorate each function that a caller passes."""
     try:
         yield
     except ArgumentError as error:
@@ -94,7 +94,7 @@ def as_arrays(**trees: PyTree) -> list[Any]:
 
 def as_array(name: str, leaf: Any) -> Array:
     """Turn one value into a JAX array, or say that it cannot be one."""
-    # JAX takes text for an object, and the shape of an array for an array.
+    # JAX would treat text as an object, and a `ShapeDtypeStruct` as an array.
     if not isinstance(leaf, str | bytes | jax.ShapeDtypeStruct):
         try:
             return jnp.asarray(leaf)
@@ -123,8 +123,8 @@ def check_count(name: str, value: Any, low: int = 0, high: float = math.inf) -> 
     """Check that a number of things is an int in a range, or a symbolic dimension."""
     if jax.export.is_symbolic_dim(value) or (_is_int(value) and low <= operator.index(value) <= high):
         return
-    expected = f"{low} to {high}" if high < math.inf else f"at least {low}" if low else "an int and not negative"
-    raise ArgumentValueError(f"{name} must be {expected}, got {shown(value)}.")
+    expected = f"{low} to {high}" if high < math.inf else f"at least {low}"
+    raise ArgumentValueError(f"{name} must be {'' if _is_int(value) else 'an int, '}{expected}, got {shown(value)}.")
 
 
 def check_float(name: str, value: Any) -> None:
@@ -164,7 +164,7 @@ def checked_dtype(dtype: Any, such_as: str = "") -> Any:
 
 
 def cached(function: Any) -> Any:
-    """Do what `functools.cache` does, but leave it to the function's checks to refuse what cannot be hashed."""
+    """Do what `functools.cache` does, but pass unhashable arguments on to the function, whose checks refuse them."""
     remembered = functools.cache(function)
 
     @functools.wraps(function)
@@ -307,7 +307,7 @@ def check_carry(name: str, cell: Cell[Any, Any], carry: PyTree, expected: PyTree
     if not same_structure(carry, expected):
         raise ArgumentTypeError(
             f"{name} of {cell.name} must be {kind_of(expected)}, got {kind_of(carry)}; "
-            f"{cell.name}.initial_carry(params, batch_shape) makes one."
+            "cell.initial_carry(params, batch_shape) makes one."
         )
     for got, want in zip(*map(jax.tree.leaves, (carry, expected)), strict=True):
         message = f"{name} is {describe(carry)}, {cell.name} expects {describe(expected)}; "
@@ -324,7 +324,7 @@ def checked_reset_carry(
     if reset_carry is None:
         return None if reset is None else initial_carry, False
     if reset is None:
-        raise ArgumentValueError("reset_carry is given without reset, which says where it applies.")
+        raise ArgumentValueError("reset_carry is given without reset, which says where it applies; pass reset too.")
     pairs = zip(*map(jax.tree.leaves, (reset_carry, initial_carry)), strict=False)
     one_per_step = num_steps is not None and any(got.ndim > want.ndim for got, want in pairs)
     expected = initial_carry
@@ -363,7 +363,7 @@ def check_sharding(params: PyTree, steps: PyTree, *, by_scan: bool) -> None:
     if on_unknown_mesh(leaves) and (by_scan or any(jax.typeof(leaf).sharding.mesh.empty for leaf in leaves)):
         raise ArgumentValueError(
             "params and xs are sharded over a mesh that is not in use; call jax.set_mesh(mesh), or put all of them on "
-            "the mesh and differentiate by Bulk()."
+            "the mesh and pass gradient=Bulk()."
         )
 
 
@@ -420,7 +420,7 @@ def _check_input(cell: Cell[Any, Any], params: Any, xs: Any, one_step: bool) -> 
 
 def _check_recurrent_weights(cell: Cell[Any, Any], params: Any) -> None:
     _check_names(cell, params, "w_hh")
-    # Only these two: h may be narrower than the cell state, as in a projected LSTM.
+    # Compare only w_hh with w_ih, and no rows: h may be narrower than the cell state, as in a projected LSTM.
     columns = {params.w_hh.shape[-1], getattr(params, "w_ih", params.w_hh).shape[-1]}
     # JAX would broadcast a single column over all units without an error.
     if params.w_hh.ndim != 2 or (1 in columns and len(columns) > 1):
@@ -430,7 +430,7 @@ def _check_recurrent_weights(cell: Cell[Any, Any], params: Any) -> None:
 def _check_names(cell: Cell[Any, Any], params: Any, *names: str) -> None:
     if not all(hasattr(getattr(params, name, None), "shape") for name in names):
         expected = f"{cell.name} expects params with {' and '.join(names)}"
-        raise ArgumentTypeError(f"{expected}, got {kind_of(params)}; {cell.name}.init makes them.")
+        raise ArgumentTypeError(f"{expected}, got {kind_of(params)}; cell.init makes them.")
 
 
 def _check_dtype(params: PyTree, xs: PyTree) -> None:
@@ -472,7 +472,7 @@ def one_per_layer(name: str, entries: Any, num_layers: int) -> Sequence[Any]:
     if not isinstance(entries, list | tuple) or hasattr(entries, "_fields"):
         raise ArgumentTypeError(f"{name} must be a list with one entry per layer, got {type(entries).__name__}.")
     if len(entries) != num_layers:
-        raise ArgumentValueError(f"params have {num_layers} layers, {name} {len(entries)}.")
+        raise ArgumentValueError(f"{name} must have one entry per layer, {num_layers} in all, got {len(entries)}.")
     return entries
 
 

@@ -10,7 +10,7 @@ from jaxlstm.checks import ArgumentValueError, as_arrays, border, check_function
 from jaxlstm.structure import equations
 from jaxlstm.tuning import on_devices, size_without_remainder
 
-# A CPU runs as many runs of a sweep at once as keep their largest arrays in cache.
+# On a CPU, a sweep runs as many entries at once as keep their largest array below this size, so that it stays in cache.
 CACHED_BYTES = 2 << 20
 
 

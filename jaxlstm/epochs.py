@@ -67,8 +67,8 @@ def shuffled_batches(key: Key[Array, ""], data: PyTree, batch_size: int) -> PyTr
 def evaluate(measure: Measure, params: PyTree, data: PyTree, batch_size: int) -> PyTree:
     """Return the mean of values over all real entries of a data set, computed batch by batch.
 
-    Every real step of every sequence has the same weight. A mean of the batches' means gives steps in short or few
-    sequences a larger weight, so it depends on the batch size.
+    Every real step of every sequence has the same weight. In a mean of the batches' means, a step weighs more if its
+    batch has few or short sequences, so the result depends on the batch size.
 
     Args:
       measure: `(params, batch) -> (values, mask)`. `values` is an array or a pytree of arrays, such as losses and hits;
@@ -140,10 +140,10 @@ def fit_epochs(
 ) -> tuple[TrainState, Metrics]:
     """Train epoch by epoch, stop early, and return the state after the best epoch.
 
-    To train on from the state that it returns, call it again with another `key`; patience starts anew.
+    To continue training from the state that it returns, call it again with another `key`; patience starts anew.
 
-    A pure function: `sweep` runs it for many seeds and learning rates in one program, in which each run stops for
-    itself. It stops with a `lax.while_loop`, so it has no gradient of its own; differentiate `fit`.
+    A pure function: `sweep` runs it for many seeds and learning rates in one program, in which each run stops on
+    its own. It stops with a `lax.while_loop`, which has no reverse-mode gradient; differentiate `fit` instead.
 
     Args:
       train_step: from `make_train_step`.
@@ -151,10 +151,10 @@ def fit_epochs(
       make_batches: makes the batches of an epoch from a key, for example `lambda key: shuffled_batches(key, data, 32)`.
       validate: computes a number from the parameters after each epoch, lower being better. It is often a call of
         `evaluate` on data that the batches do not contain. For an accuracy, return `-accuracy`.
-      key: each epoch gets a key of its own, made from this one.
+      key: each epoch gets its key from this one.
       num_epochs: the largest number of epochs.
       patience: the number of epochs in a row without a new lowest number after which training stops. A NaN is not lower
-        than anything. It may be traced, so that a sweep can try several.
+        than anything. `patience` may be traced, so that a sweep can try several.
 
     Returns:
       The whole state after the epoch with the lowest number, so `state.params` are the best parameters. It is the state

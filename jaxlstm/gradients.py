@@ -15,12 +15,13 @@ class Bulk:
     """The library's own rule (see `jaxlstm/bulk.py`): only the linear recurrence is a loop, the rest is bulk matmuls.
 
     Attributes:
-      block_size: steps differentiated at once. Default: as many as fill about 3 MB of pre-activations, or about
-        1,000 rows in time and batch if that is more; on a mesh, 64 MB or an eighth of the sequence. A size that you
-        name also turns off the reshaping that makes a CPU faster, so name one only for a reason.
+      block_size: steps differentiated at once. Default on a CPU: as many as fill about 3 MB of pre-activations, or
+        about 1,000 rows in time and batch if that is more. On an accelerator or a mesh: the whole sequence if it takes
+        at most 64 MB, else about an eighth of it. A size that you name also turns off the reshaping that makes a CPU
+        faster, so name one only for a reason.
       keep_gates: keep the gates' values for the backward pass instead of computing them again, for cells with a
-        closed-form `gates_jvp`. Default: if the pre-activations of all steps take at most 64 MB, or 256 MB in layers of
-        512 units or more.
+        closed-form `gates_jvp`. Default: never on an accelerator; on a CPU, if the pre-activations of all steps take at
+        most 64 MB, or 256 MB in layers of 512 units or more.
 
     >>> import jaxlstm
     >>> jaxlstm.Bulk(block_size=10)

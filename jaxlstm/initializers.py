@@ -1,7 +1,8 @@
 """Initial parameters of an LSTM as other libraries and papers draw them.
 
-Each is a function (key, input_size, hidden_size, *, dtype) -> LSTMParams, like the default `LSTM.init`. To use one
-wherever a cell is expected, replace the cell's own: `dataclasses.replace(LSTM, init=initializers.torch)`.
+Each is a function (key, input_size, hidden_size, *, dtype) -> LSTMParams, like the default `LSTM.init`. `chrono` also
+needs `max_lag`: bind it with `functools.partial`. To use one where a function takes a cell, replace the cell's `init`:
+`dataclasses.replace(LSTM, init=initializers.torch)`.
 """
 
 import math

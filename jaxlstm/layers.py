@@ -1,7 +1,7 @@
 """Stacks of any cell, in one direction or both, with dropout between layers; one step of a stack; generation.
 
 A stack is a list of the layers' parameters: the cell's own, or `Bidirectional` pairs of them. Its carries are a list
-too. So the pytree is the model: slice it, reverse it, put a layer of another kind between two.
+too. So the pytree is the model: slice it, reverse it, or run its parts with layers of another kind in between.
 """
 
 from collections.abc import Callable, Sequence
@@ -156,7 +156,7 @@ def unroll_stack(
 
     Raises:
       TypeError: `params` is not a list of layers; else as `unroll`, naming the layer.
-      ValueError: carries and layers differ in number, `dropout` is not in [0, 1), or it has no key.
+      ValueError: carries and layers differ in number, `dropout` is not in [0, 1), or has no `key`.
 
     >>> import jax, jaxlstm
     >>> layers = jaxlstm.init_stack(jax.random.key(0), jaxlstm.LSTM, 5, [7, 3])
@@ -205,7 +205,7 @@ def step_stack(
     reset_carries: Sequence[Carry] | None = None,
     noise: Sequence[Any] | None = None,
 ) -> tuple[list[Carry], Array]:
-    """Take one step of a stack, for streams, samplers and environments. Steps one by one equal `unroll_stack`.
+    """Take one step of a stack, for streams, samplers and environments. Stepping through xs equals `unroll_stack`.
 
     Args:
       cell, params: as in `unroll_stack`; no layer is bidirectional.
@@ -231,7 +231,7 @@ def step_stack(
     """
     checked_layers(params)
     if carries is None:
-        raise ArgumentTypeError("carries must be a list with one entry per layer, such as cell.initial_carry makes.")
+        raise ArgumentTypeError("carries is None; pass [cell.initial_carry(layer, batch_shape) for layer in params].")
     params, carries, reset_carries, x = as_arrays(params=params, carries=carries, reset_carries=reset_carries, x=x)
     stepped = []
     each = _layers(params, carries=carries, reset_carries=reset_carries, noise=noise)
@@ -250,7 +250,7 @@ def _step_layer(
     if isinstance(params, Bidirectional):
         raise ArgumentTypeError("a bidirectional layer has no step, because its backward half starts at the end.")
     if carry is None:
-        raise ArgumentTypeError(f"carry is None; {cell.name}.initial_carry(params, batch_shape) makes one.")
+        raise ArgumentTypeError("carry is None; cell.initial_carry(params, batch_shape) makes one.")
     batch_shape = check_sequence(cell, params, as_sequence(x), carry, one_step=True)
     mask, reset = checked_flags(options.mask, options.reset, None, batch_shape)
     initial_carry = cell.initial_carry(params, batch_shape)

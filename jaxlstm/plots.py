@@ -66,8 +66,8 @@ def gate_map(
 ) -> "Axes":
     """Draw one gate, or one part of the carry, over a sequence: a row per unit, a column per step.
 
-    A gate that is nowhere negative has a scale from 0 to 1. One that is, such as g, has a scale from −1 to 1. A part of
-    the carry has a scale with 0 in the middle.
+    A gate without negative values gets a color scale from 0 to 1; a gate with negative values, such as g, gets one from
+    −1 to 1. Values beyond ±1 widen it. A part of the carry gets a scale with 0 in the middle.
 
     Args:
       recorded: from `trace`, [time, units], or [time, batch, units] with `sequence`.

@@ -29,8 +29,8 @@ def low_precision(cell: Cell[Params, Carry], dtype: DTypeLike, *, round_gradient
       cell: any cell. Matmuls are `project` and `recur`; weights are parameters of rank 2 and more.
       dtype: "bfloat16" or "float16".
       round_gradients: round what enters and leaves the matmuls of the backward pass too, for hardware that multiplies
-        `dtype` faster. Blocks of time add to the weights' gradient in the parameters' dtype. Small gradients underflow
-        in float16, so scale the loss.
+        `dtype` faster. The weights' gradient is still summed over blocks of time in the parameters' dtype. Small
+        gradients underflow in float16, so scale the loss.
 
     Returns:
       A cell; equal arguments give the same cell, which compiles once.

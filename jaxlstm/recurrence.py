@@ -74,13 +74,13 @@ def unroll(
         after step 0, and resets mark the *last* step of a segment.
       gradient: how to differentiate: `Bulk()` or "bulk", the library's own rule, is faster and uses less memory;
         `Scan()` or "scan" is plain backpropagation through time; `Chunked()` uses least memory, and can truncate. All
-        but a truncated one give the same gradient, up to rounding.
+        give the same gradient, up to rounding, unless `Chunked` truncates.
 
     Returns:
       The carry after the last step, and the outputs ys [time, *batch, hidden].
 
     Raises:
-      TypeError: dtypes are mixed or integers, or the carry belongs to another cell.
+      TypeError: dtypes differ, xs is not floating, mask or reset is not bool, or the carry belongs to another cell.
       ValueError: a shape is wrong, or `gradient` is unknown, or a size in it is not a positive integer.
 
     >>> import jax, jaxlstm
@@ -121,7 +121,7 @@ def _closes_over_tracers(cell: Cell[Any, Any]) -> bool:
         if not callable(value):
             return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
         closure = getattr(value, "__closure__", None) or ()
-        inside = [variable.cell_contents for variable in closure if variable != types.CellType()]  # the empty one
+        inside = [variable.cell_contents for variable in closure if variable != types.CellType()]  # not the unset ones
         return search(getattr(value, "__wrapped__", None)) or any(map(search, inside))
 
     return search(cell)

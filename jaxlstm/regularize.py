@@ -202,7 +202,7 @@ def recurrent_dropout(cell: Cell[Params, Carry]) -> Cell[Params, Carry]:
     Semeniuta, Severyn & Barth, Recurrent dropout without memory loss, 2016.
 
     Args:
-      cell: `LSTM` or `GRU`; apply it first, other regularizers around it.
+      cell: `LSTM` or `GRU` itself; put other regularizers around the result.
 
     Returns:
       A cell whose input is `Noisy(xs, m)`, m [time, *batch, hidden] from `dropout_mask`; plain `xs` mean evaluation.
@@ -221,8 +221,8 @@ def recurrent_dropout(cell: Cell[Params, Carry]) -> Cell[Params, Carry]:
     known: dict[Any, Any] = {lstm.gates: _lstm_gates, baselines.gru_gates: _gru_gates}
     if cell.gates not in known:
         raise ArgumentValueError(
-            f"cell must be LSTM or GRU, whose candidate it knows, got {cell!r}; put other regularizers around it, or "
-            "multiply your cell's candidate by z.noise."
+            f"cell must be LSTM or GRU, because only their candidate is known, got {cell!r}; apply recurrent_dropout "
+            "first, and other regularizers to the result."
         )
     return _with_noise(cell, known[cell.gates], f"recurrent_dropout({cell.name})")
 

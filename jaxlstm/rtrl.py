@@ -64,9 +64,9 @@ class RTRLState(NamedTuple):
 
 
 class SnAp1Pattern(NamedTuple):
-    """The number that a parameter reaches within one step, in each leaf of a carry and in y; −1 if there is none."""
+    """For each parameter, the index of the number that it reaches within one step, in each leaf and in y; −1: none."""
 
-    carry: Int[Array, "leaves p"]  # its index in the flat carry
+    carry: Int[Array, "leaves p"]  # the index in the flat carry
     y: Int[Array, "p"]
 
 
@@ -88,7 +88,7 @@ def init_rtrl(
       carry: the carry to start from, its leaves [*batch, ...], assumed independent of the parameters; default the
         cell's initial carry.
       pattern: for SnAp-1; default exact.
-      max_bytes: most memory that the influence may take.
+      max_bytes: the most bytes that the influence may take; default 4 GiB.
 
     Raises:
       ValueError: the influence would take more.
@@ -122,7 +122,7 @@ def influence_bytes(
 def _initial_state(
     cell: Cell[Any, Any], params: PyTree, batch_shape: tuple[int, ...], pattern: SnAp1Pattern | None
 ) -> RTRLState:
-    """Return the initial carry and its derivative by the parameters, which is not 0 if the carry is learned."""
+    """Return the initial carry and its derivative with respect to the parameters: not 0 if the carry is learned."""
     flat, unravel = ravel_pytree(params)
 
     def initial_carry(flat: Array) -> Array:
@@ -240,7 +240,7 @@ def rtrl_gradient(
     pattern: SnAp1Pattern | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> tuple[Array, PyTree]:
-    """Return the loss of a sequence, Σ_t E_t, and the gradient of the parameters, computed forward in time.
+    """Return the loss of a sequence, Σ_t E_t, and its gradient with respect to `params`, computed forward in time.
 
     Without `pattern`, this equals the gradient of `unroll`.
 
@@ -248,7 +248,7 @@ def rtrl_gradient(
       cell, params, xs, carry, mask, reset: as in `unroll`.
       step_loss: (y_t, t) -> E_t, a number; y_t is [*batch, hidden].
       pattern: for SnAp-1; default exact.
-      max_bytes: most memory that the influence may take.
+      max_bytes: the most bytes that the influence may take; default 4 GiB.
 
     Raises:
       TypeError: as `unroll`.
@@ -341,7 +341,7 @@ def snap1_pattern(cell: Cell[Any, Any], params: PyTree, x: PyTree) -> SnAp1Patte
 @cached
 @border("cut_recurrence")
 def cut_recurrence(cell: Cell[Any, Any]) -> Cell[Any, Any]:
-    """Make the cell whose gradient does not flow through `recur`: for an LSTM, it flows along c alone.
+    """Make the cell whose gradient does not flow back in time through `recur`: for an LSTM, it flows along c alone.
 
     Any method then computes the truncated gradient of 1997 (Hochreiter & Schmidhuber, Long short-term memory).
     """

@@ -4,7 +4,7 @@ A derivative may be 0 at one point and not at another: a ReLU is flat where its 
 builds a linear map with the structure of the derivative, in which every coefficient is positive. Where the map is 0,
 the derivative is 0 at every point. An operation that it does not know makes every result depend on every input.
 
-Inside a `custom_jvp` or `custom_vjp`, whose derivative may be anything, flags and integers pass a dependence on: the
+Inside a `custom_jvp` or `custom_vjp`, whose derivative may be anything, flags and integers carry a dependence too: the
 surrogate gradient of a step function depends on what the step compares.
 """
 
@@ -29,7 +29,7 @@ LINEAR = set(
     "broadcast_in_dim concatenate cumsum expand_dims pad pvary reduce_sum reshape rev sharding_constraint slice split "
     "squeeze transpose".split()
 )
-# The operation adds up what these choose from or multiply.
+# Maximum, minimum and product over axes: the map sums over the same axes.
 REDUCTIONS = {"reduce_max", "reduce_min", "reduce_prod"}
 SCANS = {"cummax", "cummin", "cumprod", "cumlogsumexp"}
 CONSTANT = {"stop_gradient"}

@@ -2,7 +2,7 @@
 
 No choice changes the result. `benchmarks/choices.py` removes one choice at a time and divides the time without it by
 the time with it, in one interleaved run. On two cores of an AMD EPYC, geometric means over the six shapes of the
-benchmark (`benchmarks/results/choices.json`); only pieces change the forward pass, and the other rows there show the
+benchmark (`benchmarks/results/choices.json`); only pieces change the forward pass, so its other figures show the
 noise:
 
     time without, over time with  gradient     forward       (medians, minima)
@@ -42,9 +42,10 @@ from jaxlstm.structure import equations
 BLOCK_BYTES = 3 << 20
 # ... unless it has fewer rows, in time and batch, than these: smaller matmuls are slow.
 BLOCK_ROWS = 1024
-# On an accelerator or a mesh, a sequence is one block as long as its z takes no more than this; the gradient then takes
-# five times as much. A longer one is cut into this many blocks: less than half of a plain scan's memory, and as many
-# sums of weight gradients over devices; up to twice as many where that divides the sequence evenly.
+# On an accelerator or a mesh, a sequence whose z takes at most ONE_BLOCK_BYTES is one block; its gradient takes five
+# times as much memory. A larger one is cut into NUM_BLOCKS blocks, or into up to twice as many if that leaves no
+# remainder. It takes less than half of a plain scan's memory; on a mesh, every block sums its weight gradient over the
+# devices once.
 ONE_BLOCK_BYTES = 64 << 20
 NUM_BLOCKS = 8
 # A GPU spends more time on starting the operations of a step than on running them, so its loops take up to this many
@@ -86,10 +87,10 @@ class Plans(NamedTuple):
 def make_plans(cell: Cell[Any, Any], params: PyTree, steps: Steps, carry: PyTree, gradient: Bulk) -> Plans:
     """Decide how to run a recurrence.
 
-    The plans depend on shapes and on whether a mesh is in use, but not on the platform: it is not known when a program
-    is traced, and `jax.export` lowers it for other machines. JAX chooses one when it lowers the program. Memory besides
-    the outputs: the carry before every step, the gates of every step if they are kept, and about five times z of one
-    block.
+    The plans depend on shapes and on whether a mesh is in use, but not on the platform: JAX does not know the platform
+    when it traces a program, and `jax.export` lowers programs for other machines. JAX chooses one of the two plans when
+    it lowers the program. Memory besides the outputs: the carry before every step, the gates of every step if they are
+    kept, and about five times z of one block.
     """
     project, z = jax.make_jaxpr(cell.project, return_shape=True)(params, steps.x)
     recur, a = jax.make_jaxpr(cell.recur, return_shape=True)(params, carry)
@@ -175,7 +176,7 @@ def on_devices(arrays: PyTree) -> bool:
 
 
 def known_plan(plans: Plans, arrays: PyTree) -> Plan | None:
-    """Return the plan if it is known when a program is traced: both are the same, or the mesh knows its platform.
+    """Return the plan if tracing can know it: if both plans are the same, or if a mesh names its platform; else None.
 
     The mesh is the one in use, or the one that the arrays are typed with. If there were a branch instead, XLA would
     keep it in the compiled program, around the sum over devices.

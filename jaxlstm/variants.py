@@ -1,4 +1,4 @@
-"""The LSTM family: the cells that papers mean when they do not mean `LSTM`.
+"""The LSTM family: the other cells that papers call an LSTM.
 
 Every cell is a `Cell` with its own equations, in the order and the symbols of `jaxlstm/lstm.py`. A gate that a cell
 lacks has no weights either.
@@ -36,7 +36,7 @@ def _zeros(like: Array, batch_shape: tuple[int, ...], number: int) -> list[Array
     return [jnp.zeros((*batch_shape, like.shape[0]), like.dtype) for _ in range(number)]
 
 
-# Peepholes (Gers & Schmidhuber, Recurrent nets that time and count, 2000). With them, it is the cell V of Greff et al.,
+# The LSTM with peepholes (Gers & Schmidhuber, Recurrent nets that time and count, 2000) is the cell V of Greff et al.,
 # LSTM: a search space odyssey, 2017; the six cells after it are the paper's ablations of V.
 
 
@@ -580,9 +580,10 @@ def make_lstm_1997(block_size: int = 2, *, truncate: bool = False) -> Cell[LSTMP
     """Make the LSTM of 1997: cells in blocks that share an input and an output gate, and no forget gate.
 
     All units of the layer (cells, input gates, output gates) receive the input and the outputs of all units at the step
-    before: w_ih [input, hidden + 2*blocks], w_hh and b alike, columns in blocks g, i, o. g lies in (-2, 2); c passes
-    through a function into (-1, 1). With a readout of the cells, two blocks of two cells have the 93 weights of the
-    paper's adding problem (two inputs, one output) and the 156 of its temporal order 6a (eight inputs, four outputs).
+    before. With units = hidden + 2*blocks, the parameters are w_ih [input, units], w_hh [units, units] and b [units],
+    columns in blocks g, i, o. g lies in (-2, 2); c passes through a function into (-1, 1). With a readout of the cells,
+    two blocks of two cells have the 93 weights of the paper's adding problem (two inputs, one output) and the 156 of
+    its temporal order 6a (eight inputs, four outputs).
 
     Args:
       block_size: cells per memory block; it must divide `hidden_size`.
@@ -660,7 +661,7 @@ def make_lstm_1997(block_size: int = 2, *, truncate: bool = False) -> Cell[LSTMP
 
 
 class SLSTMState(NamedTuple):
-    """The carry: output, cell state, normalizer, and the logarithm m by which c and n are scaled."""
+    """The carry: output h, cell state c and normalizer n, both divided by exp(m), and m."""
 
     h: Float[Array, "*batch hidden"]
     c: Float[Array, "*batch hidden"]
@@ -669,7 +670,10 @@ class SLSTMState(NamedTuple):
 
 
 class SLSTMGates(NamedTuple):
-    """The gates; i and f are both divided by exp(m). slope_f = σ(−z_f) is the derivative of log σ(z_f)."""
+    """The gates on the scale of m, and slope_f = σ(−z_f), the derivative of log σ(z_f).
+
+    i is divided by exp(m_t), and f is multiplied by exp(m_{t−1} − m_t).
+    """
 
     i: Float[Array, "*batch hidden"]
     f: Float[Array, "*batch hidden"]
@@ -725,7 +729,7 @@ def _slstm_linear(
     i, f, g, o, slope_f = values
     d_z_i, d_z_f, d_z_g, d_z_o = jnp.split(d_z, 4, axis=-1)
     d_log_f = slope_f * d_z_f + d_state.m
-    d_m = jnp.where(f >= i, d_log_f, d_z_i)  # the larger of both is 1, because it is m itself
+    d_m = jnp.where(f >= i, d_log_f, d_z_i)  # m is the larger exponent, so the larger of i and f is 1
     d_i = i * (d_z_i - d_m)
     d_f = f * (d_log_f - d_m)
     d_c = f * d_state.c + c * d_f + g * d_i + i * (1 - g**2) * d_z_g

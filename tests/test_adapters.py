@@ -364,7 +364,7 @@ BAD = {
     "a mask [time, batch]": (lambda layer: layer(XS, mask=jnp.ones((T, B), bool)), ValueError, r"Recurrent: mask must be bool \[\*batch, time\] = \[3, 7\], got bool \[7, 3\]"),
     "lengths of another batch": (lambda layer: layer(XS, seq_lengths=LENGTHS[:2]), ValueError, r"Recurrent: seq_lengths must be \[\*batch\] = \[3\], got \[2\]"),
     "another width": (lambda layer: layer(XS[..., 1:]), ValueError, "xs has 4 features, params.w_ih expects 5"),
-    "a carry of Flax's": (lambda layer: layer(XS, initial_carry=(XS[:, 0], XS[:, 0])), ValueError, "params have 1 layers, carries 2"),
+    "a carry of Flax's": (lambda layer: layer(XS, initial_carry=(XS[:, 0], XS[:, 0])), ValueError, "carries must have one entry per layer, 1 in all, got 2"),
 }  # fmt: skip
 
 

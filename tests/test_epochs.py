@@ -278,6 +278,7 @@ ERRORS = {
     r"fit_epochs: a metric must not be named \['ran', 'validation'\]": (
         lambda: epochs_of(loss=lambda w, b: (w.sum(), {"validation": w.sum(), "ran": w.sum()}))),
     r"fit_epochs: num_epochs must be at least 1, got 0": lambda: epochs_of(num_epochs=0),
+    r"fit_epochs: num_epochs must be an int, at least 1, got 2.5": lambda: epochs_of(num_epochs=2.5),
     r"fit_epochs: patience must be at least 1, got 0": lambda: epochs_of(patience=0),
     r"fit_epochs: key must be a JAX key, got int": lambda: epochs_of(key=0),
     r"fit_epochs: state must be a TrainState, from init_train_state, got ": (

@@ -465,7 +465,7 @@ BAD = {
     "a dict of layers": (
         lambda: unroll_stack(LSTM, dict(enumerate(PARAMS)), XS), TypeError, r"unroll_stack: params must be a list .* got dict"),
     "too few carries": (
-        lambda: unroll_stack(LSTM, PARAMS, XS, [None]), ValueError, r"unroll_stack: params have 2 layers, carries 1"),
+        lambda: unroll_stack(LSTM, PARAMS, XS, [None]), ValueError, r"unroll_stack: carries must have one entry per layer, 2 in all, got 1"),
     "one carry": (
         lambda: unroll_stack(LSTM, PARAMS, XS, LSTM.initial_carry(PARAMS[0], (B,))), TypeError,
         r"unroll_stack: carries must be a list with one entry per layer, got LSTMState"),
@@ -498,13 +498,13 @@ BAD = {
     "a step of both directions": (lambda: step_stack(LSTM, BOTH, [None], XS[0]), TypeError,
         r"step_stack, layer 0: a bidirectional layer has no step"),
     "a step without carries": (lambda: step_stack(LSTM, PARAMS, None, XS[0]), TypeError,
-        r"step_stack: carries must be a list with one entry per layer"),
+        r"step_stack: carries is None; pass \[cell.initial_carry"),
     "a step's mask": (lambda: step_stack(LSTM, PARAMS, CARRIES, XS[0], mask=HOLES), ValueError,
         r"^step_stack, layer 0: mask must be \[\*batch\] = \[3\], got \[7, 3\].$"),
     "a step's width": (lambda: step_stack(LSTM, PARAMS, CARRIES, XS[0, :, 1:]), ValueError,
         r"^step_stack, layer 0: x has 4 features, params.w_ih expects 5; x is \[\*batch, input\], got \[3, 4\].$"),
     "a step's carries of None": (lambda: step_stack(LSTM, PARAMS, [None, None], XS[0]), TypeError,
-        r"step_stack, layer 0: carry is None; LSTM.initial_carry"),
+        r"step_stack, layer 0: carry is None; cell.initial_carry"),
     "a step's reset carries without reset": (lambda: step_stack(LSTM, PARAMS, CARRIES, XS[0], reset_carries=CARRIES), ValueError,
         r"step_stack, layer 0: reset_carry is given without reset"),
     "a step's reset carries of another shape": (
@@ -521,7 +521,7 @@ BAD = {
     "negative lengths": (lambda: length_mask([3, -1], T), ValueError, r"got lengths from -1 to 3"),
     "lengths that are floats": (lambda: length_mask(np.array([3.0]), T), TypeError, r"lengths must be integers, got float"),
     "generation back in time": (lambda: generate(lambda c, x, k: (c, x), (), XS, jax.random.key(0), -1), ValueError,
-        r"generate: num_steps must be an int and not negative, got -1"),
+        r"generate: num_steps must be at least 0, got -1"),
     "generation of half a step": (lambda: generate(lambda c, x, k: (c, x), (), XS, jax.random.key(0), 2.5), ValueError, r"got 2.5"),
     "generation of another carry": (
         lambda: generate(lambda c, x, k: (tuple(c), x), CARRIES[0], XS, jax.random.key(0), 2), TypeError,

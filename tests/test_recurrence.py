@@ -510,7 +510,7 @@ WRONG = {
     "carry of another cell": (
         lambda v: unroll(LSTM, v.params, v.xs, v.gru_carry),
         TypeError,
-        r"unroll: carry of LSTM must be LSTMState\(h, c\), got GRUState\(h\); LSTM.initial_carry\(params, batch_shape\)",
+        r"unroll: carry of LSTM must be LSTMState\(h, c\), got GRUState\(h\); cell.initial_carry\(params, batch_shape\)",
     ),
     "carry as a plain tuple": (
         lambda v: unroll(LSTM, v.params, v.xs, tuple(v.carry)), TypeError, r"must be LSTMState\(h, c\), got tuple",
@@ -519,7 +519,7 @@ WRONG = {
     "LSTM params for a GRU": (lambda v: unroll(GRU, v.params, v.xs), ValueError, r"one step of GRU fails .*another cell's params"),
     "GRU params for an RNN": (lambda v: unroll(RNN, v.gru_params, v.xs), ValueError, r"one step of RNN\(tanh\) .*another cell's"),
     "params without names": (
-        lambda v: unroll(LSTM, {"w": v.xs}, v.xs), TypeError, r"LSTM expects params with w_ih and b, got dict; LSTM.init makes them",
+        lambda v: unroll(LSTM, {"w": v.xs}, v.xs), TypeError, r"LSTM expects params with w_ih and b, got dict; cell.init makes them",
     ),
     "features in few digits": (
         lambda v: unroll(low_precision(LSTM, "bfloat16"), v.params, v.xs[..., :3]), ValueError, r"unroll: xs has 3 features, params.w_ih expects 5",

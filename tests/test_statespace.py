@@ -249,7 +249,7 @@ BAD = {
     "too many components": (lambda: principal_components(STARTS, 2 * H + 1), ValueError, "principal_components: num"),
     "nothing to draw from": (lambda: sample_carries(jax.random.key(0), LSTMState(np.zeros((0, H)), np.zeros((0, H))), 3), ValueError, "sample_carries: carries must be"),
     "a readout that is no function": (lambda: closed_loop(LSTM, 3), TypeError, "closed_loop: readout must be"),
-    "no init": (lambda: stacked(LSTM).init(jax.random.key(0), 1, 2), TypeError, "has no init: make its parameters from those of the cell inside"),
+    "no init": (lambda: stacked(LSTM).init(jax.random.key(0), 1, 2), TypeError, "init: a cell from closed_loop or stacked has none"),
 }  # fmt: skip
 
 

@@ -334,8 +334,8 @@ def without(arrays, name):
 
 
 BAD = {
-    "missing": (lambda: weights.from_torch(LSTM, without(TORCH, "bias_hh_l1")), ValueError, r"from_torch: entry bias_hh_l1 is missing; what is left is bias_hh_l1_reverse, bias_ih_l1_reverse, weight_hh_l1_reverse, weight_ih_l1_reverse\."),
-    "missing, with a prefix": (lambda: weights.from_torch(LSTM, TORCH, prefix="lstm."), ValueError, r"from_torch: entry lstm\.weight_ih_l0 is missing; what is left is nothing"),
+    "missing": (lambda: weights.from_torch(LSTM, without(TORCH, "bias_hh_l1")), ValueError, r"from_torch: entry bias_hh_l1 is missing; the entries left are bias_hh_l1_reverse, bias_ih_l1_reverse, weight_hh_l1_reverse, weight_ih_l1_reverse\."),
+    "missing, with a prefix": (lambda: weights.from_torch(LSTM, TORCH, prefix="lstm."), ValueError, r"from_torch: entry lstm\.weight_ih_l0 is missing; the entries left are nothing"),
     "unexpected": (lambda: weights.from_torch(LSTM, TORCH | {"weight_hr_l0": np.ones((2, H))}), ValueError, "from_torch: entry weight_hr_l0 is unexpected"),
     "a layer left out": (lambda: weights.from_torch(LSTM, {k.replace("_l1", "_l2"): v for k, v in TORCH.items()}), ValueError, "from_torch: entry weight_ih_l2 is unexpected: this cell and its number of layers do not have it"),
     "wrong shape": (lambda: weights.from_torch(LSTM, TORCH | {"weight_hh_l1": np.ones((4 * H, 7), np.float32)}), ValueError, rf"from_torch: entry weight_hh_l1 must be \[{4 * H}, {H}\], got \[{4 * H}, 7\]"),
@@ -371,7 +371,7 @@ BAD = {
     "a list too long": (lambda: weights.from_keras(LSTM, weights.to_keras(LSTM, LAYER) * 3, bidirectional=True), ValueError, "from_keras: weights must be kernel, recurrent_kernel, bias for each direction, got 9 arrays"),
     "Keras, backward": (lambda: weights.from_keras(LSTM, [*weights.to_keras(LSTM, LAYER), *weights.to_keras(LSTM, LAYER)[::-1]], bidirectional=True), ValueError, "from_keras: entry backward kernel must be"),
     "Keras, reset before": (lambda: weights.from_keras(GRU, [*weights.to_keras(GRU, GRU_LAYER)[:2], np.ones(3 * H, np.float32)]), ValueError, "from_keras: bias is of a GRU with reset_after=False, another cell"),
-    "Flax, missing": (lambda: weights.from_linen(LSTM, without(LINEN, "hf")), ValueError, "from_linen: entry hf/kernel is missing; what is left is h"),
+    "Flax, missing": (lambda: weights.from_linen(LSTM, without(LINEN, "hf")), ValueError, "from_linen: entry hf/kernel is missing; the entries left are h"),
     "Flax, unexpected": (lambda: weights.from_linen(LSTM, LINEN | {"ii": LINEN["ii"] | {"bias": np.ones(H)}}), ValueError, "from_linen: entry ii/bias is unexpected"),
     "Flax, one direction": (lambda: weights.from_linen(LSTM, {"forward_rnn": {"cell": LINEN}, "rnn": {}}), ValueError, "from_linen: entry backward_rnn is missing"),
     "Flax, a third direction": (lambda: weights.from_linen(LSTM, {"forward_rnn": {}, "backward_rnn": {}, "rnn": {}}), ValueError, "from_linen: entry rnn is unexpected"),

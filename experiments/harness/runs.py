@@ -41,7 +41,7 @@ FREE = {
     "corpus",  # the config also holds the hash of the text or data, which is compared
     "data",
 }
-# What a config also holds, and what is compared in another way or follows from the flags.
+# Entries of a config that are not flags to compare: they are compared in another way, or follow from the flags.
 DERIVED = {"versions", "devices", "symbols"}
 
 log = logging.getLogger("runs")

@@ -157,7 +157,7 @@ def run_layers(layers: list[Any], inputs: Array, options: Options, call: Call) -
     def to_time_major(v: Array) -> Array:
         return v if time_major else jnp.moveaxis(v, v.ndim - 2, 0)
 
-    # As Flax's layers do: inputs of another precision are cast, where `unroll` refuses them.
+    # Cast inputs of another precision, as Flax's layers do; `unroll` would refuse them.
     if jnp.issubdtype(inputs.dtype, jnp.floating):
         inputs = inputs.astype(jax.tree.leaves(layers)[0].dtype)
     xs = to_time_major(inputs)

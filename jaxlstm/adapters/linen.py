@@ -28,7 +28,7 @@ class Recurrent(nn.Module):
 
     Attributes:
       features: units of each layer, and of each direction; or a list with the units of every layer.
-      num_layers: layers stacked on one another; with a list of features, their number.
+      num_layers: layers stacked on one another; leave it out if `features` is a list.
       bidirectional: every layer runs in both directions; outputs have 2·features.
       dropout: rate between layers; the key comes from the collection "dropout".
       cell: a `Cell`, such as `LSTM`, `GRU`, or your own.

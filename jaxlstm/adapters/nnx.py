@@ -44,7 +44,7 @@ class Recurrent(nnx.Module):
         Args:
           in_features: features of the inputs.
           features: units of each layer, and of each direction; or a list with the units of every layer.
-          num_layers: layers stacked on one another; with a list of features, their number.
+          num_layers: layers stacked on one another; leave it out if `features` is a list.
           bidirectional: every layer runs in both directions; outputs have 2·features.
           dropout: rate between layers.
           cell: a `Cell`, such as `LSTM`, `GRU`, or your own.

@@ -53,7 +53,7 @@ def to_onnx(
 
     Args:
       cell: `LSTM`, `GRU`, an RNN, `PeepholeLSTM` or `CoupledLSTM`.
-      layers: as `init_stack` makes them, of float32, or another type that your runtime has (ONNX Runtime has no other).
+      layers: as `init_stack` makes them, of float32, or another dtype that your runtime supports (ONNX Runtime: none).
       lengths: add the input `lengths` [batch], int32, each at least 1; outputs beyond a length are 0.
       initial_carries: add the inputs `layer_0.h` and, for an LSTM, `layer_0.c`, and so on; otherwise they are 0.
       readout: (w [features, outputs], b [outputs]): ys become ys w + b, at every step.

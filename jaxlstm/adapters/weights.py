@@ -55,7 +55,7 @@ KINDS = {
 
 
 def from_torch(cell: Cell[Any, Any], state_dict: Mapping[str, Any], *, prefix: str = "") -> list[Any]:
-    """Return the layers of a `torch.nn.LSTM`, with or without `proj_size`, a `GRU` or an `RNN`; one of an `LSTMCell`.
+    """Return the layers of a `torch.nn.LSTM`, with or without `proj_size`, `GRU` or `RNN`; of an `LSTMCell`, one layer.
 
     Args:
       cell: `LSTM`, `ProjectedLSTM`, `GRU` or `RNN`.
@@ -633,7 +633,7 @@ class Entries:
         """Return an entry as it is."""
         if name not in self.left:
             found = ", ".join(sorted(self.left)) or "nothing"
-            raise self.error(name, f"is missing; what is left is {found}")
+            raise self.error(name, f"is missing; the entries left are {found}")
         return self.left.pop(name)
 
     def hidden_size(self, name: str, size: int, kind: Kind, gates: int | None = None) -> int:

@@ -118,10 +118,11 @@ def compare_gradients(
       cell, params, xs, carry, mask, reset: as in `unroll`, in any floating dtype.
       step_loss: (y_t, t) -> E_t, a number; y_t is [*batch, hidden].
       methods: the caller's methods, by name: (params, xs, carry, d_ys) -> (d_params, d_xs, d_carry).
-      dtype: "float64" or "float32", used for the whole computation; the setting is restored.
+      dtype: "float64" or "float32", used for the whole computation; JAX's x64 setting is restored afterwards.
       by_step: also compute the errors of every step: every method gets extra inputs that are added to z, so that its
         d_xs contain d_z.
-      max_differences: leave differences out if there are more numbers to differentiate by; each costs twelve losses.
+      max_differences: leave differences out if more numbers than this would be perturbed; each takes twelve evaluations
+        of the loss.
       max_bytes: leave "rtrl" out if it needs more memory.
 
     Returns:

@@ -203,11 +203,11 @@ def check_gradients(
     num_directions: int = 8,
     key: Key[Array, ""],
 ) -> GradientCheck:
-    """Check the gradient of any loss by central differences: autodiff's, and one of yours if given.
+    """Check the gradient of any loss against central differences: autodiff's gradient, and yours if you pass it.
 
     Random directions through one leaf at a time show the error of autodiff in that leaf. Everything is computed in
-    float64, and the setting is restored. If the model itself rounds to a narrower dtype, the differences resolve less,
-    and the check is as weak as `LeafCheck.floor` says.
+    float64; JAX's x64 setting is restored afterwards. If the model itself rounds to a narrower dtype, the differences
+    resolve less, and the check is as weak as `LeafCheck.floor` says.
 
     Args:
       loss_fn: (params, *args) -> loss, a number.
@@ -284,7 +284,7 @@ def _along_directions(
     loss: Callable[[list[Array]], Array], num_directions: int, values: list[Array], autodiff: list[Array], key: Array
 ) -> tuple[Array, Array]:
     """Return for every leaf the relative error of autodiff along random directions, and the floor of differences."""
-    # Large numbers need large steps, which would otherwise drown in rounding.
+    # Large numbers need large steps: the effect of small ones would drown in rounding.
     step_sizes = STEP_SIZE * jnp.stack([jnp.maximum(1.0, jnp.sqrt(jnp.mean(value**2))) for value in values])
 
     def one_direction(inputs: tuple[Array, Array]) -> tuple[Array, Array, Array]:

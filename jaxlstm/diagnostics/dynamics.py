@@ -134,10 +134,10 @@ def step_of_flat(
 
 
 def jacobian_products(jacobians: Float[Array, "time *batch n n"]) -> Float[Array, "time *batch n n"]:
-    """Return how the last carry depends on every earlier one: at t, the product J_T ... J_t = ∂carry_T / ∂carry_{t−1}.
+    """Return how the last carry depends on every earlier one: entry t is J_{T−1} ... J_t = ∂carry_{T−1} / ∂carry_{t−1}.
 
-    The largest and the smallest singular value bound how much of a perturbation remains after T − t + 1 steps. Below
-    about 1e-300 (float64) they underflow to 0, where `lyapunov_exponents` are still accurate.
+    The largest and the smallest singular value bound how much of a perturbation remains after T − t steps. Below about
+    1e-300 (float64) they underflow to 0, where `lyapunov_exponents` are still accurate.
 
     Args:
       jacobians: from `carry_jacobians` without `reverse`.
@@ -280,7 +280,7 @@ def truncated_gradient(
     carry: PyTree | None = None,
     **options: Any,
 ) -> PyTree:
-    """Return the gradient of 1997 by the parameters: it flows along the carry, but not through `recur`.
+    """Return the gradient of 1997 with respect to the parameters: back along the carry, but not through `recur`.
 
     For an LSTM, every gate and the candidate treat h_{t−1} as a constant, so only c carries the gradient back in time
     (Hochreiter & Schmidhuber, Long short-term memory, 1997). `rtrl_gradient(cut_recurrence(cell), ...)` computes the

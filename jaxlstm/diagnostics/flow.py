@@ -42,7 +42,7 @@ def gradient_flow(
     Args:
       cell, params, xs, carry, options: as in `unroll`.
       loss_fn: a function of the outputs ys [time, *batch, hidden] that returns a number. If it reads the last output
-        alone, the result at step t is the gradient at lag T − t.
+        alone, the last entry of the result is the gradient at lag 0, and entry t is the gradient at lag T − 1 − t.
 
     Returns:
       A pytree like the carry, its leaves [time, *batch, ...]; 0 at masked steps.

@@ -45,7 +45,7 @@ def gradient_sources(
     mask: Bool[Array, "time *batch"] | None = None,
     reset: Bool[Array, "time *batch"] | None = None,
 ) -> GradientSources:
-    """Split the gradient of Σ_t E_t by the parameters into parts, by loss and by use of the weights.
+    """Split the gradient of Σ_t E_t with respect to the parameters: by loss, and by use of the weights.
 
     This takes T backward passes, and memory for twice T copies of the parameters. No [T, T, ...] array is stored.
 

@@ -43,7 +43,7 @@ from jaxlstm.diagnostics.dynamics import step_of_flat
 class FixedPoints(NamedTuple):
     """The carries that one step maps to themselves, and where every start ended. NumPy arrays, float64."""
 
-    carry: PyTree  # leaves [points, ...], those that most starts reached first
+    carry: PyTree  # leaves [points, ...]; the points that most starts reached come first
     speed: np.ndarray  # [points]: q = |F(s) − s|² / 2
     num_starts: np.ndarray  # [points]: how many starts reached it
     of_start: np.ndarray  # [starts]: the point that a start reached; -1: it did not converge; -2: an outlier
@@ -67,17 +67,17 @@ def fixed_points(
 ) -> FixedPoints:
     """Find the carries s with F(s) = s, where F is one step that reads x.
 
-    Every start runs Levenberg and Marquardt's damped Newton method on the speed q = |F(s) − s|² / 2, in float64, all of
-    them in one program (Sussillo & Barak, Opening the black box, 2013; Golub & Sussillo, FixedPointFinder, 2018).
+    Every start runs the Levenberg-Marquardt method on the speed q = |F(s) − s|² / 2, in float64, all of them in one
+    program (Sussillo & Barak, Opening the black box, 2013; Golub & Sussillo, FixedPointFinder, 2018).
 
     Args:
       cell, params: as in `unroll`. For a stack, pass `stacked(cell)`.
       starts: carries, leaves [starts, ...], such as `sample_carries` draws from a `trace`.
       x: the input at every step, [input], constant; for a net that feeds itself, see `closed_loop`.
       tolerance: the largest speed of a fixed point. A larger one also finds slow points, where the net almost rests.
-      max_iterations: of Newton's method, for each start.
+      max_iterations: of this method, for each start.
       merge_distance: points that are closer to one another are one point.
-      outlier_scale: drop points further from the mean of the starts than this many times their mean distance from it.
+      outlier_scale: drop points further from the mean of the starts than this many times the mean distance of a start.
 
     Returns:
       `FixedPoints`. If nothing was found, its `carry` has no rows.
@@ -129,7 +129,7 @@ def _newton(
 
     def goes_on(state: Any) -> Array:
         _, speed, damping, count = state
-        # Beyond the tolerance, Newton's method gains digits for nothing, until rounding or the damping stops it.
+        # Go on below the tolerance: the last iterations are cheap and gain many digits.
         return (count < max_iterations) & (damping < 1e6) & (speed > tolerance * 1e-8)
 
     s, speed, _, _ = lax.while_loop(goes_on, iterate, (start, speed_of(start), jnp.array(1e-3), 0))
@@ -176,7 +176,7 @@ class Linearization(NamedTuple):
     input_jacobian: np.ndarray  # B [*points, n, input]
     eigenvalues: np.ndarray  # [*points, n], complex
     right: np.ndarray  # [*points, n, n]: columns, directions in which the net moves
-    left: np.ndarray  # [*points, n, n]: rows, what decides how much; left @ right = I, if J has n eigenvectors
+    left: np.ndarray  # [*points, n, n]: left_k · (s − s*) measures s along right_k; left @ right = I if possible
     time_constants: np.ndarray  # [*points, n]: −1 / ln|λ| steps; negative where a direction is unstable
     num_unstable: np.ndarray  # [*points]: how many |λ| > 1
     kind: np.ndarray  # [*points]: "stable" (no |λ| > 1), "saddle" (some) or "unstable" (all)
@@ -280,8 +280,8 @@ def closed_loop(cell: Cell[Any, Any], readout: Callable[[PyTree, PyTree], PyTree
 
     Args:
       cell: any cell; for a stack, `stacked(cell)`.
-      readout: `(readout params, carry) -> x`, such as `lambda w, carry: carry.h @ w`; a function at the top of a
-        module, so that the same function gives the same cell.
+      readout: `(readout params, carry) -> x`. Define it at the top of a module: the same function gives the same cell,
+        which compiles once; a new lambda in every call does not.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxlstm import LSTM, unroll
@@ -351,7 +351,7 @@ def stacked(cell: Cell[Any, Any]) -> Cell[Any, Any]:
 
 
 def _no_init(*_: Any, **__: Any) -> Any:
-    raise TypeError("This cell has no init: make its parameters from those of the cell inside it.")
+    raise TypeError("init: a cell from closed_loop or stacked has none; build its params from the inner cell's params.")
 
 
 class PrincipalComponents(NamedTuple):
