@@ -78,6 +78,17 @@ def test_two_equal_biases_have_equal_gradients_and_move_twice_as_fast():
     assert worst_error(moved, params.b - 0.2 * of_one) < 1e-14
 
 
+def test_a_mean_over_the_batch_is_a_multiple_of_the_sum():
+    params, xs, carry = draw(LSTM)
+
+    def mean_over_the_batch(params):
+        return jax.jit(jax.grad(lambda params: (exact(params, xs, carry) * WEIGHT).mean(axis=1).sum()))(params)
+
+    ours = gradient(exact, params, xs, carry)
+    assert worst_error(mean_over_the_batch(params), ours) > 0.1
+    assert worst_error(jax.tree.map(lambda leaf: B * leaf, mean_over_the_batch(params)), ours) < 1e-14
+
+
 def test_another_gate_order_is_the_same_gradient_in_another_order():
     params, xs, carry = draw(LSTM)
     order = np.concatenate([np.arange(H) + H * gate for gate in (0, 3, 1, 2)])  # i, o, f, g, as in ONNX
