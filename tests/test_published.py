@@ -1012,6 +1012,45 @@ def test_the_figures_about_overfitting_are_in_the_result():
     assert said in claims and "takes {:.1f} and {:.1f} times as long at equal width".format(*ratios) in claims
 
 
+def test_the_figures_about_variants_are_in_the_result():
+    row = {row["variant"]: row for row in committed("odyssey")["rows"]}
+    assert row.keys() == odyssey.VARIANTS.keys() and all(len(found["test"]) >= 10 for found in row.values())
+    compared = [name for name, variant in odyssey.VARIANTS.items() if variant.base != name]
+    base = {name: row[odyssey.VARIANTS[name].base] for name in compared}
+    found = {name: odyssey.difference(row[name], base[name], len(compared)) for name in compared}
+
+    def shown(name):
+        assert found[name][1] > 0 or found[name][2] < 0, name
+        mean, *ends = (f"{abs(value):.2f}" for value in found[name])
+        return f"{mean} ({min(ends)} to {max(ends)})"
+
+    for name, verb in (("NFG", "higher"), ("NIAF", "higher"), ("NOAF", "*lower*"), ("NP", "lower")):
+        assert f"({name}) the loss is {verb} by {shown(name)}" in PAGE, name
+        assert (found[name][0] > 0) == (verb == "higher")
+    assert all(found[name][1] < 0 < found[name][2] for name in ("NIG", "NOG", "FGR")), "not significant"
+    assert f"lowers the loss by {shown('NP, g = σ')}" in PAGE and found["NP, g = σ"][0] < 0
+    assert f"are worse than NP by {shown('CIFG')}" in PAGE and found["CIFG"][0] > 0
+    epochs = {name: [np.mean(tried["epochs"]) for tried in own["tried"]] for name, own in row.items()}
+    said = "V trains for {:.0f} epochs in the mean and NP for {:.0f}. NOAF, which has peepholes too, trains for {:.0f}."
+    assert said.format(*(epochs[name][1] for name in ("V", "NP", "NOAF"))) in PAGE
+    assert [tried["learning_rate"] for tried in row["V"]["tried"]] == [0.001, 0.003, 0.01, 0.03]
+    longer = [f"{a / b:.1f}" for a, b in zip(epochs["NP, g = σ"][1:], epochs["NP"][1:], strict=True)]
+    assert f"trains for {min(longer)} to {max(longer)} times as many epochs" in PAGE
+    limit = sum(ran == 500 for ran in row["NP, g = σ"]["tried"][0]["epochs"])
+    assert row["NP, g = σ"]["chosen"] == 0 and f"at which {limit} of ten runs reach 500 epochs" in PAGE
+    *nine, failed = sorted(row["FGR"]["test"])
+    said = f"nine of ten seeds have {nine[0]:.2f} to {nine[-1]:.2f}, all above V's mean, and one stays at {failed:.2f}"
+    assert said in PAGE and nine[0] > np.mean(row["V"]["test"])
+    claims = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    sigma = shown("NP, g = σ").replace("(", "nats per chord (", 1)
+    assert f"lower than with tanh, by {sigma}" in claims
+    assert f"it trains for {min(longer)} to {max(longer)} times as many epochs" in claims
+    assert f"Without any input activation the loss is higher by {found['NIAF'][0]:.2f}." in claims
+    assert "the loss changes by {:.2f} ({:.2f} to {:.2f});".format(*found["NIG"]).replace("-", "−") in claims
+    assert f"without the forget gate it is higher by {found['NFG'][0]:.2f}" in claims
+    assert "| **open** |" not in claims
+
+
 def test_the_figures_about_gradbench_are_in_the_result():
     rows = committed("gradbench")["rows"]
     ratios = {
