@@ -151,7 +151,7 @@ def test_the_page_on_dates_quotes_the_committed_results():
         assert result["config"]["form"] == form and len(result["wrong"]) == min(
             10, round(5000 * (1 - result["exact match"]))
         )
-    assert f"in {len(dates.FORMATS)} forms" in page
+    assert f"in {len(dates.FORMATS)} formats" in page
 
 
 # An agent with memory: the code of docs/reinforcement-learning.md.
