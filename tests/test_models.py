@@ -159,7 +159,7 @@ def test_the_page_on_dates_quotes_the_committed_results():
 (CORRIDOR,) = re.findall(
     r"```python\n(from typing.*?)```", (ROOT / "docs" / "reinforcement-learning.md").read_text(encoding="utf-8"), re.S
 )
-RIGHT, WRONG = "reset=rollout.reset)", "reset=rollout.done)"
+RIGHT, WRONG = "reset=rollout.done_prev)", "reset=rollout.done)"
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +179,8 @@ def test_the_policy_that_learns_is_the_policy_that_acted(corridor, default_setti
     jitted = jax.jit(corridor["play"])
     (env, carry, done), _ = jitted(agent, env, carry, done, jax.random.key(4))
     (_, last, _), rollout = jitted(agent, env, carry, done, jax.random.key(5))
-    assert 0 < rollout.reset[0].mean() < 1 and rollout.done[-1].any() and not rollout.done[-1].all()
-    assert (rollout.reset[1:] == rollout.done[:-1]).all() and (rollout.reset[0] == done).all()
+    assert 0 < rollout.done_prev[0].mean() < 1 and rollout.done[-1].any() and not rollout.done[-1].all()
+    assert (rollout.done_prev[1:] == rollout.done[:-1]).all() and (rollout.done_prev[0] == done).all()
     keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.key(5), len(rollout.obs)))[:, 0]
 
     def reread(reset):
@@ -188,7 +188,7 @@ def test_the_policy_that_learns_is_the_policy_that_acted(corridor, default_setti
         final, hs = unroll(LSTM, agent.lstm, rollout.obs, carry, reset=reset)
         return final, jax.vmap(jax.random.categorical)(keys, hs @ agent.policy)
 
-    final, actions = reread(rollout.reset)
+    final, actions = reread(rollout.done_prev)
     assert worst_error(final, last) < 1e-5
     assert (actions == rollout.action).all()
     assert not (reread(rollout.done)[1] == rollout.action).all()
