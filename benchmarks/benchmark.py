@@ -31,6 +31,7 @@ from tqdm import tqdm
 from benchmarks import plots
 from benchmarks.peers import OF_JAX, PEERS, Shape
 from experiments.harness import devices, runs
+from experiments.harness.rows import shown
 
 SHAPES: tuple[Shape, ...] = (
     (100, 32, 64, 64),
@@ -292,10 +293,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     for n, row in enumerate(shapes):
         cells = ["" if values[n] is None else f"{values[n]:.2f}" for values in found.values()]
-        time = float(f"{1e3 * row['gradient']['jaxlstm']['median']:.3g}")
-        lines.append(
-            f"| {', '.join(map(str, row['shape']))} | " + " | ".join([*cells, f"{time:,g} ms"]) + " |"
-        )  # 1,410, not 1.41e+03
+        time = f"{shown(1e3 * row['gradient']['jaxlstm']['median'])} ms"
+        lines.append(f"| {', '.join(map(str, row['shape']))} | " + " | ".join([*cells, time]) + " |")
     means = [geometric_mean([value for value in values if value is not None]) for values in found.values()]
     lines.append("| geometric mean | " + " | ".join([*(f"**{mean:.2f}**" for mean in means), ""]) + " |")
     return "\n".join(lines)

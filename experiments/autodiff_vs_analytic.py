@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from experiments import plots
 from experiments.harness import devices, runs
+from experiments.harness.rows import shown
 from jaxlstm import LSTM, LSTMParams, low_precision, lstm_bptt, unroll
 from jaxlstm.diagnostics import central_differences
 from jaxlstm.rtrl import rtrl_gradient
@@ -218,8 +219,7 @@ def table(result: dict[str, Any]) -> str:
             d: [r["error"] for r in rows if (r["road"], r["dtype"]) == (method, d)] for d in result["config"]["dtypes"]
         }
         cells = [f"{max(errors):.0e}" if errors else "" for errors in worst.values()]
-        ms, mb = f"{1e3 * at[method]['seconds']:.3g}", f"{at[method]['temporaries'] / 1e6:.2g}"
-        cost = [f"{float(ms):,g} ms", f"{float(mb):,g} MB"]  # 1,200, not 1.2e+03
+        cost = [f"{shown(1e3 * at[method]['seconds'])} ms", f"{shown(at[method]['temporaries'] / 1e6, 2)} MB"]
         lines.append(f"| {method} | " + " | ".join(cells + cost) + " |")
     return "\n".join(lines)
 

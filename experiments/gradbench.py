@@ -187,7 +187,7 @@ def table(result: dict[str, Any]) -> str:
         cells = []
         for name in PREDICTIONS:
             times = row[name]
-            cells += [f"{1e3 * times[kind]:.3g} ms" for kind in ("objective", "gradient")]
+            cells += [f"{rows.shown(1e3 * times[kind])} ms" for kind in ("objective", "gradient")]
             cells.append(f"{times['gradient'] / times['objective']:.1f}")
         lines.append(f"| {row['layers']} | {row['num_steps']} | {' | '.join(cells)} |")
     return "\n".join(lines)

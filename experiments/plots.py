@@ -588,10 +588,9 @@ def odyssey(path: Path, rows: list[dict[str, Any]], changes: dict[str, str]) -> 
     base, *_ = rows
     _, low, high = intervals.of_mean(base["test"])
     axes.axvspan(low, high, color=COLORS[0], alpha=0.15, linewidth=0)
-    for place, row in enumerate(rows):
-        _seeds(axes, place, row["test"], COLORS[0] if row is base else COLORS[1])
     right = max(np.median(row["test"]) for row in rows) + 0.25  # a seed that failed must not hide the others
     for place, row in enumerate(rows):
+        _seeds(axes, place, row["test"], COLORS[0] if row is base else COLORS[1])
         if failed := [f"{loss:.2f}" for loss in row["test"] if loss > right]:
             note = f"{len(failed)} of {len(row['test'])} seeds: {', '.join(failed)} →"
             axes.annotate(note, (right, place), (-4, 10), textcoords="offset points", ha="right", fontsize="small")

@@ -173,13 +173,13 @@ def _run(
     if isinstance(gradient, Scan) or not plans.by_rule:  # the plain scan is the same program on every platform
         return run(How(cell, plans.on_a_cpu, reverse), params, steps, carry, reset_carry)[:2]
 
-    def by_plan(plan: Plan) -> Callable[..., tuple[Carry, Array]]:
-        return lambda *arguments: run_in_bulk(How(cell, plan, reverse), *arguments)[:2]
+    def by_plan(plan: Plan) -> Callable[..., tuple[Carry, Array, None]]:
+        return functools.partial(run_in_bulk, How(cell, plan, reverse))
 
     arguments = (params, steps, carry, reset_carry)
     if plan := known_plan(plans, arguments):
-        return by_plan(plan)(*arguments)
-    return lax.platform_dependent(*arguments, cpu=by_plan(plans.on_a_cpu), default=by_plan(plans.elsewhere))
+        return by_plan(plan)(*arguments)[:2]
+    return lax.platform_dependent(*arguments, cpu=by_plan(plans.on_a_cpu), default=by_plan(plans.elsewhere))[:2]
 
 
 def _run_in_chunks(

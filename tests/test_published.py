@@ -882,6 +882,7 @@ def committed(name):
 
 
 PAGE = " ".join((ROOT / "docs" / "published.md").read_text(encoding="utf-8").split())
+CLAIMS = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("module", COMMITTED, ids=lambda module: module.__name__.split(".")[1])
@@ -1003,13 +1004,12 @@ def test_the_figures_about_overfitting_are_in_the_result():
     ratios += [seconds[small] / seconds[rnns[1]], seconds[large] / seconds[rnns[2]]]
     taken = "takes {:.1f} and {:.1f} times as long at equal width**, not four times, and {:.1f} and {:.1f} times"
     assert taken.format(*ratios) in PAGE
-    claims = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
     gap, last = ({name: np.mean(found[what]) for name, found in row.items()} for what in ("gap", "last gap"))
     of_rnns = [sorted(means[name] for name in rnns) for means in (gap, last)]
     said = f"{gap[small]:.2f} and {gap[large]:.2f} nats per chord for LSTMs, {of_rnns[0][0]:.2f} to {of_rnns[0][2]:.2f}"
-    assert said in claims
+    assert said in CLAIMS
     said = f"{last[small]:.2f} and {last[large]:.2f}, against {of_rnns[1][0]:.2f} to {of_rnns[1][2]:.2f}"
-    assert said in claims and "takes {:.1f} and {:.1f} times as long at equal width".format(*ratios) in claims
+    assert said in CLAIMS and "takes {:.1f} and {:.1f} times as long at equal width".format(*ratios) in CLAIMS
 
 
 def test_the_figures_about_variants_are_in_the_result():
@@ -1041,14 +1041,13 @@ def test_the_figures_about_variants_are_in_the_result():
     *nine, failed = sorted(row["FGR"]["test"])
     said = f"nine of ten seeds have {nine[0]:.2f} to {nine[-1]:.2f}, all above V's mean, and one stays at {failed:.2f}"
     assert said in PAGE and nine[0] > np.mean(row["V"]["test"])
-    claims = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
     sigma = shown("NP, g = σ").replace("(", "nats per chord (", 1)
-    assert f"lower than with tanh, by {sigma}" in claims
-    assert f"it trains for {min(longer)} to {max(longer)} times as many epochs" in claims
-    assert f"Without any input activation the loss is higher by {found['NIAF'][0]:.2f}." in claims
-    assert "the loss changes by {:.2f} ({:.2f} to {:.2f});".format(*found["NIG"]).replace("-", "−") in claims
-    assert f"without the forget gate it is higher by {found['NFG'][0]:.2f}" in claims
-    assert "| **open** |" not in claims
+    assert f"lower than with tanh, by {sigma}" in CLAIMS
+    assert f"it trains for {min(longer)} to {max(longer)} times as many epochs" in CLAIMS
+    assert f"Without any input activation the loss is higher by {found['NIAF'][0]:.2f}." in CLAIMS
+    assert "the loss changes by {:.2f} ({:.2f} to {:.2f});".format(*found["NIG"]).replace("-", "−") in CLAIMS
+    assert f"without the forget gate it is higher by {found['NFG'][0]:.2f}" in CLAIMS
+    assert "| **open** |" not in CLAIMS
 
 
 def test_the_figures_about_gradbench_are_in_the_result():

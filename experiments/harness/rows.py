@@ -53,6 +53,15 @@ def collect(
     return folder, result
 
 
+def shown(value: float, digits: int = 3) -> str:
+    """Return a number rounded to so many significant digits, without an exponent.
+
+    >>> shown(1412.3), shown(0.7374), shown(231.0, 2)
+    ('1,410', '0.737', '230')
+    """
+    return f"{float(f'{value:.{digits}g}'):,g}"
+
+
 def rounded(values: Any) -> Any:
     """Return an array as nested lists of numbers with four digits after the point, to keep files small."""
     return np.round(np.asarray(values, np.float64), 4).tolist()
