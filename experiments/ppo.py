@@ -355,7 +355,8 @@ def train_seeds(
 
 def measure(task: str, number: int, net: str, *, settings: Settings, seeds: int) -> dict[str, Any]:
     """Train all seeds of a net on a task; return what the result keeps of them, in `PARTS` parts of the training."""
-    agents, metrics = train_seeds(task, net, settings, number, jax.random.split(jax.random.key(0), seeds))
+    keys = jax.random.split(jax.random.key(1), seeds)  # the settings were chosen with the keys of jax.random.key(0)
+    agents, metrics = train_seeds(task, net, settings, number, keys)
     episodes, returns, rewarded = (
         np.stack([part.sum(axis=1) for part in np.array_split(np.asarray(metrics[name], float), PARTS, axis=1)], axis=1)
         for name in ("episodes", "returns", "rewarded")
