@@ -4,7 +4,9 @@ Tests run in float64 on two simulated CPU devices, with JAX's debugging checks o
 ranks, NaNs, reused keys and all warnings are errors. A test that makes a NaN on purpose is marked
 `@jax.debug_nans(False)`. `make test-full` also checks for leaked tracers, which makes JAX trace every function anew; CI
 does so for the table of keywords. Tests run most programs once or twice, so optimizing them costs more time than it
-saves: unless XLA_FLAGS is set, XLA compiles without its optimizations. All test processes share one compilation cache.
+saves: unless XLA_FLAGS is set, XLA compiles without its optimizations, and each program in one piece rather than in as
+many as the machine has threads. All test processes share one compilation cache. Python looks for unreachable objects
+less often: tracing makes millions of small objects, and by default each search goes through those of all tests before.
 
 Hypothesis tries 5 examples of each property in `make test`, 20 in CI and 200 in `make test-full`, always the same ones.
 
@@ -12,6 +14,7 @@ Hypothesis tries 5 examples of each property in `make test`, 20 in CI and 200 in
 """
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -29,7 +32,7 @@ if "XLA_FLAGS" not in os.environ:
     # Each version of XLA refuses flags that it does not know.
     of_jax_0_10 = version("jaxlib").startswith("0.10.")
     fast = "--xla_cpu_use_fusion_emitters=false" if of_jax_0_10 else "--xla_llvm_disable_expensive_passes=true"
-    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {fast}"
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 {fast}"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["JAXLSTM_TESTS_COMPILED"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
@@ -40,6 +43,7 @@ import hypothesis
 import jax
 import pytest
 
+gc.set_threshold(50_000, 50, 1000)
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -165,6 +165,7 @@ def test_costs_are_measured():
     assert 1e7 < costs.matmul(0.05)["rate"] < 1e15
 
 
+@pytest.mark.ci
 @pytest.mark.documented
 def test_the_steps_whose_compile_times_are_compared_compute_the_same():
     of_linen, *others = (float(loss(params)) for loss, params in reversed(costs.masked_layers((7, 5, 3, 4)).values()))
@@ -211,6 +212,7 @@ def test_the_tables_of_choices_are_the_committed_results(name, without, shapes):
     assert all(f"    {row}\n" in tuning.__doc__ for row in rows)
 
 
+@pytest.mark.ci
 def test_choices_are_timed_and_none_changes_the_result():
     shape = (12, 3, 5, 7)
     times = choices.timed(shape, rounds=2, seconds=0.001)

@@ -214,6 +214,7 @@ def test_a_run_logs_its_progress_and_its_result(run):
         assert re.search(pattern, out), pattern
 
 
+@pytest.mark.ci
 def test_the_logged_command_for_sampling_works(run):
     line = re.search(r"write with this model: (.*)", run[1].stdout)[1]
     done = subprocess.run(
@@ -378,6 +379,7 @@ def test_a_run_stopped_by_sigterm_resumes_and_is_bitwise_identical_to_an_uninter
     assert outcome(folder) == outcome(run[0])
 
 
+@pytest.mark.ci
 def test_ctrl_c_before_training_exits_with_one_line(corpus_file, tmp_path):
     for n in range(5):
         folder = tmp_path / str(n)
@@ -420,6 +422,7 @@ needs_tmpfs = pytest.mark.skipif(
 )
 
 
+@pytest.mark.ci
 @needs_tmpfs
 def test_a_read_only_workdir_exits_with_one_line(corpus_file, tmp_path):
     done = command("char_lm", "--corpus", corpus_file, "--workdir", tmp_path, prefix=[*TMPFS, "ro", tmp_path])

@@ -29,6 +29,7 @@ assert not [module for module in sys.modules if module.startswith(("jaxlstm", "f
 """
 
 
+@pytest.mark.ci
 @pytest.mark.documented
 def test_a_saved_model_and_a_saved_step_run_without_the_code_that_made_them(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

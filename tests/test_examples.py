@@ -26,7 +26,7 @@ BARS = {
     "own_data": ("accuracy", "majority", 0.5),
     "stream": ("last", "memoryless", -0.25),
 }
-SLOW = {"agent", "classifier", "language_model", "own_data"}
+SLOW = {"agent", "classifier", "language_model", "own_data", "stream"}
 MAX_LINES = {name: 140 if name == "own_data" else 100 for name in PATHS}
 NEEDS = {"own_data": {"numpy", "matplotlib"}}  # beyond JAX, Optax and this library
 EACH = pytest.mark.parametrize("name", PATHS)

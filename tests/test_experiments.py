@@ -150,7 +150,7 @@ def a_latch(copies):
 
 
 @pytest.mark.usefixtures("default_settings")
-@pytest.mark.parametrize("copies, without_one", [(1, 0.5), (2, 1.0)])
+@pytest.mark.parametrize("copies, without_one", [(1, 0.5), pytest.param(2, 1.0, marks=pytest.mark.ci)])
 def test_the_deciding_units_are_found_and_tested_on_other_questions(copies, without_one, monkeypatch):
     """In a toy question, the answer is the first word."""
     seen = []

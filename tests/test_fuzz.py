@@ -4,6 +4,7 @@ import fuzz
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxlstm import GRU, LSTM, RNN, Bulk, Chunked, Scan, unroll
 
@@ -14,6 +15,7 @@ from sweeps import sweep
 CALLS = fuzz.calls()
 
 
+@pytest.mark.ci
 @jax.debug_key_reuse(False)
 @jax.numpy_dtype_promotion("standard")
 def test_the_calls_that_are_made_wrong_are_right():

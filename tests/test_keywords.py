@@ -283,7 +283,23 @@ def outcome(function, arguments, **keyword):
 CASES = [(name, keyword) for name, (_, _, keywords) in TABLE.items() for keyword in keywords]
 
 
-@pytest.mark.parametrize("name, keyword", CASES, ids=lambda text: text)
+# The functions whose cases take a second or more each; `make test` leaves them to CI.
+LONG = (
+    "check_gradients",
+    "compare_gradients",
+    "fit_epochs",
+    "fixed_points",
+    "gradient_sources",
+    "rtrl_step",
+    "source_matrix",
+)
+
+
+@pytest.mark.parametrize(
+    "name, keyword",
+    [pytest.param(*case, marks=pytest.mark.ci if case[0] in LONG else ()) for case in CASES],
+    ids=lambda text: text,
+)
 @jax.debug_key_reuse(False)
 def test_a_keyword_is_not_ignored(name, keyword):
     function, arguments, keywords = TABLE[name]

@@ -92,6 +92,7 @@ def full_precision():
         yield
 
 
+@pytest.mark.ci
 def test_a_wrong_method_is_named(monkeypatch, full_precision):
     stopped = lambda params: params._replace(w_hh=jax.lax.stop_gradient(params.w_hh))
     monkeypatch.setattr(

@@ -55,6 +55,7 @@ def run(code, folder):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.ci
 def test_what_one_process_saves_another_loads_bit_for_bit(tmp_path):
     pytest.importorskip("safetensors")
     save = SAVE.replace("folder = Path(tempfile.mkdtemp())\n", "")

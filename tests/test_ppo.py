@@ -186,6 +186,7 @@ def test_a_net_without_memory_sees_the_present_only():
     assert worst_error(log_prob, experience.rollout.log_prob) < 1e-5
 
 
+@pytest.mark.ci
 def test_the_value_of_what_follows_belongs_to_the_same_episode():
     """Where a deck ends, only the card that is left can follow."""
     cell, agent, experience, _ = experience_of("LSTM", "RepeatPrevious")

@@ -268,6 +268,7 @@ def test_the_validation_part_chooses_and_the_test_part_is_read_once(monkeypatch)
     assert read == [(3,), (5,)]  # one call for the training part, one for the test part
 
 
+@pytest.mark.ci
 def test_a_net_learns_music_and_dropout_changes_its_training(tmp_path):
     motif = np.zeros((12, 88), np.uint8)
     motif[np.arange(12), 20 + 3 * (np.arange(12) % 4)] = 1
@@ -279,6 +280,7 @@ def test_a_net_learns_music_and_dropout_changes_its_training(tmp_path):
     assert noisy["train"] != plain["train"] and plain["parameters"] == 3 * 7 * (88 + 7 + 1) + 7 + 8 * 88
 
 
+@pytest.mark.ci
 def test_the_validation_part_stops_the_training_and_the_test_part_takes_no_part():
     own = pieces(7, 6)
     # The validation set inverts the training set, so training stops soon.
@@ -375,6 +377,7 @@ def test_a_symbol_picks_a_row_of_the_weights():
     )
 
 
+@pytest.mark.ci
 def test_the_outputs_are_read_where_they_are_asked_for():
     recipe = long_lag.recipe_of_today(long_lag.TASKS["copy"], 5, long_lag.nets(5)["GRU"], 1e-2)
     batch = long_lag.copy(jax.random.key(0), 5, 3)
@@ -388,6 +391,7 @@ def test_the_outputs_are_read_where_they_are_asked_for():
     np.testing.assert_allclose(got, np.stack(outputs[-10:]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.ci
 def test_the_recipe_of_1997_has_the_papers_weights():
     biases = {"adding": (-3, -6), "order of two": (-2, -4), "order of three": (-2, -4, -6), "multiplication": ()}
     weights = {"adding": 93, "order of two": 156, "order of three": 308, "multiplication": 93}
@@ -417,6 +421,7 @@ def test_the_net_of_2c_has_no_biases_and_gets_none():
     assert 0.19 < np.abs(params.cell.w_ih).max() < 0.2
 
 
+@pytest.mark.ci
 def test_the_recipe_of_1997_cuts_the_gradient_at_the_units_outputs():
     task = long_lag.TASKS["adding"]
     recipe = long_lag.recipe_of_1997(task, 10)
@@ -486,6 +491,7 @@ def test_a_task_is_solved_at_the_first_time_when_the_last_sequences_were_right(m
     assert int(progress.solved_at) == expected > 0 and int(progress.seen) == 80
 
 
+@pytest.mark.ci
 def test_training_goes_on_until_every_trial_has_solved_the_task(monkeypatch):
     monkeypatch.setattr(long_lag, "BLOCK", 80)
 
@@ -599,6 +605,7 @@ def test_reach_is_the_last_word_before_the_first_mistake():
     assert counting.reach(np.array([False, True])) == 0 and counting.reach(np.ones(5, bool)) == 5
 
 
+@pytest.mark.ci
 def test_every_setting_of_counting_changes_the_result(monkeypatch):
     settings = {"trained_to": 4, "tested_to": 6, "seeds": 2, "steps": 3, "learning_rate": 1e-2}
     base = counting.measure("aⁿbⁿ", "GRU", **settings)
@@ -629,6 +636,7 @@ def test_labels_equal_those_of_the_tokenizer_character_by_character():
     assert not keyword.iskeyword("format") and tagging.label('f"a{b}"')[0] == tagging.CLASSES.index("string")
 
 
+@pytest.mark.ci
 def test_training_and_test_windows_come_from_different_files():
     seen, held_out = tagging.load(1000, 2000)
     fewer, _ = tagging.load(25, 2000)
@@ -657,6 +665,7 @@ def test_lone_borders_are_those_without_another_one_near():
     assert [*zip(windows, steps, strict=True)] == [(0, 20), (1, 15)]
 
 
+@pytest.mark.ci
 def test_gates_are_averaged_over_units_and_borders():
     net = tagging.Net(LSTM, 3)
     params = tagging.init_net(jax.random.key(0), net)
@@ -704,6 +713,7 @@ def test_the_split_is_that_of_char_rnn():
     np.testing.assert_array_equal(np.concatenate([seen.targets, held_out.targets]).T, following)
 
 
+@pytest.mark.ci
 def test_char_rnn_has_its_size_its_initial_parameters_and_its_schedule():
     how = shakespeare.RECIPES["char-rnn"]
     net = shakespeare.init_net(jax.random.key(0), how, 65)
@@ -731,6 +741,7 @@ def test_char_rnn_has_its_size_its_initial_parameters_and_its_schedule():
         np.testing.assert_allclose(got, -rate * clipped / (np.sqrt(mean_square) + 1e-8), rtol=1e-5)
 
 
+@pytest.mark.ci
 def test_char_rnns_loss_is_summed_over_time_and_every_recipe_passes_its_carry_on():
     seen, held_out = shakespeare.split(np.arange(50 * 50 * 3) % 7)
     for name in ("char-rnn", "today"):
@@ -829,12 +840,16 @@ def test_the_diagonal_lstm_has_the_objective_and_the_gradient_of_the_benchmark()
     params, carries, sequence = gradbench.problem(2, 9)
     assert {*np.unique(sequence)} == {0, 1} and sequence.shape == (9, 14)
     expected = numpy_objective(*jax.tree.map(np.asarray, (params, carries, sequence)))
-    for predict in gradbench.PREDICTIONS.values():
-        np.testing.assert_allclose(gradbench.objective(predict, params, carries, sequence), expected, rtol=1e-12)
-    of_params = lambda params: gradbench.objective(gradbench.by_layer, params, carries, sequence)
-    check_gradients(of_params, params, key=jax.random.key(0))
-    by_step = jax.grad(lambda params: gradbench.objective(gradbench.by_step, params, carries, sequence))(params)
-    for a, b in zip(jax.tree.leaves(jax.grad(of_params)(params)), jax.tree.leaves(by_step), strict=True):
+    by_layer, by_step = (
+        jax.jit(
+            jax.value_and_grad(lambda params, predict=predict: gradbench.objective(predict, params, carries, sequence))
+        )
+        for predict in (gradbench.by_layer, gradbench.by_step)
+    )
+    check_gradients(lambda params: by_layer(params)[0], params, key=jax.random.key(0))
+    (value, gradient), (value_by_step, gradient_by_step) = by_layer(params), by_step(params)
+    np.testing.assert_allclose([value, value_by_step], [expected, expected], rtol=1e-12)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradient_by_step), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-14)
 
 

@@ -290,7 +290,9 @@ def num_loops(function, *arguments, platform="cpu"):
     return program.as_text().count("stablehlo.while")
 
 
-@pytest.mark.parametrize("rows, at_once", [(10, 6), (250, 3), (600, 1)])
+@pytest.mark.parametrize(
+    "rows, at_once", [(10, 6), *(pytest.param(*case, marks=pytest.mark.ci) for case in [(250, 3), (600, 1)])]
+)
 @jax.debug_key_reuse(False)
 def test_a_sweep_gives_what_vmap_gives(rows, at_once):
     def run(key, rate):

@@ -57,16 +57,14 @@ def gradient_error(gradients: PyTree, reference: PyTree) -> PyTree:
     return jax.tree.map(_relative_error, gradients, reference)
 
 
+@jax.jit
 def _relative_error(g: Array, r: Array) -> Array:
     dtype = "float64" if "float64" in (g.dtype, r.dtype) else "float32"
-    g, r = g.astype(dtype), r.astype(dtype)
+    g, r = g.astype(dtype).ravel(), r.astype(dtype).ravel()
     # Scale both to at most 1: in float32, the squares of tiny gradients would underflow to 0.
-    scale = jnp.maximum(jnp.abs(g).max(initial=0), jnp.abs(r).max(initial=0))
-
-    def norm(v: Array) -> Array:
-        return jnp.linalg.norm((v / jnp.where(scale == 0, 1, scale)).ravel())
-
-    return jnp.where(norm(r) == 0, jnp.linalg.norm(g.ravel()), norm(g - r) / norm(r))
+    scale = jnp.abs(jnp.stack([g, r])).max(initial=jnp.finfo(dtype).tiny)
+    size = jnp.linalg.norm(r / scale)
+    return jnp.where(size == 0, jnp.linalg.norm(g), jnp.linalg.norm((g - r) / scale) / size)
 
 
 def check_alike(name: str, tree: PyTree, other_name: str, other: PyTree) -> None:
