@@ -37,6 +37,14 @@ class Entry(NamedTuple):
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     @property
+    def picture(self) -> str:
+        """Where the main picture of the committed result is, from the top of the repository."""
+        folder = HERE / "results" / (self.folder or self.name)
+        own = folder / f"{self.name}.png"
+        path = own if own.exists() else max(folder.glob("*.png"), default=None)
+        return path.relative_to(HERE.parent).as_posix() if path else ""
+
+    @property
     def answer(self) -> str:
         result = self.result
         return "no committed result" if result is None else self.measured(result)
@@ -199,5 +207,6 @@ def markdown() -> str:
     """Return the table of docs/experiments.md."""
     lines = ["| question | command | minutes | published | measured |", "|---|---|---|---|---|"]
     for entry in EXPERIMENTS:
-        lines.append(f"| {entry.question} | `{entry.command}` | {entry.time} | {entry.published} | {entry.answer} |")
+        answer = f"{entry.answer} ([picture](../{entry.picture}))" if entry.picture else entry.answer
+        lines.append(f"| {entry.question} | `{entry.command}` | {entry.time} | {entry.published} | {answer} |")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from experiments import text
+from experiments import plots, text
 from experiments.harness import rows, runs, timing
 from jaxlstm import LSTM, Cell, LSTMState, unroll
 
@@ -160,7 +160,7 @@ def main(
     workdir: str | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Time the problem at every size, write the result and log the table.
+    """Time the problem at every size, write the result and a picture, and log the table.
 
     Args:
       layers: numbers of layers.
@@ -173,7 +173,8 @@ def main(
     plans = [{"layers": number, "num_steps": length} for number in layers for length in lengths]
     measure_row = functools.partial(measure, rounds=rounds)
     folder, result = rows.collect("gradbench", config, plans, measure_row, workdir=workdir, resume=resume)
-    log.info("%s\n%s", table(result), folder / "result.json")
+    picture = plots.gradbench(folder / "gradbench.png", result["rows"])
+    log.info("%s\n%s\n%s", table(result), folder / "result.json", picture)
     return result
 
 

@@ -620,6 +620,25 @@ def rnn_vs_lstm(path: Path, rows: list[dict[str, Any]]) -> Path:
     return _save(figure, path, dpi=110)
 
 
+# GradBench.
+
+
+def gradbench(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Draw how much longer the gradient takes than its objective, for both programs at every size."""
+    figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
+    for n, (name, color) in enumerate((("jaxlstm", COLORS[0]), ("lax.scan", COLORS[1]))):
+        ratios = [row[name]["gradient"] / row[name]["objective"] for row in rows]
+        bars = axes.barh(np.arange(len(rows)) + 0.4 * n - 0.2, ratios, 0.36, color=color, label=name)
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize="small")
+    axes.set_yticks(range(len(rows)), [f"{row['layers']} layers, {row['num_steps']:,} characters" for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="time of the gradient / time of the objective (lower is better)", title="GradBench's LSTM")
+    figure.legend(loc="outside lower center", ncols=2)
+    axes.grid(axis="x", alpha=0.3)
+    axes.margins(x=0.12)
+    return _save(figure, path, dpi=110)
+
+
 # Tagging.
 
 

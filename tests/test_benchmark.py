@@ -38,7 +38,7 @@ def want():
 
 
 @jax.enable_x64(False)
-@pytest.mark.parametrize("name", some(list(peers.PEERS)[1:], "fifteen lines", "Flax linen", "torch"))
+@pytest.mark.parametrize("name", some(list(peers.PEERS)[1:], "fifteen lines"))
 def test_every_library_computes_the_same_results_from_the_same_weights(name, want):
     try:
         gradient, results = results_of(name)

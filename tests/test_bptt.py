@@ -19,6 +19,7 @@ from jaxlstm.diagnostics import gradient_error
 
 import oracles
 from cells import HOLES, B, H, I, T, draw, normal, worst_error
+from sweeps import some
 
 D_YS = normal(6, T, B, H)
 MASKS = {"all": None, "holes": HOLES, "lengths": np.arange(T)[:, None] < np.array([5, 0, 7])}
@@ -69,7 +70,7 @@ def test_forward_and_backward_stand_alone_without_autodiff():
     assert worst_error(lstm_backward(params, residuals, cotangents), pullback(cotangents)) < 1e-13
 
 
-@pytest.mark.parametrize("shape", [(T, I), (T, 2, B, I), (0, B, I), (T, 0, I)])
+@pytest.mark.parametrize("shape", some([(T, I), (T, 2, B, I), (0, B, I), (T, 0, I)], (T, 2, B, I), (0, B, I)))
 def test_any_batch_rank_no_steps_and_no_batch(shape):
     params, _, _ = draw(LSTM)
     xs = jnp.asarray(normal(3, *shape))

@@ -26,13 +26,9 @@ BARS = {
     "own_data": ("accuracy", "majority", 0.5),
     "stream": ("last", "memoryless", -0.25),
 }
-SLOW = {"agent", "classifier", "language_model", "own_data", "stream"}
 MAX_LINES = {name: 140 if name == "own_data" else 100 for name in PATHS}
 NEEDS = {"own_data": {"numpy", "matplotlib"}}  # beyond JAX, Optax and this library
 EACH = pytest.mark.parametrize("name", PATHS)
-EACH_IN_ITS_TIME = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.ci] if name in SLOW else []) for name in PATHS]
-)
 
 
 def load(name):
@@ -62,7 +58,8 @@ def beats_the_baseline(name, numbers):
 
 
 @pytest.mark.documented
-@EACH_IN_ITS_TIME
+@pytest.mark.ci
+@EACH
 def test_an_example_learns(name, capsys):
     numbers = run(name)
     assert beats_the_baseline(name, numbers), numbers
@@ -70,7 +67,8 @@ def test_an_example_learns(name, capsys):
 
 
 @pytest.mark.documented
-@EACH_IN_ITS_TIME
+@pytest.mark.ci
+@EACH
 def test_an_example_gives_the_numbers_of_its_docstring(name):
     """Another machine or another JAX may change the last digit."""
     (expected,) = re.findall(r"^Expect .*", ast.get_docstring(ast.parse(PATHS[name].read_text("utf-8"))), re.M | re.S)

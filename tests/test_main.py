@@ -37,6 +37,7 @@ def test_the_gradients_agree_on_this_machine():
     assert re.search(r"from float64 by \S+ with matmuls pinned to float32, .*\n\n\d+ s\nAGREE\n$", done.stdout, re.S)
 
 
+@pytest.mark.ci
 def test_by_default_only_the_lstm_is_checked_and_help_checks_nothing(monkeypatch, capsys):
     agreeing = check.compare(RNN, "float64")
     compared = []

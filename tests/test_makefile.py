@@ -98,10 +98,9 @@ def test_a_missing_or_outdated_python_is_reported_in_one_line(fresh, python, mes
     ]
 
 
+@pytest.mark.ci
 @set_up_by_make
-@pytest.mark.parametrize(
-    "devices, hint", [("GPU 0: a fake", True), pytest.param("No devices found", False, marks=pytest.mark.ci)]
-)
+@pytest.mark.parametrize("devices, hint", [("GPU 0: a fake", True), ("No devices found", False)])
 def test_a_visible_gpu_that_jax_does_not_use_is_reported_in_one_line(devices, hint, tmp_path):
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho {devices}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)

@@ -210,7 +210,7 @@ def _gates(params, state, z, a):
 RESET_BEFORE = dataclasses.replace(GRU, recur=_recur, gates=_gates, activations=None, name="GRU, reset before")
 
 
-@pytest.mark.parametrize("name", some(conformance_cases(), *list(conformance_cases())[::3]))
+@pytest.mark.parametrize("name", some(conformance_cases(), *list(conformance_cases())[::6]))
 def test_onnxs_own_conformance_cases(name):
     case = conformance_cases()[name]
     [node], [(given, want)] = case.model.graph.node, case.data_sets

@@ -157,6 +157,7 @@ def reread(cell, agent, experience, reset):
     return ppo.chosen(logits, experience.rollout.action), value
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("net", ["LSTM", *(pytest.param(net, marks=pytest.mark.ci) for net in ("GRU", "RNN"))])
 def test_the_policy_that_learns_is_the_policy_that_acted(net):
     cell, agent, experience, after = experience_of(net, "T-maze")

@@ -11,6 +11,7 @@ from jax import lax
 from jaxlstm import GRU, LSTM, RNN, low_precision, unroll
 
 from cells import LEAKY, B, H, I, T, draw, normal, worst_error
+from sweeps import some
 
 LONG = (2000, 4, 24, 32)
 
@@ -110,7 +111,7 @@ def test_gradients_over_2000_steps_are_near_float64_and_nearer_than_the_plain_sc
 
 
 @pytest.mark.parametrize("cell", [LSTM, GRU, RNN, LEAKY], ids=lambda cell: cell.name)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", some(["bfloat16", "float16"], "bfloat16"))
 def test_one_step_rounds_x_h_and_weights_and_nothing_else(cell, dtype):
     params, xs, carry = draw(cell, dtype=np.float32)
     got_carry, got = unroll(low_precision(cell, dtype), params, xs[:1], carry)

@@ -835,6 +835,7 @@ def numpy_objective(params, carries, sequence):
     return -total / ((len(sequence) - 1) * sequence.shape[1])
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("x64")
 def test_the_diagonal_lstm_has_the_objective_and_the_gradient_of_the_benchmark():
     params, carries, sequence = gradbench.problem(2, 9)
@@ -876,6 +877,18 @@ def test_the_list_contains_every_experiment_and_no_other_program():
     for entry in catalog.EXPERIMENTS:
         assert all(said in shown.stdout for said in (entry.question, entry.command, entry.published, entry.answer))
     assert catalog.markdown() in (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert all((ROOT / entry.picture).is_file() for entry in catalog.EXPERIMENTS)
+
+
+def test_the_picture_of_gradbench_has_a_bar_for_every_ratio_of_the_table(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path, dpi: figures.append(figure))
+    rows = json.loads((ROOT / "experiments" / "results" / "gradbench" / "result.json").read_text("utf-8"))["rows"]
+    plots.gradbench(tmp_path / "picture.png", rows)
+    (axes,) = figures[0].axes
+    expected = [row[name]["gradient"] / row[name]["objective"] for name in gradbench.PREDICTIONS for row in rows]
+    np.testing.assert_allclose([bar.get_width() for bar in axes.patches], expected)
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == list(gradbench.PREDICTIONS)
 
 
 def test_variants_differ_by_welchs_interval_for_all_comparisons_together():

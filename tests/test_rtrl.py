@@ -23,6 +23,7 @@ from jaxlstm.rtrl import (
 
 import oracles
 from cells import CELLS, HOLES, RESET, B, H, I, T, draw, normal, worst_error
+from sweeps import some
 
 WEIGHT = jnp.asarray(normal(50, T, B, H))
 OPTIONS = {"plain": {}, "masked and reset": {"mask": HOLES, "reset": RESET}}
@@ -133,7 +134,7 @@ def test_eprop_loses_nothing_by_keeping_two_numbers_per_parameter(way):
     assert init_rtrl(cut, params, (B,), pattern=pattern).influence.shape == (B, 2, num_params(params))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", some(["float32", "float64"], "float32"))
 def test_the_pattern_of_a_wide_layer_is_complete_in_float32(dtype):
     params = LSTM.init(jax.random.key(0), 50, 40, dtype=dtype)
     pattern = snap1_pattern(LSTM, params, jnp.zeros(50, dtype))

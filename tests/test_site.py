@@ -1,9 +1,10 @@
 """The documentation site: built with every warning an error, complete, and looked at in a browser if there is one."""
 
+import ast
 import functools
+import html as html_module
 import http.server
 import importlib
-import inspect
 import re
 import shutil
 import subprocess
@@ -52,16 +53,40 @@ def test_every_public_name_has_an_entry_in_the_reference(module, site):
 
 
 @pytest.mark.parametrize("module", site_pages.MODULES)
-def test_every_public_function_has_an_example(module):
+def test_every_public_name_has_an_example(module):
+    """In its docstring or on a page; a class of results or parameters also where another name uses it."""
     known = importlib.import_module(module)
     for name in site_pages.public_names(module):
-        if inspect.isfunction(getattr(known, name)):
-            assert ">>> " in getattr(known, name).__doc__ or site_pages.used_in(f"{module}.{name}"), name
+        path, about = f"{module}.{name}", getattr(known, name).__doc__ or ""
+        found = ">>> " in about or site_pages.used_in(path) or site_pages.see_also(path)
+        assert found or name in ("COLORS", "MARKERS"), name
 
 
-def test_all_public_modules_are_in_the_reference():
+def test_all_public_modules_and_names_are_in_the_reference(site):
     rooms = {f"jaxlstm.{room}" for room in test_architecture.ROOMS}
     assert site_pages.MODULES.keys() == {"jaxlstm", "jaxlstm.bptt"} | rooms | test_architecture.ADAPTERS
+    page = (site / "reference" / "other.html").read_text(encoding="utf-8")
+    for module, names in site_pages.OTHER.items():
+        assert all(f'id="{module}.{name}"' in page for name in names)
+
+
+def test_every_entry_of_the_reference_links_to_the_lines_that_define_it(site):
+    for path in sorted((site / "reference").glob("*.html")):
+        html = path.read_text(encoding="utf-8")
+        links = re.findall(r'href="https://github.com/jaxlstm/jaxlstm/blob/main/([^"#]+)#L(\d+)">Source', html)
+        names = re.findall(r'<h2 id="(jaxlstm\.[\w.]+)"', html)
+        assert len(names) == len(links) > 0
+        for name, (file, line) in zip(names, links, strict=True):
+            text = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+            assert re.search(rf"\b{name.rpartition('.')[2]}\b|^@", text), (name, text)
+
+
+def test_the_examples_are_whole(site):
+    html = (site / "examples.html").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        question = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).partition("\n")[0]
+        assert question in html_module.unescape(html) and f"examples/{path.name}" in html
+    assert html.count("__main__") == len(list((ROOT / "examples").glob("*.py")))
 
 
 def test_fields_and_calls_are_described_as_their_source_does(site):
@@ -148,7 +173,8 @@ WIDTH_AND_PICTURES = """() => ({
 })"""
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_page_in_a_browser(width, scheme, browser, base, site):
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page, complaints = context.new_page(), []
@@ -167,8 +193,9 @@ def test_every_page_in_a_browser(width, scheme, browser, base, site):
         assert found["wider"] <= 0 and not found["missing"], (address, found)
         light = sum(map(int, re.findall(r"\d+", found["background"])[:3])) > 3 * 128
         assert light == (scheme == "light"), (address, found["background"])
+        assert min(found["formulas"], default=9) > 5, address
         if address == "derivation.html":
-            assert len(found["formulas"]) > 50 and min(found["formulas"]) > 5
+            assert len(found["formulas"]) > 50
             text = page.inner_text("article")
             assert not re.search(r"\$|formula\d+(block|inline)", text.partition("import jax")[0])
     context.close()

@@ -108,7 +108,10 @@ def numpy_leaves(tree):
 
 @pytest.mark.parametrize(
     "cell, step",
-    [(LSTM, oracles.lstm_step), (GRU, oracles.gru_step), (LEAKY, oracles.leaky_step)],
+    [
+        (LSTM, oracles.lstm_step),
+        *(pytest.param(*case, marks=pytest.mark.ci) for case in [(GRU, oracles.gru_step), (LEAKY, oracles.leaky_step)]),
+    ],
     ids=["LSTM", "GRU", "a user's cell"],
 )
 def test_a_step_maps_every_point_to_itself(cell, step):

@@ -54,7 +54,7 @@ def seen(function):
     return (np.asarray(jax.vmap(jax.jacobian(function))(points)) != 0).any(axis=0)
 
 
-@pytest.mark.parametrize("name", some(EXACT, *list(EXACT)[::3]))
+@pytest.mark.parametrize("name", some(EXACT, *list(EXACT)[::6]))
 def test_the_structure_is_where_a_jacobian_is_not_0(name):
     found = structure(EXACT[name])
     assert (found >= 0).all() and ((found > 0) == seen(EXACT[name])).all()

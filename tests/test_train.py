@@ -75,7 +75,7 @@ OPTIMIZERS = {
 }
 
 
-ALIKE = {name: [pytest.mark.slow] for name in ("sgd", "adam", "reduce on plateau")}
+ALIKE = {name: [pytest.mark.slow] for name in ("sgd", "adam", "reduce on plateau")} | {"accumulating": [pytest.mark.ci]}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=ALIKE.get(name, [])) for name in OPTIMIZERS])

@@ -32,12 +32,11 @@ from jaxlstm import (
 
 import oracles
 from cells import CELLS, FAMILY, HOLES, RESET, B, H, I, T, draw, normal, worst_error
+from sweeps import some
 
 ALL = CELLS | FAMILY
 IN_MAKE_TEST = ("peephole", "projected", "1997")
-every_cell = pytest.mark.parametrize(
-    "name", [name if name in IN_MAKE_TEST else pytest.param(name, marks=pytest.mark.ci) for name in ALL]
-)
+every_cell = pytest.mark.parametrize("name", some(ALL, *IN_MAKE_TEST))
 SHAPES = {
     "peephole": {"w_ih": (I, 16), "w_hh": (H, 16), "b": (16,), "p": (12,)},
     "no input gate": {"w_ih": (I, 12), "w_hh": (H, 12), "b": (12,), "p": (8,)},
@@ -81,9 +80,7 @@ def with_params_as_a_list(cell):
     return params, xs, carry, [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in IN_MAKE_TEST else pytest.param(name, marks=pytest.mark.ci) for name in FAMILY]
-)
+@pytest.mark.parametrize("name", some(FAMILY, *IN_MAKE_TEST))
 def test_values_and_gradients_equal_those_of_a_numpy_loop(name):
     """With a mask and resets, in both modes; the loop's gradient is taken by complex steps."""
     cell, step = FAMILY[name]
@@ -202,7 +199,7 @@ def test_layers_and_regularizers_take_every_cell(name):
     assert 0 < worst_error(rounded, unroll(cell, params, xs, carry)[1]) < 0.3
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", some(FAMILY, *IN_MAKE_TEST))
 def test_a_trace_has_the_carries_and_gates_of_every_step(name):
     cell = ALL[name][0]
     params, xs, carry = draw(cell)

@@ -87,7 +87,7 @@ def check_torch(name, results, *, bias):
     return layers, back
 
 
-@pytest.mark.parametrize("name", generate.WEIGHTS)
+@pytest.mark.parametrize("name", some(generate.WEIGHTS, *list(generate.WEIGHTS)[::2]))
 def test_stacks_equal_torch_after_the_transfer(name):
     golden = np.load(generate.PATH)
     results = {key.split("/")[1]: golden[key] for key in golden.files if key.startswith(f"weights {name}/")}
@@ -128,7 +128,7 @@ def test_a_torch_module_computes_the_same_with_the_weights_sent_back(case):
     )
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bidirectional", some([False, True], True))
 def test_the_flat_vector_of_jax_experimental_rnn(bidirectional):
     sizes = {"input_size": I, "hidden_size": H, "num_layers": 2, "bidirectional": bidirectional}
     vector = jnp.asarray(normal(3, rnn.get_num_params_in_lstm(I, H, 2, bidirectional)), jnp.float32)

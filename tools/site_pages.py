@@ -1,8 +1,8 @@
 """What the documentation site shows beside the pages in docs/: a hook of MkDocs, named in mkdocs.yml.
 
-README.md becomes the first page. The reference has one page per public module, written from the docstrings. Pictures
-that pages show from other folders come with them, links to source files lead to the repository, and formulas become
-MathML, which browsers draw without a script.
+README.md becomes the first page, and one page shows the programs in examples/. The reference has one page per public
+module, written from the docstrings. Pictures that pages show from other folders come with them, links to source files
+lead to the repository, and formulas become MathML, which browsers draw without a script.
 """
 
 import ast
@@ -38,6 +38,11 @@ MODULES = {  # the titles of the reference's pages
     "jaxlstm.adapters.linen": "Flax Linen",
     "jaxlstm.adapters.onnx": "ONNX",
 }
+OTHER = {  # names in annotations and errors, of modules that have no page
+    "jaxlstm.baselines": ["GRUGates"],
+    "jaxlstm.train": ["TrainStep"],
+    "jaxlstm.checks": ["ArgumentTypeError", "ArgumentValueError"],
+}
 
 
 # The reference.
@@ -69,17 +74,77 @@ def reference() -> dict[str, str]:
     return {name: place for name, place in places if names.count(name) == 1}
 
 
-def reference_page(module: str) -> str:
+def reference_page(module: str, source: str) -> str:
     """Return the Markdown that mkdocstrings fills: the module's docstring, and every public name."""
     about = DOCTEST.sub(AS_CODE, ast.get_docstring(source_of(module)) or "")
-    entries = (f"::: {module}.{name}\n\n{used_in(f'{module}.{name}')}" for name in public_names(module))
-    return "\n\n".join([f"# `{module}`", about, *entries])
+    return "\n\n".join([f"# `{module}`", about, *(entry(f"{module}.{name}", source) for name in public_names(module))])
+
+
+def other_names_page(source: str) -> str:
+    """Return the page of the public names that no other page has."""
+    about = "These names appear in annotations and errors. You need them to write types, or to catch an error."
+    paths = [f"{module}.{name}" for module, names in OTHER.items() for name in names]
+    return "\n\n".join(["# Other names", about, *(entry(path, source) for path in paths)])
+
+
+def entry(path: str, source: str) -> str:
+    """Return the entry of a name: what mkdocstrings writes, where else to look, and the lines that define it."""
+    found = definition(path)
+    place = f"{Path(str(found.filepath)).relative_to(ROOT).as_posix()}#L{found.lineno}"
+    return f"::: {path}\n\n{used_in(path)}{see_also(path)}[Source]({source}/blob/main/{place})"
 
 
 def used_in(path: str) -> str:
     """Return links to the pages whose code, which the tests run, uses a name of the package."""
     links = [f"[{title}](../{page})" for page, (title, names) in names_in_pages().items() if path in names]
-    return f"Used in: {', '.join(links[:4])}." if links else ""
+    return f"Used in: {', '.join(links[:4])}. " if links else ""
+
+
+def see_also(path: str) -> str:
+    """Return links to the names of the same module whose signature, fields or docstring mention this class."""
+    module, _, name = path.rpartition(".")
+    if module not in MODULES or not definition(path).is_class:
+        return ""
+    others = [own for own in public_names(module) if own != name]
+    found = [own for own in others if re.search(rf"\b{name}\b", as_text(f"{module}.{own}"))]
+    return f"See also: {', '.join(f'[`{own}`][{module}.{own}]' for own in found[:4])}. " if found else ""
+
+
+@functools.cache
+def package() -> griffe.Object:
+    """Return the package as griffe reads it, without importing it."""
+    loaded = griffe.load("jaxlstm", search_paths=[str(ROOT)], resolve_aliases=True)
+    assert isinstance(loaded, griffe.Object)
+    return loaded
+
+
+def definition(path: str) -> griffe.Object:
+    """Return what a public name stands for, also if its module imports it from another one."""
+    found = package()[path.partition(".")[2]]
+    return found.final_target if found.is_alias else found
+
+
+def as_text(path: str) -> str:
+    """Return the docstring of a name with the annotations of its arguments, result or fields."""
+    found = definition(path)
+    parts = [found.docstring.value if found.docstring else ""]
+    if isinstance(found, griffe.Function):
+        parts += [str(found.returns), *(str(parameter.annotation) for parameter in found.parameters)]
+    if isinstance(found, griffe.Class):
+        parts += [str(field.annotation) for field in found.attributes.values()]
+    return "\n".join(parts)
+
+
+def examples_page(source: str) -> str:
+    """Return the programs in examples/, each with its docstring as text and its code."""
+    parts = ["# Examples", "Each program is one file to copy. The tests run all of them."]
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        question, _, about = (ast.get_docstring(ast.parse(text)) or "").partition("\n")
+        code = text.split('"""', 2)[2].strip()
+        link = f"[{path.name}]({source}/blob/main/examples/{path.name})"
+        parts += [f"## {question}", about.strip(), f"{link}:", f"```python\n{code}\n```"]
+    return "\n\n".join(parts)
 
 
 @functools.cache
@@ -112,21 +177,25 @@ def names_in(code: str) -> set[str]:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Give the reference its pages, and forget what an earlier build found."""
-    names_in_pages.cache_clear()
-    reference.cache_clear()
+    for cached in (names_in_pages, reference, package):
+        cached.cache_clear()
     FORMULAS.clear()
     for section in config.nav or []:
         if "Reference" in section:
             section["Reference"] = [{title: f"reference/{module}.md"} for module, title in MODULES.items()]
+            section["Reference"].append({"Other names": "reference/other.md"})
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages from outside docs/, and the reference."""
+    """Add the pages from outside docs/, the examples and the reference."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
-    for module in MODULES:
-        files.append(File.generated(config, f"reference/{module}.md", content=reference_page(module)))
+    source = config.extra["source"]
+    pages = {f"reference/{module}.md": reference_page(module, source) for module in MODULES}
+    pages |= {"reference/other.md": other_names_page(source), "examples.md": examples_page(source)}
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))
     for notebook in sorted((ROOT / "docs").glob("*.ipynb")):
         for name, content in notebook_page(notebook).items():
             files.append(File.generated(config, name, content=content))
