@@ -7,7 +7,7 @@ To use your own data, replace `make_recordings`. docs/your-own-data.md explains 
     python examples/own_data.py
 
 Expect a test accuracy of 0.93 after about half a minute; always naming the most frequent tag gives 0.36. The model and
-its learning curves are then in runs/own_data/. This example also needs the extras `experiments` and `safetensors`.
+its learning curves are then in runs/own_data/. This example also needs the extras `plots` and `safetensors`.
 """
 
 import functools

@@ -129,10 +129,7 @@ def gradient_flow(path: Path, measured: dict[str, Any], recurrent: str) -> Path:
             own = [found for found in measured[step] if (found["recurrent"], found["scale"]) == (recurrent, scale)]
             for place, found in enumerate(own):
                 label, color = NETS[found["cell"], found["forget"]]
-                flow_by_lag(_as_flow(found), band=None, label=label, color=color, ax=axes)
-                lags = np.array([25, 50, 75]) + 2 * place - len(own) + 1
-                at_lags = np.array(found["flow"])[:, lags]
-                axes.vlines(lags, at_lags.min(axis=0), at_lags.max(axis=0), color=color, linewidth=3, alpha=0.5)
+                _line_and_bars(axes, found, label, color, 2 * place - len(own) + 1)
             _by_lag(axes, f"{when}, inputs of scale {scale:g}")
     for axes in panels[:, 0]:
         axes.set_ylabel("norm of the gradient, relative to lag 0")
@@ -144,9 +141,13 @@ def gradient_flow(path: Path, measured: dict[str, Any], recurrent: str) -> Path:
     return _save(figure, path, dpi=100)
 
 
-def _as_flow(found: dict[str, Any]) -> np.ndarray:
-    """Return norms [seed, lag] as `gradient_flow` returns gradients: [time, batch, units], with one unit."""
-    return np.array(found["flow"]).T[::-1, :, None]
+def _line_and_bars(axes: Any, found: dict[str, Any], label: str, color: str, shift: int) -> None:
+    """Draw the median of the seeds as a line, and their range as bars at three lags."""
+    norms = np.array(found["flow"])  # [seed, lag]
+    flow = norms.T[::-1, :, None]  # as `diagnostics.gradient_flow` returns gradients: [time, batch, units]
+    flow_by_lag(flow, band=None, label=label, color=color, ax=axes)
+    lags = np.array([25, 50, 75]) + shift
+    axes.vlines(lags, norms[:, lags].min(axis=0), norms[:, lags].max(axis=0), color=color, linewidth=3, alpha=0.5)
 
 
 def _by_lag(axes: Any, title: str) -> None:
@@ -164,17 +165,16 @@ def _orthogonal(rows: list[dict[str, Any]], cell: str, forget: float | str | Non
 def flow_in_training(path: Path, measured: dict[str, Any]) -> Path:
     """Draw the gradient by lag at several stages of training, one panel per net."""
     figure, panels = plt.subplots(2, 3, figsize=(12, 7), layout="constrained", sharex=True, sharey=True)
-    colours = plt.get_cmap("plasma")(np.linspace(0, 0.85, len(measured)))
     for axes, (key, (label, _)) in zip(panels.flat, NETS.items(), strict=True):
-        for (step, rows), colour in zip(measured.items(), colours, strict=True):
-            flow = _as_flow(_orthogonal(rows, *key))
-            flow_by_lag(flow, label=f"{step} steps", color=mpl.colors.to_hex(colour), ax=axes)
+        for n, (step, rows) in enumerate(measured.items()):
+            _line_and_bars(axes, _orthogonal(rows, *key), f"{step} steps", COLORS[n], 2 * n - len(measured) + 1)
         _by_lag(axes, label)
     for axes in panels[:, 0]:
         axes.set_ylabel("gradient, relative to lag 0")
     for axes in panels[1]:
         axes.set_xlabel("lag")
-    figure.suptitle("How training changes the gradient (orthogonal recurrent weights, inputs of scale 1)")
+    figure.suptitle("How training changes the gradient (orthogonal recurrent weights, inputs of scale 1)\n"
+                    "(lines: median of the seeds; bars: their range)")  # fmt: skip
     _one_legend(figure, panels.flat, loc="outside lower center", ncols=4, fontsize=12)
     return _save(figure, path, dpi=100)
 
@@ -398,29 +398,31 @@ def _as_found(row: dict[str, Any]) -> tuple[PrincipalComponents, np.ndarray, Lin
 
 def ppo(path: Path, rows: list[dict[str, Any]], num_steps: int) -> Path:
     """Draw the success in the T-maze over the length of its corridor, and the return of RepeatPrevious in training."""
-    looks = {"LSTM": ("C0", "o"), "GRU": ("C2", "s"), "RNN": ("C3", "^"), "no memory": ("0.35", "D"),
-             "LSTM, reset=done": ("C1", "v")}  # fmt: skip
+    looks = {"LSTM": (COLORS[0], "o"), "GRU": (COLORS[2], "s"), "RNN": (COLORS[1], "^"), "no memory": ("0.35", "D"),
+             "LSTM, reset=done": (COLORS[3], "v")}  # fmt: skip
     figure, (maze, repeat) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
-    for net, (colour, marker) in looks.items():
+    for n, (net, (colour, marker)) in enumerate(looks.items()):
         own = [row for row in rows if (row["task"], row["net"]) == ("T-maze", net)]
         last = np.array([np.array(row["success"])[:, -1] for row in own])  # [length, seed]
-        lengths = np.array([row["number"] for row in own]) * (1 + 0.03 * (list(looks).index(net) - 2))
-        maze.plot(lengths, last.mean(axis=1), color=colour, linewidth=2, marker=marker, markersize=7, label=net)
-        maze.vlines(lengths, last.min(axis=1), last.max(axis=1), color=colour, linewidth=2, alpha=0.5)
+        lengths = np.array([row["number"] for row in own]) * 1.08 ** (n - 2)  # side by side
+        maze.plot(lengths, last.mean(axis=1), color=colour, linewidth=2, label=net)
+        maze.plot(lengths, last, marker, color=colour, markersize=5, alpha=0.6, markeredgewidth=0)
         (curves,) = (np.array(row["return"]) for row in rows if (row["task"], row["net"]) == ("RepeatPrevious", net))
         at = num_steps * (np.arange(curves.shape[1]) + 1) / curves.shape[1] / 1000
-        repeat.plot(at, curves.mean(axis=0), color=colour, linewidth=2, marker=marker, markevery=4, markersize=7)
-        repeat.fill_between(at, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+        mean, low, high = np.transpose([intervals.of_mean(values) for values in curves.T])
+        repeat.plot(at, mean, color=colour, linewidth=2)
+        repeat.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
     for axes, guess in ((maze, 0.5), (repeat, -0.5)):
         axes.axhline(guess, color="black", linewidth=1, linestyle="--", label="guessing")
         axes.grid(color="0.92")
     ticks = sorted({row["number"] for row in rows if row["task"] == "T-maze"})
-    maze.set(title="T-maze: right arm chosen", xlabel="steps from the sign to the junction", xscale="log",
-             ylabel="share of episodes", ylim=(0, 1.04))  # fmt: skip
+    maze.set(title="T-maze: right arm chosen (dots: seeds; lines: means)", xlabel="steps from the sign to the junction",
+             xscale="log", ylabel="share of episodes", ylim=(0, 1.04))  # fmt: skip
     maze.set_xticks(ticks, map(str, ticks))
     maze.minorticks_off()
-    repeat.set(title="RepeatPrevious", xlabel="thousand steps of experience", ylabel="return", ylim=(-1, 1.08))
-    figure.suptitle("Recurrent PPO: mean and range of the seeds")
+    repeat.set(title="RepeatPrevious (means and their 95 % intervals)", xlabel="thousand steps of experience",
+               ylabel="return", ylim=(-1, 1.08))  # fmt: skip
+    figure.suptitle("Recurrent PPO")
     figure.legend(*maze.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return _save(figure, path, dpi=100)
 

@@ -20,10 +20,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from experiments import plots
-from experiments.harness import rows, runs
+from experiments.harness import intervals, rows, runs
 from jaxlstm import GRU, LSTM, RNN, Cell, fit, init_train_state, make_train_step, num_params, step_stack, unroll
 
 PARTS = 20  # of the training, in a learning curve; the last one is the result
+SOLVED = 0.95  # an agent whose success is larger remembers the sign
 
 log = logging.getLogger("ppo")
 
@@ -405,7 +406,11 @@ def main(
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a Markdown table with a row for every net: mean and range of the seeds, at the end of the training."""
+    """Return a Markdown table with a row for every net, at the end of the training.
+
+    Of the T-maze: the mean success, and how many seeds end above `SOLVED`, with the interval of that share. Of
+    RepeatPrevious: the mean return and its interval.
+    """
     config = result["config"]
     lines = [
         f"| net | parameters | {' | '.join(f'corridor {length}' for length in config['lengths'])} "
@@ -414,15 +419,18 @@ def table(result: dict[str, Any]) -> str:
     ]
     for net in NETS:
         own = {(row["task"], row["number"]): row for row in result["rows"] if row["net"] == net}
-        cells = [_span(own["T-maze", length]["success"]) for length in config["lengths"]]
+        cells = [_solved(own["T-maze", length]["success"]) for length in config["lengths"]]
         repeated = own["RepeatPrevious", config["k"]]
-        lines.append(f"| {net} | {repeated['parameters']} | {' | '.join(cells)} | {_span(repeated['return'])} |")
+        returns = intervals.shown([curve[-1] for curve in repeated["return"]])
+        lines.append(f"| {net} | {repeated['parameters']} | {' | '.join(cells)} | {returns} |")
     return "\n".join(lines)
 
 
-def _span(curves: list[list[float]]) -> str:
+def _solved(curves: list[list[float]]) -> str:
     last = np.array(curves)[:, -1]
-    return f"{last.mean():.2f} ({last.min():.2f} to {last.max():.2f})"
+    solved = int((last > SOLVED).sum())
+    _, low, high = intervals.of_share(solved, len(last))
+    return f"{last.mean():.2f}; {solved}/{len(last)} ({low:.2f} to {high:.2f})"
 
 
 if __name__ == "__main__":

@@ -749,7 +749,7 @@ SLSTM: Cell[LSTMParams, SLSTMState] = Cell(
 """The sLSTM with one head: exponential gates and a normalizer (Beck et al., xLSTM, 2024).
 
 `SLSTM.init(key, input_size, hidden_size, *, forget_bias=1.0, dtype=jnp.float32)` draws `LSTMParams`. The carry is an
-`SLSTMState`: h, which is the output, c, n and m, all [*batch, hidden].
+`SLSTMState`: h, which is the output, c, n and m, all [*batch, hidden]. The gates of a trace are `SLSTMGates`.
 
 >>> import jax, jaxlstm
 >>> jaxlstm.variants.SLSTM.init(jax.random.key(0), 5, 7).w_ih.shape

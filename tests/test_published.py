@@ -25,6 +25,7 @@ from experiments import (
     gradbench,
     long_lag,
     odyssey,
+    plots,
     rnn_vs_lstm,
     shakespeare,
     tagging,

@@ -85,7 +85,8 @@ def test_the_readme_is_short_and_its_first_block_is_simple():
 
 def test_every_page_that_teaches_a_call_has_code():
     without = {
-        f"docs/{name}.md" for name in ("benchmark", "claims", "experiments", "published", "runs", "where-next")
+        f"docs/{name}.md"
+        for name in ("benchmark", "claims", "experiments", "organisation", "published", "runs", "where-next")
     }  # tables, commands
     assert {page for page in PAGES if not python_blocks(page)} == without
 

@@ -1,5 +1,6 @@
 """Fixed points, linearizations, closed loops and principal components, against systems with known answers."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -69,6 +70,18 @@ def test_a_linear_cell_has_the_one_point_that_solves_it():
     assert abs(around.time_constants[0, 0] - slowest) < 1e-8 * slowest
 
 
+def test_a_rotation_that_shrinks_is_stable_and_oscillates():
+    turn = np.array([[np.cos(0.3), np.sin(0.3)], [-np.sin(0.3), np.cos(0.3)]])
+    params = RNNParams(
+        jnp.zeros((1, 3)), jnp.asarray(np.block([[0.9 * turn, np.zeros((2, 1))], [0, 0, 0.5]])), jnp.ones(3)
+    )
+    found = fixed_points(LINEAR, params, starts_of(Position, (3,)), np.zeros(1))
+    around = linearize(LINEAR, params, found.carry, np.zeros(1))
+    assert (around.kind[0], around.oscillates.tolist()) == ("stable", [True])
+    assert worst_error(np.abs(around.eigenvalues[0]), np.array([0.9, 0.9, 0.5])) < 1e-14
+    assert worst_error(around.time_constants[0], -1 / np.log([0.9, 0.9, 0.5])) < 1e-12
+
+
 def test_a_tanh_unit_has_three_points():
     params = RNNParams(jnp.zeros((1, 1)), jnp.full((1, 1), 2.0), jnp.zeros(1))
     found = fixed_points(RNN, params, RNNState(np.linspace(-1, 1, 41)[:, None]), np.zeros(1))
@@ -110,9 +123,11 @@ def numpy_leaves(tree):
     "cell, step",
     [
         (LSTM, oracles.lstm_step),
-        *(pytest.param(*case, marks=pytest.mark.ci) for case in [(GRU, oracles.gru_step), (LEAKY, oracles.leaky_step)]),
+        pytest.param(GRU, oracles.gru_step, marks=pytest.mark.ci),
+        pytest.param(RNN, oracles.rnn_step(np.tanh), marks=pytest.mark.ci),
+        pytest.param(LEAKY, oracles.leaky_step, marks=pytest.mark.ci),
     ],
-    ids=["LSTM", "GRU", "a user's cell"],
+    ids=["LSTM", "GRU", "RNN", "a user's cell"],
 )
 def test_a_step_maps_every_point_to_itself(cell, step):
     params, xs, _ = draw(cell)
@@ -170,6 +185,25 @@ def test_a_stack_is_a_cell_of_lists():
     assert worst_error(found.carry[0].h, lower.carry.h) < 1e-10
     upper = fixed_points(GRU, layers[1], starts[1], lower.carry.h[0])
     assert worst_error(found.carry[1].h, upper.carry.h) < 1e-10
+    # The lower layer does not read the upper one, so each layer's own Jacobian is a block on the diagonal.
+    jacobian = linearize(cell, layers, found.carry, X).carry_jacobian[0]
+    own = linearize(GRU, layers[0], lower.carry, X), linearize(GRU, layers[1], upper.carry, lower.carry.h[0])
+    assert worst_error((jacobian[:H, :H], jacobian[H:, H:]), tuple(around.carry_jacobian[0] for around in own)) < 1e-10
+    assert not jacobian[:H, H:].any() and jacobian[H:, :H].any()
+
+
+def test_a_stack_has_a_trace_with_the_gates_of_every_layer():
+    layers, xs = init_stack(jax.random.key(0), GRU, I, [H, 3], dtype="float64"), normal(1, T, B, I)
+    traced = trace(stacked(GRU), layers, xs)
+    lower = trace(GRU, layers[0], xs)
+    upper = trace(GRU, layers[1], lower.y)
+    assert worst_error(traced.gates, [lower.gates, upper.gates]) < 1e-14
+    assert worst_error(traced.carry, [lower.carry, upper.carry]) < 1e-14
+    starts = sample_carries(jax.random.key(1), traced.carry, 20)
+    assert len(fixed_points(stacked(GRU), layers, starts, X)) == 1
+    nameless = stacked(dataclasses.replace(GRU, activations=None, gates_jvp=None))
+    with pytest.raises(ValueError, match=r"trace: stacked\(GRU\) does not name its gates"):
+        trace(nameless, layers, xs)
 
 
 # Starts that lead nowhere, and options.
@@ -182,6 +216,17 @@ NOWHERE = Cell(  # s' = s + 1 + s²/9: no point, and a speed that has a minimum
     recur=lambda params, carry: None,
     name="nowhere",
 )
+
+
+AWAY = dataclasses.replace(  # s' = s + e^(−s): slower and slower, and never at rest
+    NOWHERE, gates=lambda params, carry, z, a: (Position(carry.s + jnp.exp(-carry.s)), carry.s), name="away"
+)
+
+
+def test_starts_that_diverge_are_outliers_though_they_become_slow():
+    starts = starts_of(Position, (1,))
+    found = fixed_points(AWAY, {"b": jnp.zeros(1)}, starts, np.zeros(1), tolerance=1e-20)
+    assert len(found) == 0 and set(found.of_start) == {-2} and found.final_speed.max() < 1e-20
 
 
 def test_nothing_found_is_an_empty_result():
@@ -203,9 +248,10 @@ def test_a_start_that_is_not_a_number_ends_nowhere_and_disturbs_no_other():
     assert len(found) == 1 and sorted(np.flatnonzero(found.of_start == -1)) == [3, 5]
 
 
+@jax.debug_nans(False)
 def test_points_far_from_the_starts_are_outliers_and_close_points_are_one():
     params = RNNParams(jnp.zeros((1, 1)), jnp.full((1, 1), 2.0), jnp.zeros(1))
-    starts = RNNState(np.array([*np.linspace(-0.02, 0.02, 20), 0.9])[:, None])
+    starts = RNNState(np.array([*np.linspace(-0.02, 0.02, 20), 0.9, np.nan])[:, None])
     near, far = (fixed_points(RNN, params, starts, np.zeros(1), outlier_scale=scale) for scale in (1.0, 100.0))
     assert len(near) == 1 and -2 in near.of_start and abs(near.carry.h[0, 0]) < 1e-10
     assert len(far) > len(near) and -2 not in far.of_start

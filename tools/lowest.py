@@ -8,7 +8,7 @@ import re
 import tomllib
 from pathlib import Path
 
-EXTRAS = ("plots", "experiments", "onnx", "safetensors")
+EXTRAS = ("plots", "experiments", "export", "onnx", "safetensors")
 
 
 def constraints(text: str) -> list[str]:

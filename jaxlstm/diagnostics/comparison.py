@@ -247,7 +247,7 @@ def _gate_names(cell: Cell[Any, Any], variables: Any) -> tuple[str, ...]:
     a = jax.eval_shape(cell.recur, params, carry)
     gates = jax.eval_shape(cell.activations, params, carry, z, a)
     widths = sum(leaf.shape[-1] for leaf in jax.tree.leaves(gates))
-    return tuple(gates._fields) if getattr(z, "shape", (0,))[-1] == widths else ()
+    return tuple(getattr(gates, "_fields", ())) if getattr(z, "shape", (0,))[-1] == widths else ()
 
 
 def _blocks(gradient: Any, gates: tuple[str, ...]) -> dict[str, Array]:

@@ -146,6 +146,7 @@ def _merged(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the point of every start, and the ends to keep as points, most frequent first."""
     of_start = np.full(len(ends), -1)
+    starts = starts[np.isfinite(starts).all(axis=-1)]  # one NaN would make the center and the spread NaN
     center = starts.mean(axis=0) if len(starts) else starts.sum(axis=0)
     spread = np.linalg.norm(starts - center, axis=-1).mean() if len(starts) else 0.0
     kept: list[int] = []
@@ -340,12 +341,21 @@ def stacked(cell: Cell[Any, Any]) -> Cell[Any, Any]:
             after.append(carry)
         return after, x
 
+    def activations(params: Any, carries: Any, x: PyTree, a: PyTree) -> list[Any]:
+        assert cell.activations is not None
+        own = []
+        for layer, carry in zip(params, carries, strict=True):
+            own.append(cell.activations(layer, carry, cell.project(layer, x), cell.recur(layer, carry)))
+            _, x = cell.step(layer, carry, x)
+        return own
+
     return Cell(
         init=_no_init,
         initial_carry=lambda params, batch_shape=(): [cell.initial_carry(layer, batch_shape) for layer in params],
         gates=gates,
         project=lambda params, xs: xs,
         recur=lambda params, carry: None,
+        activations=None if cell.activations is None else activations,
         name=f"stacked({cell.name})",
     )
 
