@@ -99,6 +99,7 @@ def test_a_linear_tagger_of_the_last_samples_does_not_pass(num_samples):
     assert 0.2 < linear_accuracy(train, test, num_samples) < 0.45
 
 
+@pytest.mark.ci
 @pytest.mark.documented
 def test_one_short_run_of_the_tagger_beats_every_linear_one():
     """The whole sweep runs in CI."""

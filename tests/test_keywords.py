@@ -283,7 +283,7 @@ def outcome(function, arguments, **keyword):
 CASES = [(name, keyword) for name, (_, _, keywords) in TABLE.items() for keyword in keywords]
 
 
-# The functions whose cases take a second or more each; `make test` leaves them to CI.
+# Functions with long cases; `make test` leaves them to CI.
 LONG = (
     "check_gradients",
     "compare_gradients",
@@ -291,13 +291,13 @@ LONG = (
     "fixed_points",
     "gradient_sources",
     "rtrl_step",
-    "source_matrix",
+    *plots.__all__,
 )
 
 
 @pytest.mark.parametrize(
     "name, keyword",
-    [pytest.param(*case, marks=pytest.mark.ci if case[0] in LONG else ()) for case in CASES],
+    [pytest.param(*case, marks=pytest.mark.ci if case[0].partition(",")[0] in LONG else ()) for case in CASES],
     ids=lambda text: text,
 )
 @jax.debug_key_reuse(False)

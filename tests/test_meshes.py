@@ -33,7 +33,7 @@ def on_mesh(tree, *spec):
     "params, run",
     [
         (draw(LSTM)[0], lambda p, x: unroll(LSTM, p, x)),
-        (draw(GRU)[0], lambda p, x: unroll(GRU, p, x, gradient=Chunked(3))),
+        pytest.param(draw(GRU)[0], lambda p, x: unroll(GRU, p, x, gradient=Chunked(3)), marks=pytest.mark.ci),
         (STACK, lambda p, x: unroll_stack(LSTM, p, x)),
     ],
     ids=["LSTM", "GRU in chunks", "stack"],

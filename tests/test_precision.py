@@ -48,6 +48,7 @@ def exact_gradient(dtype):
     return jax.jit(jax.grad(lambda p: (unroll(LSTM, p, xs)[1] * weight).sum()))(params)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype, bound", [("bfloat16", 3e-3), pytest.param("float16", 4e-4, marks=pytest.mark.ci)])
 def test_rounded_gradients_over_2000_steps_are_near_float64_too(dtype, bound):
     params, xs, weight = long_problem()

@@ -55,6 +55,7 @@ def drawn(form, seed):
     return params, run, jnp.asarray(normal(seed, T, B, I)), carries_of(params, seed + 1), mask, reset
 
 
+@pytest.mark.ci
 @given(forms, seeds, lengths, seeds)
 def test_appended_padding_changes_nothing(form, seed, lengths, garbage):
     params, run, xs, carries, _, reset = drawn(form, seed)

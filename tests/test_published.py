@@ -190,6 +190,7 @@ def test_a_wrong_name_is_reported_before_any_work(main, flags, message):
         main(**flags)
 
 
+@pytest.mark.ci
 def test_a_wrong_name_ends_in_one_line():
     command = [sys.executable, "-m", "experiments.long_lag", "--tasks", "add"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

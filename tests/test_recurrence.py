@@ -71,7 +71,7 @@ def draw_reset_carry(carry, kind):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    "name", [*some(CELLS, "LSTM", "GRU", "RNN", "leaky"), pytest.param("LSTM, in blocks", marks=pytest.mark.slow)]
+    "name", [*some(CELLS, "LSTM", "leaky"), pytest.param("LSTM, in blocks", marks=pytest.mark.slow)]
 )
 def test_values_and_all_gradients_equal_a_numpy_loop(name, way):
     name, in_blocks, _ = name.partition(", in blocks")

@@ -221,6 +221,7 @@ def test_small_updates_of_an_online_learner_add_up_to_the_gradient():
     assert abs(sum(losses) - total(params, readout)) < 1e-4
 
 
+@pytest.mark.ci
 def test_an_online_learner_learns_to_repeat_its_input_of_two_steps_ago():
     key = jax.random.key(0)
     stream = jax.random.bernoulli(key, jnp.float32(0.5), (2000, 4)).astype(np.float32)

@@ -316,6 +316,7 @@ def readout(w, carry):
     return carry.h @ w
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("cell", some([LSTM, RNN], LSTM), ids=["LSTM", "RNN"])
 def test_a_closed_loop_is_the_net_with_its_readout_folded_into_its_weights(cell):
     params, _, carry = draw(cell)

@@ -98,6 +98,7 @@ def test_float32_gradients_are_as_accurate_as_torchs(layer):
     assert np.median(ratios) <= 2, ratios
 
 
+@pytest.mark.ci
 def test_the_golden_file_is_what_torch_computes():
     pytest.importorskip("torch")
     fresh = generate.generate()
