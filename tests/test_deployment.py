@@ -53,8 +53,8 @@ def test_a_saved_model_and_a_saved_step_run_without_the_code_that_made_them(tmp_
     assert float(done.stdout.split()[-1]) < 1e-6
     # An independent loop computes what the files should.
     for name, (num_steps, lengths) in cases.items():
-        xs, results = np.load(tmp_path / f"{name}.npz")["xs"], np.load(tmp_path / f"{name} results.npz")
-        hs = xs.astype(np.float64)
+        with np.load(tmp_path / f"{name}.npz") as given, np.load(tmp_path / f"{name} results.npz") as file:
+            hs, results = given["xs"].astype(np.float64), dict(file)
         for layer in layers:
             params = [np.asarray(leaf, np.float64) for leaf in layer]
             zeros = np.zeros((len(lengths), layer.w_hh.shape[0]))

@@ -89,8 +89,8 @@ def check_torch(name, results, *, bias):
 
 @pytest.mark.parametrize("name", some(generate.WEIGHTS, *list(generate.WEIGHTS)[::2]))
 def test_stacks_equal_torch_after_the_transfer(name):
-    golden = np.load(generate.PATH)
-    results = {key.split("/")[1]: golden[key] for key in golden.files if key.startswith(f"weights {name}/")}
+    with np.load(generate.PATH) as golden:
+        results = {key.split("/")[1]: golden[key] for key in golden.files if key.startswith(f"weights {name}/")}
     check_torch(name, results, bias=generate.WEIGHTS[name][1].get("bias", True))
 
 
