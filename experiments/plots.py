@@ -263,7 +263,7 @@ def gradient_methods(path: Path, rows: list[dict[str, Any]], length: int, width:
 
 def agreement(path: Path, result: dict[str, Any], trained: int, attractors_at: int) -> Path:
     """Draw the accuracy on number and gender, over distance and attractors, and with units held fixed."""
-    colours = {"RNN": "C3", "GRU": "C2", "LSTM": "C0"}
+    colours = {"RNN": COLORS[1], "GRU": COLORS[2], "LSTM": COLORS[0]}
     figure, panels = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
     curves = (
         (panels[0, 0], result["number"], "was or were?", "words between subject and verb"),
@@ -429,7 +429,7 @@ def ppo(path: Path, rows: list[dict[str, Any]], num_steps: int) -> Path:
 
 def lorenz(path: Path, result: dict[str, Any], published: Sequence[float]) -> Path:
     """Draw the attractor of the true system and of the first net of each cell, and the exponents of all nets."""
-    colours = {"true": "black", "LSTM": "C0", "GRU": "C2", "RNN": "C3"}
+    colours = {"true": "black", "LSTM": COLORS[0], "GRU": COLORS[2], "RNN": COLORS[1]}
     shown = {"true": result["true"]["run"]} | {row["net"]: row["run"] for row in result["rows"] if "run" in row}
     exponents = {"true": result["true"]["exponents"]}
     exponents |= {net: [row["exponents"] for row in result["rows"] if row["net"] == net] for net in list(shown)[1:]}
