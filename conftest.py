@@ -4,9 +4,9 @@ Tests run in float64 on two simulated CPU devices, with JAX's debugging checks o
 ranks, NaNs, reused keys and all warnings are errors. A test that makes a NaN on purpose is marked
 `@jax.debug_nans(False)`. `make test-full` also checks for leaked tracers, which makes JAX trace every function anew; CI
 does so for the table of keywords. Tests run most programs once or twice, so optimizing them costs more time than it
-saves: unless XLA_FLAGS is set, XLA compiles without its optimizations, and each program in one piece rather than in as
-many as the machine has threads. All test processes share one compilation cache. Python looks for unreachable objects
-less often: tracing makes millions of small objects, and by default each search goes through those of all tests before.
+saves: unless XLA_FLAGS is set, XLA compiles without its optimizations, and does not split a program over threads. All
+test processes share one compilation cache. Python collects garbage less often than by default, because each collection
+scans the millions of small objects that JAX keeps from earlier tests.
 
 Hypothesis tries 5 examples of each property in `make test`, 20 in CI and 200 in `make test-full`, always the same ones.
 

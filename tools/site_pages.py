@@ -74,24 +74,24 @@ def reference() -> dict[str, str]:
     return {name: place for name, place in places if names.count(name) == 1}
 
 
-def reference_page(module: str, source: str) -> str:
+def reference_page(module: str) -> str:
     """Return the Markdown that mkdocstrings fills: the module's docstring, and every public name."""
     about = DOCTEST.sub(AS_CODE, ast.get_docstring(source_of(module)) or "")
-    return "\n\n".join([f"# `{module}`", about, *(entry(f"{module}.{name}", source) for name in public_names(module))])
+    return "\n\n".join([f"# `{module}`", about, *(entry(f"{module}.{name}") for name in public_names(module))])
 
 
-def other_names_page(source: str) -> str:
+def other_names_page() -> str:
     """Return the page of the public names that no other page has."""
     about = "These names appear in annotations and errors. You need them to write types, or to catch an error."
     paths = [f"{module}.{name}" for module, names in OTHER.items() for name in names]
-    return "\n\n".join(["# Other names", about, *(entry(path, source) for path in paths)])
+    return "\n\n".join(["# Other names", about, *map(entry, paths)])
 
 
-def entry(path: str, source: str) -> str:
+def entry(path: str) -> str:
     """Return the entry of a name: what mkdocstrings writes, where else to look, and the lines that define it."""
     found = definition(path)
     place = f"{Path(str(found.filepath)).relative_to(ROOT).as_posix()}#L{found.lineno}"
-    return f"::: {path}\n\n{used_in(path)}{see_also(path)}[Source]({source}/blob/main/{place})"
+    return f"::: {path}\n\n{used_in(path)}{see_also(path)}[Source](../../{place})"
 
 
 def used_in(path: str) -> str:
@@ -135,15 +135,15 @@ def as_text(path: str) -> str:
     return "\n".join(parts)
 
 
-def examples_page(source: str) -> str:
+def examples_page() -> str:
     """Return the programs in examples/, each with its docstring as text and its code."""
     parts = ["# Examples", "Each program is one file to copy. The tests run all of them."]
     for path in sorted((ROOT / "examples").glob("*.py")):
         text = path.read_text(encoding="utf-8")
         question, _, about = (ast.get_docstring(ast.parse(text)) or "").partition("\n")
         code = text.split('"""', 2)[2].strip()
-        link = f"[{path.name}]({source}/blob/main/examples/{path.name})"
-        parts += [f"## {question}", about.strip(), f"{link}:", f"```python\n{code}\n```"]
+        link = f"[{path.name}](../examples/{path.name}):"
+        parts += [f"## {question}", about.strip(), link, f"```python\n{code}\n```"]
     return "\n\n".join(parts)
 
 
@@ -191,9 +191,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages from outside docs/, the examples and the reference."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
-    source = config.extra["source"]
-    pages = {f"reference/{module}.md": reference_page(module, source) for module in MODULES}
-    pages |= {"reference/other.md": other_names_page(source), "examples.md": examples_page(source)}
+    pages = {f"reference/{module}.md": reference_page(module) for module in MODULES}
+    pages |= {"reference/other.md": other_names_page(), "examples.md": examples_page()}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     for notebook in sorted((ROOT / "docs").glob("*.ipynb")):

@@ -301,9 +301,7 @@ def closed_loop(cell: Cell[Any, Any], readout: Callable[[PyTree, PyTree], PyTree
         return cell.step(params.cell, carry, in_callback()(readout)(params.readout, carry))
 
     def activations(params: ClosedLoopParams, carry: PyTree, z: PyTree, a: PyTree) -> Any:
-        x = readout(params.readout, carry)
-        assert cell.activations is not None
-        return cell.activations(params.cell, carry, cell.project(params.cell, x), cell.recur(params.cell, carry))
+        return _gate_values(cell, params.cell, carry, readout(params.readout, carry))
 
     return Cell(
         init=_no_init,
@@ -342,10 +340,9 @@ def stacked(cell: Cell[Any, Any]) -> Cell[Any, Any]:
         return after, x
 
     def activations(params: Any, carries: Any, x: PyTree, a: PyTree) -> list[Any]:
-        assert cell.activations is not None
         own = []
         for layer, carry in zip(params, carries, strict=True):
-            own.append(cell.activations(layer, carry, cell.project(layer, x), cell.recur(layer, carry)))
+            own.append(_gate_values(cell, layer, carry, x))
             _, x = cell.step(layer, carry, x)
         return own
 
@@ -358,6 +355,11 @@ def stacked(cell: Cell[Any, Any]) -> Cell[Any, Any]:
         activations=None if cell.activations is None else activations,
         name=f"stacked({cell.name})",
     )
+
+
+def _gate_values(cell: Cell[Any, Any], params: Any, carry: Any, x: PyTree) -> Any:
+    assert cell.activations is not None
+    return cell.activations(params, carry, cell.project(params, x), cell.recur(params, carry))
 
 
 def _no_init(*_: Any, **__: Any) -> Any:
